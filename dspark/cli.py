@@ -1,0 +1,326 @@
+"""The `dspark` command. Subcommands import what they need when they run, so that `--help` is instant."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dspark.engine.llm import LLM
+    from dspark.sampling import SamplingParams
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a subcommand. Bad input ends in one sentence on stderr and exit code 2."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except ValueError as error:
+        print(f"dspark: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"dspark: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ndspark: interrupted", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dspark",
+        description="Speculative generation with DSpark drafters: faster decoding, the output unchanged.",
+        epilog="Begin with: dspark generate 'What is the capital of France?'   Each command has its own --help.",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run, summary: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=summary, parents=list(parents))
+        sub.set_defaults(run=run)
+        return sub
+
+    model, sampling = model_options(), sampling_options()
+
+    sub = command("generate", run_generate, "answer one prompt, streaming", model, drafter_options(), sampling)
+    sub.add_argument("prompt", help="the user's message; '-' reads it from standard input")
+    sub.add_argument("--json", action="store_true", help="print one JSON object instead of streaming text")
+
+    command("chat", run_chat, "talk to the model in the terminal", model, drafter_options(), sampling)
+
+    sub = command("data", run_data, "let the target answer prompts: training data for a drafter", model)
+    source = sub.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompts", type=Path, help="JSON lines with 'turns', 'messages' or 'prompt'")
+    source.add_argument("--self-written", type=int, metavar="N", help="let the target write N prompts itself")
+    sub.add_argument("--out", type=Path, required=True, help="JSON lines to write; an unfinished file is continued")
+    sub.add_argument("--limit", type=int, help="use only the first N prompts")
+    sub.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (default 256)")
+    sub.add_argument("--streams", type=int, default=32, help="answers generated at once (default 32)")
+    sub.add_argument("--seed", type=int, default=0)
+
+    sub = command("train", run_train, "train a DSpark drafter on answers that 'dspark data' wrote", model)
+    sub.add_argument("--data", type=Path, required=True, nargs="+", help="JSON lines from 'dspark data'")
+    sub.add_argument("--out", type=Path, required=True, help="checkpoint folder; a run found there is resumed")
+    sub.add_argument("--minutes", type=float, default=60.0, help="training time, the schedule follows it (default 60)")
+    sub.add_argument("--block-size", type=int, default=5, help="draft tokens a round (default 5)")
+    sub.add_argument("--draft-layers", type=int, default=2, help="layers copied from the target's end (default 2)")
+    sub.add_argument("--learning-rate", type=float, default=1e-3)
+    sub.add_argument("--max-length", type=int, default=512, help="tokens of an example, prompt included")
+    sub.add_argument("--cache-gib", type=float, default=6.0, help="memory for the target's features (default 6)")
+    sub.add_argument("--heldout", type=int, default=24, help="examples kept for evaluation (default 24)")
+    sub.add_argument("--seed", type=int, default=0)
+
+    sub = command("bench", run_bench, "time systems side by side on the same prompts", model)
+    sub.add_argument("--prompts", type=Path, help="JSON lines of prompts (default: 30 that come with dspark)")
+    sub.add_argument("--limit", type=int, help="use only N prompts, spread over the domains")
+    sub.add_argument("--streams", default="1,8", help="numbers of concurrent requests (default 1,8)")
+    sub.add_argument("--temperatures", default="0,1", help="sampling temperatures (default 0,1)")
+    sub.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default 128)")
+    sub.add_argument("--systems", default="transformers,plain,ngram,dspark", help="what to compare (default: all)")
+    sub.add_argument("--drafter", default="dspark", help="the DSpark checkpoint (default: the shipped one)")
+    sub.add_argument("--json", action="store_true", help="print only the JSON line")
+
+    sub = command("demo", run_demo, "plain decoding and DSpark side by side, in about a minute", model)
+    sub.add_argument("--drafter", default="dspark", help="the DSpark checkpoint (default: the shipped one)")
+    return parser
+
+
+def model_options() -> argparse.ArgumentParser:
+    parent = argparse.ArgumentParser(add_help=False)
+    parent.add_argument(
+        "--model",
+        default="smollm2-135m",
+        help="smollm2-135m (fetched on first use), a Hugging Face folder, a GGUF file or a hub name",
+    )
+    parent.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="precision (default bf16)")
+    parent.add_argument("--device", default="cpu", help="PyTorch device (default cpu)")
+    return parent
+
+
+def drafter_options() -> argparse.ArgumentParser:
+    parent = argparse.ArgumentParser(add_help=False)
+    parent.add_argument("--drafter", default="dspark", help="dspark (shipped), ngram, none or a checkpoint folder")
+    return parent
+
+
+def sampling_options() -> argparse.ArgumentParser:
+    parent = argparse.ArgumentParser(add_help=False)
+    parent.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default 0)")
+    parent.add_argument("--top-p", type=float, default=1.0, help="keep the smallest set of this mass (default 1)")
+    parent.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens (default 0: all)")
+    parent.add_argument("--min-p", type=float, default=0.0, help="drop tokens below this share of the likeliest")
+    parent.add_argument("--seed", type=int, help="the same seed gives the same answer (default: random)")
+    parent.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (default 256)")
+    return parent
+
+
+def sampling_params(args: argparse.Namespace) -> "SamplingParams":
+    from dspark.sampling import SamplingParams
+
+    return SamplingParams(
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        seed=args.seed,
+        max_new_tokens=args.max_new_tokens,
+    )
+
+
+def load(args: argparse.Namespace, drafter: str, **limits: int) -> "LLM":
+    """The model and drafter that the options name; says on stderr what was loaded and its limits."""
+    from dspark.engine.engine import EngineConfig
+    from dspark.engine.llm import LLM
+
+    llm = LLM(args.model, drafter, dtype=args.dtype, device=args.device, config=EngineConfig(**limits))
+    print(f"{llm.target.describe()}; drafter {drafter}; {llm.engine.limits()}", file=sys.stderr)
+    return llm
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    import time
+
+    params = sampling_params(args)
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if not prompt.strip():
+        raise ValueError("the prompt is empty")
+    llm = load(args, args.drafter, max_streams=1)
+    started = time.perf_counter()
+    if args.json:
+        answer = llm.generate([prompt], params)[0]
+        seconds = time.perf_counter() - started
+        row = {
+            "text": answer.text,
+            "token_ids": answer.token_ids,
+            "finish_reason": answer.finish_reason,
+            "accepted_length": round(answer.accepted_length, 3),
+            "seconds": round(seconds, 3),
+            "tokens_per_s": round(len(answer.token_ids) / seconds, 2),
+        }
+        print(json.dumps(row, ensure_ascii=False))
+        return
+    sequence = print_stream(llm, prompt, params)
+    seconds = time.perf_counter() - started
+    count = len(sequence.output_ids)
+    print(
+        f"[{count} tokens, {count / seconds:.1f} tokens/s, accepted length {sequence.accepted_length:.2f}]",
+        file=sys.stderr,
+    )
+
+
+def print_stream(llm: "LLM", prompt, params: "SamplingParams"):
+    """Print an answer as it comes; Ctrl-C ends it. Returns its sequence."""
+    sequence = llm.submit(prompt, params)
+    try:
+        for piece in llm.follow(sequence):
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        llm.engine.cancel(sequence)
+        print(" [interrupted]", end="")
+    print()
+    return sequence
+
+
+def run_chat(args: argparse.Namespace) -> None:
+    params = sampling_params(args)
+    llm = load(args, args.drafter, max_streams=1)
+    print("Type a message; /clear forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer.")
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            text = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if text == "/exit":
+            return
+        if text == "/clear":
+            messages.clear()
+        elif text:
+            messages.append({"role": "user", "content": text})
+            try:
+                sequence = print_stream(llm, messages, params)
+            except ValueError as error:  # the conversation has outgrown the context
+                print(f"dspark: {error}; /clear starts anew", file=sys.stderr)
+                messages.pop()
+                continue
+            messages.append({"role": "assistant", "content": llm.completion(sequence).text})
+
+
+def run_data(args: argparse.Namespace) -> None:
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from dspark.train.data import read_prompts
+    from dspark.train.generate import DataConfig, done_ids, self_written_prompts, write_answers
+
+    prompts = read_prompts(args.prompts, args.limit) if args.prompts else None
+    llm = load(args, "none", max_streams=args.streams)
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    tokens = 0
+    with Progress(*columns, TextColumn("{task.fields[tokens]} tokens")) as progress:
+        if prompts is None:
+            writing = progress.add_task("prompts", total=args.self_written, tokens=0)
+            prompts = self_written_prompts(llm, args.self_written, args.seed, lambda _: progress.advance(writing))
+        done = len(done_ids(args.out))
+        answering = progress.add_task("answers", total=len(prompts), completed=done, tokens=0)
+
+        def on_answer(count: int) -> None:
+            nonlocal tokens
+            tokens += count
+            progress.update(answering, advance=1, tokens=tokens)
+
+        config = DataConfig(max_new_tokens=args.max_new_tokens, seed=args.seed)
+        write_answers(llm, prompts, args.out, config, on_answer)
+
+
+def run_train(args: argparse.Namespace) -> int | None:
+    import signal
+
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from dspark.models.loader import load_target
+    from dspark.models.source import load_state_dict
+    from dspark.train.checkpoint import RESUME_FILE, resume_training
+    from dspark.train.data import read_examples
+    from dspark.train.setup import default_recipe, mask_token, new_drafter
+    from dspark.train.trainer import TrainConfig, Trainer
+
+    config = TrainConfig(
+        minutes=args.minutes, learning_rate=args.learning_rate, cache_gib=args.cache_gib, seed=args.seed
+    )
+    target = load_target(args.model, args.dtype, args.device)
+    decoder = target.decoder
+    examples = [e for path in args.data for e in read_examples(path, decoder.config.vocab_size, args.max_length)]
+    if len(examples) <= args.heldout:
+        raise ValueError(f"{len(examples)} examples are not enough to hold {args.heldout} out; generate more")
+    heldout, examples = examples[: args.heldout], examples[args.heldout :]
+    recipe = default_recipe(decoder, mask_token(target.tokenizer), args.block_size, args.draft_layers)
+    model = new_drafter(decoder, load_state_dict(target.source), recipe, examples, args.seed)
+    trainer = Trainer(model, decoder, examples, heldout, config)
+    if (args.out / RESUME_FILE).exists():
+        resume_training(trainer, args.out)
+        print(f"resuming at step {trainer.progress.step}", file=sys.stderr)
+    stopped = False
+
+    def stop(*_) -> None:
+        nonlocal stopped
+        stopped = True
+
+    previous = signal.signal(signal.SIGINT, stop)  # finish the step, save, then leave
+    try:
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        with Progress(*columns) as progress:
+            task = progress.add_task("training", total=60 * config.minutes, completed=int(trainer.progress.seconds))
+            smooth = {"loss": 0.0, "length": 0.0}
+
+            def on_step(result) -> None:
+                share = 1.0 if not smooth["loss"] else 0.05
+                smooth["loss"] += share * (result.loss - smooth["loss"])
+                smooth["length"] += share * (result.accepted_length - smooth["length"])
+                text = f"loss {smooth['loss']:.3f}  expected accepted length {smooth['length']:.3f}"
+                progress.update(task, completed=trainer.progress.seconds, description=text)
+
+            trainer.run(args.out, on_step, lambda: stopped)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if stopped:
+        print(f"interrupted; the same command resumes from '{args.out}'", file=sys.stderr)
+        return 130
+    print(json.dumps(trainer.progress.history[-1]))
+    return None
+
+
+def parse_list(text: str, kind: type, name: str) -> list:
+    """Parse `1,8` style options. Raises ValueError naming the option."""
+    try:
+        return [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ValueError(f"--{name} must be numbers separated by commas, not '{text}'") from None
+
+
+def run_bench(args: argparse.Namespace) -> None:
+    from dspark.eval.bench import BenchConfig, run_and_report
+
+    config = BenchConfig(
+        model=args.model,
+        drafter=args.drafter,
+        dtype=args.dtype,
+        device=args.device,
+        prompts=args.prompts,
+        limit=args.limit,
+        streams=tuple(parse_list(args.streams, int, "streams")),
+        temperatures=tuple(parse_list(args.temperatures, float, "temperatures")),
+        max_new_tokens=args.max_new_tokens,
+        systems=tuple(s.strip() for s in args.systems.split(",") if s.strip()),
+    )
+    run_and_report(config, show_table=not args.json)
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    from dspark.eval.demo import run_demo
+
+    run_demo(args.model, args.drafter, args.dtype, args.device)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

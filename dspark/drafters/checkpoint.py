@@ -1,0 +1,42 @@
+"""Drafter checkpoints: a folder with `config.json` and `model.safetensors` (bf16). No pickles."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from dspark.config import read_json, write_json
+from dspark.drafters.model import DSparkConfig, DSparkModel
+
+
+def save_drafter(model: DSparkModel, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write atomically: a reader sees the old files or the new ones, never half of one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: t.detach().cpu().to(dtype if t.is_floating_point() else torch.int32).contiguous()
+        for name, t in model.state_dict().items()
+    }
+    temporary = folder / "model.safetensors.tmp"
+    save_file(tensors, temporary)
+    temporary.replace(folder / "model.safetensors")
+    write_json(model.config, folder / "config.json")
+
+
+def load_drafter(folder: Path) -> DSparkModel:
+    """The model in fp32. Raises ValueError for missing, damaged or mismatched files."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"'{folder}' is not a drafter checkpoint: it has no config.json")
+    config = read_json(DSparkConfig, folder / "config.json")
+    weights = folder / "model.safetensors"
+    try:
+        tensors = load_file(weights)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"'{weights}' cannot be read, it is missing or damaged: {error}") from None
+    model = DSparkModel(config)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise ValueError(f"'{weights}' does not fit its config.json: {reason}") from None
+    return model

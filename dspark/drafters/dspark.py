@@ -1,0 +1,169 @@
+"""The DSpark drafter at inference: one parallel pass over the block, then the Markov head left to right.
+
+Shapes: R requests, G slots, N = R*G block tokens, M candidates, C width, V' draft vocabulary, r head rank.
+"""
+
+import torch
+from torch import Tensor
+
+from dspark.drafters.interface import DraftRequest
+from dspark.drafters.model import DSparkConfig, DSparkModel
+from dspark.models.decoder import Decoder, DecoderLayer, layer_shapes
+from dspark.models.layers import Linear, apply_rotary, attend, rms_norm
+from dspark.sampling import Purpose, categorical, uniforms
+from dspark.spec.draft import Draft
+
+NUM_CANDIDATES = 64  # top base candidates a slot on which the Markov bias is evaluated and sampled from
+
+
+class DSparkDrafter:
+    """A trained drafter bound to its target: packed weights and the cached context of all running requests.
+
+    Sampling covers the top NUM_CANDIDATES of each slot's base logits; the verifier gets that very distribution.
+    """
+
+    def __init__(self, model: DSparkModel, target: Decoder):
+        """Raises ValueError if the drafter was trained for a target of another shape."""
+        check_fit(model.config, target)
+        self.config, self.target = model.config, target
+        c, dtype, device = model.config.decoder, target.compute_dtype, target.device
+
+        def place(weight: Tensor) -> Tensor:
+            return weight.detach().to(device, dtype)
+
+        weights = [
+            {name: place(layer.get_parameter(name)) for name in layer_shapes(c)}  # pyright: ignore
+            for layer in model.layers
+        ]
+        self.layers = [DecoderLayer(c, w) for w in weights]
+        # The context is the same for every layer, so one product gives the K and V of all of them.
+        self.context_kv = Linear(torch.cat([w[f"self_attn.{n}_proj.weight"] for w in weights for n in ("k", "v")]))
+        self.fc = Linear(place(model.fc.weight))
+        self.hidden_norm = place(model.hidden_norm.weight)
+        self.norm = place(model.norm.weight)
+        self.d2t = model.d2t.to(device)
+        self.head = Linear(target.lm_head_weight[self.d2t])
+        self.w1 = place(model.markov_head.markov_w1.weight)  # [V, r]
+        self.w2 = place(model.markov_head.markov_w2.weight)  # [V', r]
+        self.confidence_weight = place(model.confidence_head.proj.weight)[0]  # [C + r]
+        self.confidence_bias = model.confidence_head.proj.bias.detach().to(device, torch.float32)
+        self.mask_embedding = target.embedding[model.config.mask_token_id]
+        self._storage: list[Tensor] = []
+
+    @property
+    def block_size(self) -> int:
+        return self.config.block_size
+
+    @property
+    def tap_layers(self) -> tuple[int, ...]:
+        return self.config.tap_layers
+
+    @property
+    def slot_bytes(self) -> int:
+        return len(self.layers) * 2 * self.config.decoder.kv_size * self.target.compute_dtype.itemsize
+
+    def allocate(self, num_slots: int) -> None:
+        c = self.config.decoder
+        shape = (num_slots, 2, c.num_kv_heads, c.head_dim)
+        self._storage = [
+            torch.empty(shape, dtype=self.target.compute_dtype, device=self.target.device) for _ in self.layers
+        ]
+
+    @torch.inference_mode()
+    def extend(self, taps: list[Tensor], positions: Tensor, slots: Tensor) -> None:
+        c = self.config.decoder
+        context = rms_norm(self.fc(torch.cat(taps, -1)), self.hidden_norm, c.rms_norm_eps)
+        kv = self.context_kv(context).view(len(positions), len(self.layers), 2, c.num_kv_heads, c.head_dim)
+        cos, sin = self.target.rotary(positions)
+        kv[:, :, 0] = apply_rotary(kv[:, :, 0].contiguous(), cos[:, None], sin[:, None])
+        for storage, layer_kv in zip(self._storage, kv.unbind(1), strict=True):
+            storage.index_copy_(0, slots, layer_kv)
+
+    @torch.inference_mode()
+    def propose(self, requests: list[DraftRequest]) -> Draft:
+        hidden = self.backbone(requests)  # [R, G, C]
+        logits, candidates = self.head(hidden.flatten(0, 1)).topk(min(NUM_CANDIDATES, len(self.d2t)))
+        return self.decode_block(
+            requests,
+            hidden,
+            logits.unflatten(0, hidden.shape[:2]).float(),
+            candidates.unflatten(0, hidden.shape[:2]),
+        )
+
+    def backbone(self, requests: list[DraftRequest]) -> Tensor:
+        """One parallel pass over all blocks -> hidden states [R, G, C]."""
+        g, device = self.block_size, self.target.device
+        anchors = torch.tensor([len(r.token_ids) - 1 for r in requests], device=device)
+        offsets = torch.arange(g, device=device)
+        positions = (anchors[:, None] + offsets).flatten()
+        first_slots = torch.tensor([r.first_slot for r in requests], device=device)
+        slots = (first_slots[:, None] + anchors[:, None] + offsets).flatten()
+        x = self.mask_embedding.repeat(len(requests) * g, 1)
+        x[::g] = self.target.embed(torch.tensor([r.token_ids[-1] for r in requests], device=device))
+        cos, sin = self.target.rotary(positions)
+
+        def attention(layer: int, q: Tensor, kv: Tensor) -> Tensor:
+            storage = self._storage[layer].index_copy_(0, slots, kv)
+            outputs = []
+            for request, block in zip(requests, q.split(g), strict=True):
+                seen = storage[request.first_slot : request.first_slot + len(request.token_ids) - 1 + g]
+                outputs.append(attend(block, seen[:, 0], seen[:, 1], None))
+            return torch.cat(outputs)
+
+        for i, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, i, attention)
+        return rms_norm(x, self.norm, self.config.decoder.rms_norm_eps).view(len(requests), g, -1)
+
+    def decode_block(
+        self, requests: list[DraftRequest], hidden: Tensor, base_logits: Tensor, candidates: Tensor
+    ) -> Draft:
+        """The sequential head over base_logits [R, G, M] fp32 of candidates [R, G, M] (draft vocabulary)."""
+        r, g, m = candidates.shape
+        support = self.d2t[candidates]
+        temperature = torch.tensor([q.params.temperature for q in requests], device=hidden.device)[:, None]
+        greedy = temperature == 0
+        previous = torch.tensor([q.token_ids[-1] for q in requests], device=hidden.device)
+        tokens = torch.empty(r, g, dtype=torch.int64, device=hidden.device)
+        draft_probs = torch.zeros(r, g, m, device=hidden.device)
+        embeddings = hidden.new_empty(r, g, self.w1.shape[1])
+        w2 = self.w2[candidates]  # [R, G, M, r]
+        draws = self._draws(requests).to(hidden.device)  # [R, G]
+        for k in range(g):
+            embeddings[:, k] = self.w1[previous]
+            logits = base_logits[:, k] + torch.einsum("rmd,rd->rm", w2[:, k], embeddings[:, k]).float()
+            best = logits.argmax(-1, keepdim=True)
+            one_hot = torch.zeros_like(logits).scatter_(1, best, 1.0)
+            probs = torch.where(greedy, one_hot, (logits / temperature.masked_fill(greedy, 1.0)).softmax(-1))
+            index = categorical(probs, draws[:, k])[:, None]
+            draft_probs[:, k] = probs
+            previous = tokens[:, k] = support[:, k].gather(1, index).squeeze(1)
+        features = torch.cat([hidden, embeddings], -1)
+        confidence = (features @ self.confidence_weight).float() + self.confidence_bias
+        return Draft(tokens, support, draft_probs, confidence, torch.full((r,), g))
+
+    def _draws(self, requests: list[DraftRequest]) -> Tensor:
+        """The uniform [R, G] that samples each slot; the token of slot k lands at anchor position + 1 + k."""
+        slots = range(self.block_size)
+        seeds = [[q.seed] for q in requests]
+        positions = [[len(q.token_ids) + k for k in slots] for q in requests]
+        return torch.from_numpy(uniforms(seeds, positions, Purpose.DRAFT, list(slots)))
+
+
+def check_fit(config: DSparkConfig, target: Decoder) -> None:
+    """Raise ValueError unless the drafter's vocabulary, width, heads and tap layers fit the target."""
+    ours, theirs = config.decoder, target.config
+    for name, what in (
+        ("vocab_size", "vocabulary"),
+        ("hidden_size", "width"),
+        ("head_dim", "head width"),
+        ("rope_theta", "rotary base"),
+    ):
+        if getattr(ours, name) != getattr(theirs, name):
+            raise ValueError(
+                f"the drafter was trained for a target of {what} {getattr(ours, name)}, this target has "
+                f"{getattr(theirs, name)}; train one for this model with 'dspark train'"
+            )
+    if max(config.tap_layers) >= theirs.num_layers:
+        raise ValueError(
+            f"the drafter reads target layers {list(config.tap_layers)}, this target has {theirs.num_layers} layers"
+        )

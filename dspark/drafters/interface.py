@@ -1,0 +1,60 @@
+"""What the engine asks of a drafter.
+
+Shapes: R requests, N committed tokens, G slots, C target width.
+"""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from dspark.sampling import SamplingParams
+from dspark.spec.draft import Draft
+
+
+class DraftRequest(Protocol):
+    """The part of a sequence that drafters read: its last token is the anchor, all before it are committed."""
+
+    @property
+    def token_ids(self) -> list[int]: ...
+    @property
+    def params(self) -> SamplingParams: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def first_slot(self) -> int:
+        """Slot of position 0 in per-token storage; position i lives at first_slot + i."""
+        ...
+
+
+class Drafter(Protocol):
+    """Guesses up to `block_size` tokens after each anchor. A bad guess costs time, never correctness."""
+
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def tap_layers(self) -> tuple[int, ...]:
+        """Target layers whose outputs `extend` gets; empty if the drafter reads tokens only."""
+        ...
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of storage that one token takes."""
+        ...
+
+    def allocate(self, num_slots: int) -> None:
+        """Make per-token storage for the engine's arena of `num_slots` tokens; called once before all else."""
+        ...
+
+    def extend(self, taps: list[Tensor], positions: Tensor, slots: Tensor) -> None:
+        """Take in committed tokens: one [N, C] a tap layer, positions and slots [N] int64.
+
+        Slots may be written again after a request ends or is recomputed; the last write counts.
+        """
+        ...
+
+    def propose(self, requests: list[DraftRequest]) -> Draft:
+        """Draft for R >= 1 requests whose tokens before the anchor were all taken in by `extend`.
+
+        May write storage at the anchor and the block_size - 1 positions after it, nowhere else.
+        """
+        ...

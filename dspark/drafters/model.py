@@ -1,0 +1,211 @@
+"""The DSpark drafter as a trainable module: parallel backbone, Markov head, confidence head (design §3).
+
+Parameter names are those of the official checkpoints. Inference packs the same weights (`drafters/dspark.py`).
+Shapes: S sequences, T positions, A anchors, G block size, C width, V' draft vocabulary, r head rank.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dspark.models.config import DecoderConfig
+from dspark.models.layers import apply_rotary, rms_norm, rotary_table
+
+
+@dataclass(frozen=True)
+class DSparkConfig:
+    """What a DSpark drafter is made of; `decoder` gives the shape of one draft layer."""
+
+    decoder: DecoderConfig
+    tap_layers: tuple[int, ...]
+    block_size: int
+    num_draft_layers: int
+    markov_rank: int
+    mask_token_id: int
+    draft_vocab_size: int
+
+    def __post_init__(self) -> None:
+        if not self.tap_layers or not all(0 <= i < self.decoder.num_layers for i in self.tap_layers):
+            raise ValueError(f"tap layers {self.tap_layers} must lie in 0..{self.decoder.num_layers - 1}")
+        for name in ("block_size", "num_draft_layers", "markov_rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 1 <= self.draft_vocab_size <= self.decoder.vocab_size:
+            raise ValueError(f"draft_vocab_size must lie in 1..{self.decoder.vocab_size}")
+        if not 0 <= self.mask_token_id < self.decoder.vocab_size:
+            raise ValueError(f"mask_token_id must lie in 0..{self.decoder.vocab_size - 1}")
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class DraftAttention(nn.Module):
+    """Each block attends to the context before its anchor and to all of its own slots, in both directions."""
+
+    def __init__(self, c: DecoderConfig):
+        super().__init__()
+        self.config = c
+        self.q_proj = nn.Linear(c.hidden_size, c.q_size, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, c.kv_size, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, c.kv_size, bias=False)
+        self.o_proj = nn.Linear(c.q_size, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, context: Tensor, context_mask: Tensor, rope: "BlockRotary") -> Tensor:
+        """x [S, A, G, C], context [S, T, C], context_mask [S, A, T] (True: before the anchor) -> [S, A, G, C]."""
+        c = self.config
+        s, a, g, _ = x.shape
+        kv_heads, group, d = c.num_kv_heads, c.group_size, c.head_dim
+        q = apply_rotary(self.q_proj(x).view(s, a, g, c.num_heads, d), *rope.block)
+        q = q.view(s, a, g, kv_heads, group, d).permute(0, 3, 1, 4, 2, 5)  # [S, K, A, group, G, D]
+        k_block = apply_rotary(self.k_proj(x).view(s, a, g, kv_heads, d), *rope.block).permute(0, 3, 1, 4, 2)
+        v_block = self.v_proj(x).view(s, a, g, kv_heads, d).permute(0, 3, 1, 2, 4)  # [S, K, A, G, D]
+        k_context = apply_rotary(self.k_proj(context).view(s, -1, kv_heads, d), *rope.context).permute(0, 2, 3, 1)
+        v_context = self.v_proj(context).view(s, -1, kv_heads, d).transpose(1, 2)  # [S, K, T, D]
+
+        rows = q.reshape(s, kv_heads, a * group * g, d) * d**-0.5
+        on_context = (rows @ k_context).view(s, kv_heads, a, group * g, -1)
+        on_context = on_context.masked_fill(~context_mask[:, None, :, None], float("-inf"))
+        on_block = rows.view(s, kv_heads, a, group * g, d) @ k_block  # [S, K, A, group*G, G]
+        weights = torch.cat([on_context, on_block], -1).softmax(-1)
+        w_context, w_block = weights.split([context.shape[1], g], -1)
+        out = (w_context.reshape(s, kv_heads, a * group * g, -1) @ v_context).view(s, kv_heads, a, group * g, d)
+        out = (out + w_block @ v_block).view(s, kv_heads, a, group, g, d)
+        return self.o_proj(out.permute(0, 2, 4, 1, 3, 5).reshape(s, a, g, -1))
+
+
+class DraftMLP(nn.Module):
+    def __init__(self, c: DecoderConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DraftLayer(nn.Module):
+    def __init__(self, c: DecoderConfig):
+        super().__init__()
+        self.self_attn = DraftAttention(c)
+        self.mlp = DraftMLP(c)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, x: Tensor, context: Tensor, context_mask: Tensor, rope: "BlockRotary") -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), context, context_mask, rope)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+@dataclass
+class BlockRotary:
+    """(cos, sin) of the block slots [S, A, G, 1, D] and of the context positions [T, 1, D]."""
+
+    block: tuple[Tensor, Tensor]
+    context: tuple[Tensor, Tensor]
+
+
+class MarkovHead(nn.Module):
+    """B(x_{k-1}) = W1[x_{k-1}] W2: W1 [V, r] over the whole vocabulary, W2 [V', r] over the draft vocabulary."""
+
+    def __init__(self, config: DSparkConfig):
+        super().__init__()
+        self.markov_w1 = nn.Embedding(config.decoder.vocab_size, config.markov_rank)
+        self.markov_w2 = nn.Linear(config.markov_rank, config.draft_vocab_size, bias=False)
+
+
+class ConfidenceHead(nn.Module):
+    """c_k = sigmoid(w . [h_k; W1[x_{k-1}]] + b); returns the logit [...]."""
+
+    def __init__(self, config: DSparkConfig):
+        super().__init__()
+        self.proj = nn.Linear(config.decoder.hidden_size + config.markov_rank, 1)
+
+    def forward(self, hidden: Tensor, markov_embedding: Tensor) -> Tensor:
+        return self.proj(torch.cat([hidden, markov_embedding], -1)).squeeze(-1)
+
+
+class DSparkModel(nn.Module):
+    """Backbone and heads. Embedding and LM head are the target's, frozen, and passed in where needed.
+
+    `d2t` [V'] maps draft vocabulary to target vocabulary.
+    """
+
+    d2t: Tensor
+    _cos: Tensor
+    _sin: Tensor
+
+    def __init__(self, config: DSparkConfig):
+        super().__init__()
+        self.config = config
+        c = config.decoder
+        self.fc = nn.Linear(len(config.tap_layers) * c.hidden_size, c.hidden_size, bias=False)
+        self.hidden_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.layers = nn.ModuleList(DraftLayer(c) for _ in range(config.num_draft_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.markov_head = MarkovHead(config)
+        self.confidence_head = ConfidenceHead(config)
+        self.register_buffer("d2t", torch.arange(config.draft_vocab_size))
+        cos, sin = rotary_table(c.max_position_embeddings, c.head_dim, c.rope_theta, torch.device("cpu"))
+        self.register_buffer("_cos", cos, persistent=False)
+        self.register_buffer("_sin", sin, persistent=False)
+
+    def forward(self, taps: Tensor, anchors: Tensor, anchor_embeddings: Tensor, mask_embedding: Tensor) -> Tensor:
+        """Backbone over blocks, each isolated from the others.
+
+        taps [S, T, taps*C] of all positions; anchors [S, A] positions; anchor_embeddings [S, A, C];
+        mask_embedding [C] -> normed hidden states h_k [S, A, G, C].
+        """
+        g = self.config.block_size
+        s, a = anchors.shape
+        context = self.hidden_norm(self.fc(taps))
+        positions = anchors[..., None] + torch.arange(g, device=anchors.device)  # [S, A, G]
+        t = torch.arange(taps.shape[1], device=anchors.device)
+        rope = BlockRotary(
+            (self._cos[positions][..., None, :], self._sin[positions][..., None, :]),
+            (self._cos[t][:, None], self._sin[t][:, None]),
+        )
+        masks = mask_embedding.expand(s, a, g - 1, -1)
+        x = torch.cat([anchor_embeddings[:, :, None], masks], 2)
+        context_mask = t < anchors[..., None]  # [S, A, T]
+        for layer in self.layers:
+            x = layer(x, context, context_mask, rope)
+        return self.norm(x)
+
+    def initialize_from_target(self, layers: list[dict[str, Tensor]], final_norm: Tensor, embedding: Tensor) -> None:
+        """Start as copies of target layers whose first one reads the last tap.
+
+        layers: one dict of Hugging Face names below `model.layers.N.` for each draft layer; final_norm [C];
+        embedding [V, C]. `fc` starts as the identity on the last tap and its norm as the first layer's input
+        norm; the later layers' K and V maps absorb the ratio of their own input norm to it. W1 starts as
+        the embedding's leading principal components, W2 as zero: the bias is learned, its geometry given.
+        """
+        c = self.config.decoder.hidden_size
+        first_norm = layers[0]["input_layernorm.weight"]
+        with torch.no_grad():
+            for layer, source in zip(self.layers, layers, strict=True):
+                layer.load_state_dict(source)
+                ratio = source["input_layernorm.weight"] / first_norm
+                for name in ("k_proj", "v_proj"):
+                    layer.get_parameter(f"self_attn.{name}.weight").mul_(
+                        torch.where(first_norm.abs() > 1e-3, ratio, 1.0).clamp(-8, 8)
+                    )
+            self.fc.weight.zero_()
+            self.fc.weight[:, -c:].copy_(torch.eye(c))
+            self.hidden_norm.weight.copy_(first_norm)
+            self.norm.weight.copy_(final_norm)
+            centred = (embedding - embedding.mean(0)).float()
+            basis = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -self.config.markov_rank :]
+            components = centred @ basis
+            self.markov_head.markov_w1.weight.copy_(components / components.std() * 0.5)
+            self.markov_head.markov_w2.weight.zero_()
+            self.confidence_head.proj.weight.zero_()
+            self.confidence_head.proj.bias.zero_()

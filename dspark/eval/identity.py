@@ -1,0 +1,32 @@
+"""Where two greedy outputs part, and whether the target was undecided there."""
+
+from dataclasses import dataclass
+
+import torch
+
+from dspark.models.decoder import Decoder
+from dspark.train.features import WholeSequenceAttention
+
+
+@dataclass(frozen=True)
+class Difference:
+    """First position (in the answer) at which outputs differ, the two tokens and the target's logits for them."""
+
+    position: int
+    tokens: tuple[int, int]
+    logits: tuple[float, float]
+
+
+@torch.inference_mode()
+def first_difference(target: Decoder, prompt: list[int], a: list[int], b: list[int]) -> Difference | None:
+    """None if the answers a and b are equal; the logits come from one whole forward over the common prefix."""
+    if a == b:
+        return None
+    position = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    if position == min(len(a), len(b)):
+        raise AssertionError(f"one answer ends at {position} where the other, equal so far, goes on")
+    tokens = torch.tensor(prompt + a[:position], device=target.device)
+    attention = WholeSequenceAttention(target.config.group_size)
+    output = target.forward(tokens, torch.arange(len(tokens), device=target.device), attention)
+    logits = target.logits(output.hidden[-1:])[0].float()
+    return Difference(position, (a[position], b[position]), (logits[a[position]].item(), logits[b[position]].item()))

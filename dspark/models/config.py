@@ -1,0 +1,68 @@
+"""Shape of a decoder-only target, read once from a Hugging Face config and from nowhere else."""
+
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+SUPPORTED_FAMILIES = ("llama",)
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Everything the decoder needs to know about a model; widths in elements, lengths in tokens."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 10_000.0
+    rms_norm_eps: float = 1e-6
+    tie_embeddings: bool = True
+    max_position_embeddings: int = 2048
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @classmethod
+    def from_hf(cls, config: PretrainedConfig) -> "DecoderConfig":
+        """All guesses about Hugging Face configs stay here.
+
+        Raises ValueError for a family or a feature that the decoder does not compute.
+        """
+        if config.model_type not in SUPPORTED_FAMILIES:
+            raise ValueError(
+                f"model type '{config.model_type}' is not supported; supported: {', '.join(SUPPORTED_FAMILIES)}"
+            )
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type", "default") != "default":
+            raise ValueError(f"rope type '{rope['rope_type']}' is not supported; only 'default' is")
+        if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
+            raise ValueError("models with attention or MLP biases are not supported")
+        if config.hidden_act != "silu":
+            raise ValueError(f"activation '{config.hidden_act}' is not supported; only 'silu' is")
+        return cls(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_layers=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            rope_theta=float(rope.get("rope_theta", getattr(config, "rope_theta", 10_000.0))),
+            rms_norm_eps=config.rms_norm_eps,
+            tie_embeddings=config.tie_word_embeddings,
+            max_position_embeddings=config.max_position_embeddings,
+        )

@@ -1,0 +1,164 @@
+"""The target: a lean decoder that exposes the outputs of chosen layers (taps) for every token.
+
+It computes on flattened tokens [N, ...]; which token belongs to which request is known to the
+`Attention` object that the caller passes, and to nothing else here.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dspark.models.config import DecoderConfig
+from dspark.models.layers import Linear, apply_rotary, rms_norm, rotary_table, storage_dtype
+
+
+class Attention(Protocol):
+    """Stores this step's keys and values and attends, request by request."""
+
+    def __call__(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
+        """q [N, H, D], kv [N, 2, K, D] (rotated keys, values) -> [N, H*D]."""
+        ...
+
+
+class DecoderLayer:
+    """One pre-norm layer of the Llama family: fused QKV and gate/up, weights packed for inference."""
+
+    def __init__(self, config: DecoderConfig, weights: dict[str, Tensor]):
+        """weights: Hugging Face names below `model.layers.N.`, already on the device in the compute dtype."""
+        self.config = config
+        names = ("q_proj", "k_proj", "v_proj")
+        self.qkv_proj = Linear(torch.cat([weights[f"self_attn.{n}.weight"] for n in names]))
+        self.o_proj = Linear(weights["self_attn.o_proj.weight"])
+        self.gate_up_proj = Linear(torch.cat([weights[f"mlp.{n}_proj.weight"] for n in ("gate", "up")]))
+        self.down_proj = Linear(weights["mlp.down_proj.weight"])
+        self.input_norm = weights["input_layernorm.weight"]
+        self.post_attention_norm = weights["post_attention_layernorm.weight"]
+
+    def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Normed input [N, C] -> rotated q [N, H, D] and kv [N, 2, K, D]."""
+        c = self.config
+        heads = self.qkv_proj(x).view(-1, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
+        rotated = apply_rotary(heads[:, : c.num_heads + c.num_kv_heads], cos, sin)
+        q, k = rotated.split([c.num_heads, c.num_kv_heads], dim=1)
+        return q, torch.stack([k, heads[:, -c.num_kv_heads :]], dim=1)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(rms_norm(x, self.post_attention_norm, self.config.rms_norm_eps)).chunk(2, -1)
+        return self.down_proj(F.silu(gate) * up)
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attention: Attention) -> Tensor:
+        q, kv = self.qkv(rms_norm(x, self.input_norm, self.config.rms_norm_eps), cos, sin)
+        x = x + self.o_proj(attention(layer, q, kv))
+        return x + self.mlp(x)
+
+
+@dataclass
+class DecoderOutput:
+    """hidden [N, C]: input of the final norm; taps: outputs [N, C] of the layers asked for, in their order."""
+
+    hidden: Tensor
+    taps: list[Tensor]
+
+
+class Decoder:
+    """A frozen target on one device.
+
+    `dtype` is the precision of the weights; `compute_dtype` is what products run in (see `storage_dtype`).
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        state_dict: dict[str, Tensor],
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+    ):
+        """state_dict: Hugging Face names and shapes. Raises ValueError if a tensor is missing or misshapen."""
+        self.config, self.dtype, self.device = config, dtype, torch.device(device)
+        self.compute_dtype = storage_dtype(dtype, self.device)
+        check_shapes(config, state_dict)
+
+        def place(name: str) -> Tensor:
+            return state_dict[name].to(dtype).to(self.device, self.compute_dtype)
+
+        self.embedding = place("model.embed_tokens.weight")  # [V, C]
+        # Plain weight beside the packed one: drafters prune it, training multiplies with its transpose.
+        self.lm_head_weight = self.embedding if config.tie_embeddings else place("lm_head.weight")
+        self.lm_head = Linear(self.lm_head_weight)
+        self.final_norm = place("model.norm.weight")
+        self.layers = [
+            DecoderLayer(config, {n: place(f"model.layers.{i}.{n}") for n in layer_shapes(config)})
+            for i in range(config.num_layers)
+        ]
+        self._cos, self._sin = rotary_table(
+            config.max_position_embeddings, config.head_dim, config.rope_theta, self.device
+        )
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos, sin [N, 1, D] of positions [N]."""
+        return self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens [N] -> [N, C]."""
+        return self.embedding[tokens]
+
+    @torch.inference_mode()
+    def forward(
+        self, tokens: Tensor, positions: Tensor, attention: Attention, tap_layers: Iterable[int] = ()
+    ) -> DecoderOutput:
+        """tokens, positions [N] int64 -> hidden states of all N tokens; `logits` turns rows of them into scores."""
+        cos, sin = self.rotary(positions)
+        tap_layers = tuple(tap_layers)
+        outputs: dict[int, Tensor] = {}
+        x = self.embed(tokens)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, i, attention)
+            if i in tap_layers:
+                outputs[i] = x
+        return DecoderOutput(x, [outputs[i] for i in tap_layers])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [N, C] (before the final norm) -> logits [N, V]."""
+        return self.lm_head(self.final_hidden(hidden))
+
+    def final_hidden(self, hidden: Tensor) -> Tensor:
+        """The final norm [N, C] -> [N, C]."""
+        return rms_norm(hidden, self.final_norm, self.config.rms_norm_eps)
+
+
+def layer_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Name below `model.layers.N.` -> shape, for one layer."""
+    c = config
+    return {
+        "self_attn.q_proj.weight": (c.q_size, c.hidden_size),
+        "self_attn.k_proj.weight": (c.kv_size, c.hidden_size),
+        "self_attn.v_proj.weight": (c.kv_size, c.hidden_size),
+        "self_attn.o_proj.weight": (c.hidden_size, c.q_size),
+        "mlp.gate_proj.weight": (c.intermediate_size, c.hidden_size),
+        "mlp.up_proj.weight": (c.intermediate_size, c.hidden_size),
+        "mlp.down_proj.weight": (c.hidden_size, c.intermediate_size),
+        "input_layernorm.weight": (c.hidden_size,),
+        "post_attention_layernorm.weight": (c.hidden_size,),
+    }
+
+
+def check_shapes(config: DecoderConfig, state_dict: dict[str, Tensor]) -> None:
+    """Raise ValueError on the first tensor that is missing or does not fit the config."""
+    expected: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab_size, config.hidden_size),
+        "model.norm.weight": (config.hidden_size,),
+    }
+    if not config.tie_embeddings:
+        expected["lm_head.weight"] = (config.vocab_size, config.hidden_size)
+    for i in range(config.num_layers):
+        expected |= {f"model.layers.{i}.{n}": shape for n, shape in layer_shapes(config).items()}
+    for name, shape in expected.items():
+        if name not in state_dict:
+            raise ValueError(f"the model's weights lack '{name}': the file is incomplete or of another family")
+        if tuple(state_dict[name].shape) != shape:
+            raise ValueError(f"'{name}' has shape {tuple(state_dict[name].shape)}, its config asks for {shape}")

@@ -1,0 +1,198 @@
+"""From logits to tokens: a request's sampling parameters, its token distribution, its random numbers.
+
+All functions are pure. Each row is computed by itself, and a random number is a function of its key alone
+(`uniform`), so a request's tokens do not change with what runs beside it.
+
+Shapes: N = rows (tokens to predict), V = vocabulary size, C = candidates looked at.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+from torch.nn.functional import pad
+
+__all__ = ["Purpose", "SamplingParams", "categorical", "truncated_probs", "uniform", "uniforms"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request chooses its tokens and when it stops. The defaults are greedy decoding."""
+
+    temperature: float = 0.0
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None  # None: the engine picks one
+    max_new_tokens: int = 256
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        # Written as "not (good)" so that NaN is refused too.
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be finite and at least 0, got {self.temperature}.")
+        if not self.top_k >= 0:
+            raise ValueError(f"top_k must be at least 0 (0 turns it off), got {self.top_k}.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1 (1 turns it off), got {self.top_p}.")
+        if not 0 <= self.min_p < 1:
+            raise ValueError(f"min_p must be at least 0 (0 turns it off) and below 1, got {self.min_p}.")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must fit a signed 64-bit integer, got {self.seed}.")
+        if not self.max_new_tokens >= 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+# ---- logits to probabilities
+
+
+def truncated_probs(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """The distribution each row is really sampled from: logits [N, V], parameters [N] -> probs [N, V].
+
+    Filters come in the order Transformers applies them: temperature, top-k, top-p (on what top-k left,
+    renormalised), min-p. A row at temperature 0 is the one-hot of its first maximum. Tokens that tie with the
+    last one kept are kept too, so that the result does not depend on a sorting order. Float64 logits give
+    float64 probabilities, others float32. A filter that no row uses costs nothing.
+    """
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    temperature, top_p, min_p = temperature.to(dtype), top_p.to(dtype), min_p.to(dtype)
+    greedy = temperature == 0
+    if greedy.all():
+        return _one_hot_argmax(logits, dtype)
+
+    # Probability relative to the row's best token, whose weight is 1. Each filter is a floor for the weight.
+    # In place from here: at this size memory costs more than arithmetic.
+    weights = logits.to(dtype) - logits.amax(-1, keepdim=True).to(dtype)  # [N, V]
+    weights.div_(temperature.masked_fill(greedy, 1)[:, None]).exp_()
+
+    rows = _rows((top_k > 0) & (top_k < logits.shape[-1]) & ~greedy)
+    if len(rows):
+        k = top_k[rows].long()[:, None]
+        floor = _take(weights, rows).topk(int(k.max())).values.gather(-1, k - 1)  # [rows, 1]
+        _drop_below(weights, torch.zeros_like(top_p).index_copy(0, rows, floor.squeeze(-1)))
+
+    floor = min_p  # already relative to the best token
+    rows = _rows((top_p < 1) & ~greedy)
+    if len(rows):
+        nucleus_floor = _nucleus_floor(_take(weights, rows), top_p[rows])
+        floor = floor.index_copy(0, rows, nucleus_floor.maximum(min_p[rows]))
+    if (floor > 0).any():
+        _drop_below(weights, floor)
+
+    probs = weights.div_(weights.sum(-1, keepdim=True))
+    rows = _rows(greedy)
+    if len(rows):
+        probs[rows] = _one_hot_argmax(logits[rows], dtype)
+    return probs
+
+
+def _rows(mask: Tensor) -> Tensor:
+    return mask.nonzero().squeeze(-1)
+
+
+def _take(weights: Tensor, rows: Tensor) -> Tensor:
+    """These rows; without a copy if they are all rows, as when one client's settings fill the batch."""
+    return weights if len(rows) == len(weights) else weights[rows]
+
+
+def _drop_below(weights: Tensor, floor: Tensor) -> None:
+    weights.masked_fill_(weights < floor[:, None], 0)
+
+
+def _one_hot_argmax(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros_like(logits, dtype=dtype).scatter_(-1, logits.argmax(-1, keepdim=True), 1)
+
+
+def _nucleus_floor(weights: Tensor, top_p: Tensor) -> Tensor:
+    """The least weight in each row's nucleus, the fewest top tokens that hold top_p of the row's sum: [N].
+
+    A nucleus is nearly always small: a few hundred tokens are ranked, the whole vocabulary only if need be.
+    """
+    vocab = weights.shape[-1]
+    wanted = (top_p * weights.sum(-1))[:, None]
+    ranked, inside = weights, torch.ones_like(weights, dtype=torch.bool)
+    for candidates in (256, 4096, vocab):
+        ranked = weights.topk(min(candidates, vocab)).values  # [N, C], descending
+        held = ranked.double().cumsum(-1)
+        inside = pad(held[:, :-1], (1, 0)) < wanted  # held by the tokens before this one
+        if not inside[:, -1].any():
+            break
+    last = inside.sum(-1, keepdim=True).clamp(min=1) - 1  # the best token stays even if top_p rounds to 0
+    return ranked.gather(-1, last).squeeze(-1)
+
+
+# ---- probabilities to tokens
+
+
+def categorical(probs: Tensor, u: Tensor) -> Tensor:
+    """Draw one id per row by inverting the CDF: probs [N, V], u [N] in [0, 1) -> ids [N].
+
+    Rows need a positive sum but need not be normalised. An id of probability 0 is never returned: its
+    cumulative sum equals the one before it, and the first sum above the threshold is taken.
+    """
+    cumulative = probs.double().cumsum(-1)  # [N, V]
+    total = cumulative[:, -1]
+    # Strictly below the total even if u was rounded up to 1.
+    threshold = torch.minimum(u.double() * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(-1)
+
+
+# ---- seeded random numbers
+
+
+class Purpose(IntEnum):
+    """What a random number is for; one position needs up to three that are independent of each other."""
+
+    DRAFT = 0  # sampling the draft token
+    ACCEPT = 1  # accepting or rejecting it
+    TARGET = 2  # sampling the residual or bonus token
+
+
+_MASK = 2**64 - 1
+
+
+def _mix(z: Any) -> Any:  # an int or an array of uint64
+    """The finaliser of splitmix64: a bijection of 64-bit words; each input bit moves all output bits."""
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & _MASK
+    return z ^ (z >> 31)
+
+
+def _bits(state: Any, words: Iterable[Any]) -> Any:
+    """64 random bits for a key of several words."""
+    for word in words:
+        state = _mix(((state ^ word) + 0x9E3779B97F4A7C15) & _MASK)
+    return state
+
+
+def uniform(seed: int, position: int, purpose: Purpose, slot: int = 0) -> float:
+    """The random number in [0, 1) that belongs to this key, the same whenever and wherever it is asked for.
+
+    `position` is the absolute position of the token drawn. For ACCEPT and TARGET it is key enough: of the
+    draws at one position, only those that decide its committed token have any effect. For DRAFT the slot in
+    the block must be part of the key. A position that was drafted in a round cut short before it is drafted
+    again in a later round, always in an earlier slot. A scheduler that uses confidences of past rounds
+    (StaleBudget) may have set its budget by what the first draft was; were the number reused, whether the new
+    draft token is verified would depend on its own value, and the output would no longer follow the target.
+    With the slot in the key the second draft is fresh.
+    """
+    words = (seed & _MASK, position & _MASK, int(purpose), slot & _MASK)
+    return (_bits(0, words) >> 11) * 2.0**-53
+
+
+def uniforms(seeds: ArrayLike, positions: ArrayLike, purpose: Purpose, slots: ArrayLike = 0) -> NDArray[np.float64]:
+    """`uniform` for integer arrays, broadcast against each other."""
+    words = (np.asarray(word).astype(np.uint64) for word in (seeds, positions, int(purpose), slots))
+    with np.errstate(over="ignore"):  # wrapping around is the point
+        return (_bits(np.zeros((), np.uint64), words) >> 11) * 2.0**-53

@@ -1,0 +1,40 @@
+"""Anchors and blocks: which positions start a block, which slots are supervised (design §6).
+
+Shapes: S sequences, T positions, A anchors, G block size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Blocks:
+    """anchors [S, A]; supervised [S, A, G]: slot k of the block has a target and all slots before it too."""
+
+    anchors: Tensor
+    supervised: Tensor
+
+    def positions(self) -> Tensor:
+        """Position whose target distribution slot k is trained towards, anchor + k, [S, A, G]."""
+        return self.anchors[..., None] + torch.arange(self.supervised.shape[-1], device=self.anchors.device)
+
+
+def sample_blocks(loss_mask: Tensor, block_size: int, num_anchors: int, generator: torch.Generator) -> Blocks:
+    """Random anchors a with loss_mask[a] and loss_mask[a + 1], at most num_anchors a sequence.
+
+    loss_mask [S, T] bool. Sequences with fewer valid anchors are padded with unsupervised blocks at 0.
+    """
+    s, t = loss_mask.shape
+    valid = loss_mask[:, :-1] & loss_mask[:, 1:]
+    # Random scores order the valid positions before all others; the best num_anchors of each row are taken.
+    scores = torch.rand(valid.shape, generator=generator).to(valid.device).masked_fill(~valid, 2.0)
+    count = min(num_anchors, int(valid.sum(1).max()))
+    order = scores.argsort(1)[:, :count]
+    keep = valid.gather(1, order)
+    anchors = torch.where(keep, order, 0)
+    targets = anchors[..., None] + 1 + torch.arange(block_size, device=anchors.device)  # [S, A, G]
+    inside = (targets < t) & keep[..., None]
+    masked = loss_mask.gather(1, targets.clamp(max=t - 1).view(s, -1)).view(targets.shape)
+    return Blocks(anchors, (masked & inside).cumprod(-1).bool())

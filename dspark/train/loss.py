@@ -1,0 +1,125 @@
+"""The training loss (design §6), fused: products, softmaxes and gradients one chunk of rows at a time.
+
+Nothing of size rows x vocabulary outlives its chunk, so memory does not grow with the batch.
+Shapes: N supervised slots, C width, r head rank, V' draft vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK_ROWS = 256  # rows of logits alive at once: 256 x 12,288 fp32 stay within a CPU's last-level cache
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of the three terms and the decay of slot weights w_k = exp(-k / decay)."""
+
+    cross_entropy: float = 0.1
+    total_variation: float = 0.9
+    confidence: float = 1.0
+    decay: float = 4.0
+
+
+class DistributionLoss(torch.autograd.Function):
+    """Weighted sums of CE(x*) and ||draft_probs - target_probs||_1 over N rows, with closed-form gradients.
+
+    The target's distribution is rebuilt from its last hidden state; tokens outside the draft vocabulary
+    have draft probability 0, so they add their target probability to the L1 distance and no gradient.
+    Forward returns (loss scalar, cross_entropy [N], l1 [N]); only the scalar is differentiable.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden: Tensor,  # [N, C] draft hidden states
+        markov: Tensor,  # [N, r] W1[x_{k-1}]
+        w2: Tensor,  # [V', r]
+        head: Tensor,  # [V', C] frozen LM head rows of the draft vocabulary
+        target_hidden: Tensor,  # [N, C] after the final norm
+        target_logsumexp: Tensor,  # [N] over the whole vocabulary
+        labels: Tensor,  # [N] draft-vocabulary index of x*, -1 where x* is outside of it
+        row_weights: Tensor,  # [N]
+        ce_weight: float,
+        l1_weight: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grad_hidden, grad_markov, grad_w2 = (
+            torch.empty_like(hidden),
+            torch.empty_like(markov),
+            torch.zeros_like(w2),
+        )
+        cross_entropy, l1 = torch.empty_like(target_logsumexp), torch.empty_like(target_logsumexp)
+        for rows in torch.arange(len(hidden), device=hidden.device).split(CHUNK_ROWS):
+            i = slice(int(rows[0]), int(rows[-1]) + 1)
+            target_probs = (target_hidden[i] @ head.T).float().sub_(target_logsumexp[i, None]).exp_()  # [n, V']
+            outside = (1 - target_probs.sum(-1)).clamp_(min=0)
+            draft_logits = (hidden[i] @ head.T).addmm_(markov[i], w2.T).float()
+            label = labels[i, None].clamp(min=0)
+            in_vocab = (labels[i] >= 0).float()
+            draft_logsumexp = draft_logits.logsumexp(-1)
+            cross_entropy[i] = (draft_logsumexp - draft_logits.gather(1, label).squeeze(1)) * in_vocab
+            draft_probs = draft_logits.sub_(draft_logsumexp[:, None]).exp_()
+            difference = draft_probs - target_probs
+            l1[i] = difference.abs().sum(-1) + outside
+            # d CE = q - onehot;  d L1 = q (s - <q, s>) with s = sign(q - p)
+            sign = difference.sign_()
+            inner = (draft_probs * sign).sum(-1, keepdim=True)
+            grad = sign.sub_(inner).mul_(l1_weight).add_((ce_weight * in_vocab)[:, None]).mul_(draft_probs)
+            grad.scatter_add_(1, label, (-ce_weight * in_vocab)[:, None])
+            grad.mul_(row_weights[i, None])
+            grad = grad.to(head.dtype)
+            grad_hidden[i] = grad @ head
+            grad_markov[i] = grad @ w2
+            grad_w2.addmm_(grad.T, markov[i])
+        ctx.save_for_backward(grad_hidden, grad_markov, grad_w2)
+        ctx.mark_non_differentiable(cross_entropy, l1)
+        return (row_weights * (ce_weight * cross_entropy + l1_weight * l1)).sum(), cross_entropy, l1
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor, *_unused: Tensor):  # pyright: ignore
+        grad_hidden, grad_markov, grad_w2 = ctx.saved_tensors
+        return (grad_loss * grad_hidden, grad_loss * grad_markov, grad_loss * grad_w2, *[None] * 7)
+
+
+@dataclass
+class SlotTargets:
+    """What N supervised slots are trained towards (see `DistributionLoss.forward`)."""
+
+    hidden: Tensor
+    logsumexp: Tensor
+    labels: Tensor
+    slots: Tensor  # [N] slot index k
+    slot_weights: Tensor  # [N] exp(-k / decay), not normalised
+
+
+def dspark_loss(
+    hidden: Tensor,
+    markov: Tensor,
+    w2: Tensor,
+    head: Tensor,
+    confidence_logits: Tensor,
+    targets: SlotTargets,
+    weights: LossWeights,
+) -> tuple[Tensor, Tensor]:
+    """L = 0.1 CE + 0.9 L1 + 1.0 BCE(c, 1 - L1/2), each divided by the sum of slot weights.
+
+    hidden [N, C], markov [N, r], confidence_logits [N] -> (loss, acceptance [N] = 1 - L1/2, detached).
+    """
+    normalised = targets.slot_weights / targets.slot_weights.sum()
+    loss, _, l1 = DistributionLoss.apply(
+        hidden,
+        markov,
+        w2,
+        head,
+        targets.hidden,
+        targets.logsumexp,
+        targets.labels,
+        normalised,
+        weights.cross_entropy,
+        weights.total_variation,
+    )  # pyright: ignore
+    acceptance = (1 - l1 / 2).clamp(0, 1)
+    bce = F.binary_cross_entropy_with_logits(confidence_logits.float(), acceptance, reduction="none")
+    return loss + weights.confidence * (normalised * bce).sum(), acceptance

@@ -1,0 +1,266 @@
+"""Training a DSpark drafter against a frozen target.
+
+`Trainer.step` is the whole of it: features, blocks, backbone, loss, update. Everything around it is
+time keeping, evaluation and checkpoints.
+Shapes: S sequences, T positions, A anchors, G block size, C width, N supervised slots.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dspark.drafters.model import DSparkModel
+from dspark.models.decoder import Decoder
+from dspark.train.blocks import sample_blocks
+from dspark.train.checkpoint import save_training
+from dspark.train.data import Example
+from dspark.train.features import FeatureSource
+from dspark.train.loss import LossWeights, SlotTargets, dspark_loss
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run; `minutes` of training time are the budget, and the schedule follows them."""
+
+    minutes: float = 60.0
+    learning_rate: float = 1e-3
+    warmup_share: float = 0.04
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    sequences_per_step: int = 2
+    anchors_per_sequence: int = 256
+    cache_gib: float = 6.0
+    eval_every_minutes: float = 5.0
+    seed: int = 0
+    loss: LossWeights = field(default_factory=LossWeights)
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with the checkpoint, so that a resumed run continues the same schedule."""
+
+    step: int = 0
+    seconds: float = 0.0
+    slots: int = 0  # supervised block slots seen
+    history: list[dict] = field(default_factory=list)
+
+
+@dataclass
+class Batch:
+    """S padded examples: tokens and loss_mask [S, T], taps [S, T, taps*C], hidden [S, T, C], logsumexp [S, T]."""
+
+    tokens: Tensor
+    loss_mask: Tensor
+    taps: Tensor
+    hidden: Tensor
+    logsumexp: Tensor
+
+
+@dataclass
+class StepResult:
+    """loss and expected accepted length (bonus included, teacher forced) of one batch; N supervised slots."""
+
+    loss: float
+    accepted_length: float
+    slots: int
+
+
+class Trainer:
+    """Trains `model` in place on `examples`; `heldout` is for evaluation only."""
+
+    def __init__(
+        self,
+        model: DSparkModel,
+        target: Decoder,
+        examples: list[Example],
+        heldout: list[Example],
+        config: TrainConfig,
+    ):
+        self.model, self.target, self.config = model, target, config
+        self.examples, self.heldout = examples, heldout
+        # Held-out examples carry negative indices, so that both share one bounded cache.
+        self.features = FeatureSource(target, model.config.tap_layers, int(config.cache_gib * 2**30))
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=0.0, weight_decay=config.weight_decay, betas=(0.9, 0.95)
+        )
+        self.progress = Progress()
+        self.mask_embedding = target.embedding[model.config.mask_token_id].float()
+        self.bind_draft_vocabulary()
+
+    def bind_draft_vocabulary(self) -> None:
+        """Derive the pruned LM head and the map to draft ids from the model's `d2t`."""
+        target, model = self.target, self.model
+        self.head = target.lm_head_weight[model.d2t].clone()  # [V', C]
+        t2d = torch.full((target.config.vocab_size,), -1)
+        t2d[model.d2t] = torch.arange(len(model.d2t))
+        self.t2d = t2d
+
+    # -- one step ---------------------------------------------------------------------------------
+
+    def step(self, indices: list[int]) -> StepResult:
+        """One update on the examples of these indices."""
+        batch = self.collate(indices, self.examples)
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.progress.step)
+        loss, acceptance, slots = self.loss(batch, generator)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        self.optimizer.step()
+        return StepResult(loss.item(), accepted_length(acceptance, slots, self.model.config.block_size), len(slots))
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, acceptance [N], slot index [N]) on freshly sampled blocks of the batch."""
+        model = self.model
+        blocks = sample_blocks(batch.loss_mask, model.config.block_size, self.config.anchors_per_sequence, generator)
+        anchor_embeddings = self.target.embed(batch.tokens.gather(1, blocks.anchors)).float()
+        hidden = model(batch.taps.float(), blocks.anchors, anchor_embeddings, self.mask_embedding)
+        sequence, _, slots = blocks.supervised.nonzero(as_tuple=True)  # [N] each
+        positions = blocks.positions()[blocks.supervised]
+        hidden = hidden[blocks.supervised]  # [N, C]
+        markov = model.markov_head.markov_w1(batch.tokens[sequence, positions])
+        targets = SlotTargets(
+            batch.hidden[sequence, positions].float(),
+            batch.logsumexp[sequence, positions],
+            self.t2d[batch.tokens[sequence, positions + 1]],
+            slots,
+            torch.exp(-slots / self.config.loss.decay),
+        )
+        loss, acceptance = dspark_loss(
+            hidden,
+            markov,
+            model.markov_head.markov_w2.weight,
+            self.head,
+            model.confidence_head(hidden, markov),
+            targets,
+            self.config.loss,
+        )
+        return loss, acceptance, slots
+
+    def collate(self, indices: list[int], examples: list[Example]) -> Batch:
+        """Examples padded to the longest; padding lies behind every anchor, so no block sees it."""
+        sign = -1 if examples is self.heldout else 1
+        features = [self.features.get(sign * (i + 1), examples[i]) for i in indices]
+        length = max(len(f.logsumexp) for f in features)
+        pad = [length - len(f.logsumexp) for f in features]
+
+        def stack(rows: list[Tensor]) -> Tensor:
+            return torch.stack([torch.nn.functional.pad(r, [0, 0] * (r.ndim - 1) + [0, p]) for r, p in zip(rows, pad)])
+
+        masks = []
+        for i in indices:
+            mask = torch.ones(len(examples[i].token_ids), dtype=torch.bool)
+            mask[: len(examples[i].prompt_ids)] = False
+            masks.append(mask)
+        return Batch(
+            stack([torch.tensor(examples[i].token_ids) for i in indices]),
+            stack(masks),
+            stack([f.taps for f in features]),
+            stack([f.hidden for f in features]),
+            stack([f.logsumexp for f in features]),
+        )
+
+    # -- schedule ---------------------------------------------------------------------------------
+
+    @property
+    def share_done(self) -> float:
+        return min(1.0, self.progress.seconds / (60 * self.config.minutes))
+
+    def learning_rate(self) -> float:
+        """Linear warm-up, then a cosine to zero, over the time budget."""
+        warmup = self.config.warmup_share
+        if self.share_done < warmup:
+            return self.config.learning_rate * max(self.share_done / warmup, 0.02)
+        return self.config.learning_rate * 0.5 * (1 + math.cos(math.pi * (self.share_done - warmup) / (1 - warmup)))
+
+    def batches(self) -> Iterator[list[int]]:
+        """Example indices of the steps from the current one on: epochs of seeded permutations."""
+        size = min(self.config.sequences_per_step, len(self.examples))
+        steps_per_epoch = len(self.examples) // size
+        step = self.progress.step
+        while True:
+            epoch, offset = divmod(step, steps_per_epoch)
+            generator = torch.Generator().manual_seed(self.config.seed * 7_919 + epoch)
+            order = torch.randperm(len(self.examples), generator=generator).tolist()
+            yield order[offset * size : (offset + 1) * size]
+            step += 1
+
+    # -- the run ----------------------------------------------------------------------------------
+
+    def run(
+        self,
+        checkpoint: Path,
+        on_step: Callable[[StepResult], None] = lambda _: None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Train until the time budget is used up or `should_stop()`; a resumable state is left either way.
+
+        State is also written after every evaluation. on_step is called after each step.
+        """
+        interval = 60 * self.config.eval_every_minutes
+        next_eval = self.progress.seconds + interval
+        for indices in self.batches():
+            if self.share_done >= 1 or should_stop():
+                break
+            started = time.perf_counter()
+            result = self.step(indices)
+            self.progress.step += 1
+            self.progress.slots += result.slots
+            self.progress.seconds += time.perf_counter() - started
+            on_step(result)
+            if self.progress.seconds >= next_eval:
+                self.evaluate()
+                save_training(self, checkpoint)
+                next_eval = self.progress.seconds + interval
+        if not should_stop():
+            self.evaluate()
+        save_training(self, checkpoint)
+
+    def describe_data(self) -> dict:
+        """What was trained on, for the record."""
+        return {
+            "examples": len(self.examples),
+            "answer_tokens": sum(len(e.answer_ids) for e in self.examples),
+            "heldout_examples": len(self.heldout),
+        }
+
+    @torch.no_grad()
+    def evaluate(self) -> dict:
+        """Loss and acceptance by slot on held-out examples, appended to the history."""
+        generator = torch.Generator().manual_seed(self.config.seed)
+        losses, acceptances, slots = [], [], []
+        for i in range(len(self.heldout)):
+            loss, acceptance, slot = self.loss(self.collate([i], self.heldout), generator)
+            losses.append(loss.item())
+            acceptances.append(acceptance)
+            slots.append(slot)
+        acceptance, slot = torch.cat(acceptances), torch.cat(slots)
+        by_slot = [round(acceptance[slot == k].mean().item(), 4) for k in range(self.model.config.block_size)]
+        entry = {
+            "step": self.progress.step,
+            "seconds": round(self.progress.seconds, 1),
+            "slots": self.progress.slots,
+            "heldout_loss": round(sum(losses) / len(losses), 4),
+            "heldout_acceptance_by_slot": by_slot,
+            "heldout_accepted_length": round(accepted_length(acceptance, slot, len(by_slot)), 4),
+        }
+        self.progress.history.append(entry)
+        return entry
+
+
+def accepted_length(acceptance: Tensor, slots: Tensor, block_size: int) -> float:
+    """Expected tokens a round, 1 + sum over k of the product of mean acceptances up to slot k."""
+    total, survival = 1.0, 1.0
+    for k in range(block_size):
+        at_slot = acceptance[slots == k]
+        if not len(at_slot):
+            break
+        survival *= at_slot.mean().item()
+        total += survival
+    return total

@@ -1,0 +1,269 @@
+"""The exact law of speculative decoding's output, by enumeration in float64.
+
+Targets and drafters are tables over a tiny vocabulary. `joint_law` walks through every draft, every choice of
+verify lengths, every acceptance, residual and bonus token, round after round, with the package's own
+`acceptance_probabilities` and `residual_probs`; `target_law` is what the output must follow.
+
+`choose_lengths` is the prefix scheduler. It is shown everything, the drafted tokens too, so that one that
+uses what it must not can be caught, and it returns the probability of each choice.
+
+Shapes: V = vocabulary size, M = support of a draft distribution.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from itertools import product, takewhile
+from math import prod
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dspark.spec.verify import acceptance_probabilities, residual_probs
+
+Tokens = tuple[int, ...]
+Target = Callable[[Tokens], Tensor]  # prefix -> target_probs [V]
+Drafter = Callable[[Tokens, Tokens], tuple[Tensor, Tensor]]  # prefix, block so far -> support, draft_probs [M]
+Confidence = Callable[[Tokens, Tokens], float]  # prefix, block so far -> confidence of the slot after it
+Confidences = tuple[tuple[float, ...], ...]  # by request, by slot
+Law = Mapping[tuple[Tokens, ...], float]  # the output of each request -> probability
+
+
+@dataclass(frozen=True)
+class Request:
+    target: Target
+    drafter: Drafter
+    claimed: Drafter | None = None  # what the verifier is told the drafter is; None: the truth
+    confidence: Confidence = lambda prefix, block: 1.0
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The verifier's two formulas; wrong ones go here to see them caught."""
+
+    acceptance: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = acceptance_probabilities
+    residual: Callable[[Tensor, Tensor, Tensor], Tensor] = residual_probs
+
+
+class Round(NamedTuple):
+    """What exists when verify lengths are chosen, for the requests that still run."""
+
+    tokens: tuple[Tokens, ...]  # the draft
+    confidences: Confidences
+    past: tuple[Confidences, ...]  # of earlier rounds, the latest first
+
+
+ChooseLengths = Callable[[Round], Mapping[tuple[int, ...], float]]
+
+
+def joint_law(
+    requests: list[Request],
+    gamma: int,
+    choose_lengths: ChooseLengths,
+    num_tokens: int,
+    rules: Rules = Rules(),
+    memory: int = 0,  # how many past rounds' confidences choose_lengths sees
+) -> Law:
+    """The joint law of the first num_tokens output tokens of all requests, which are decoded together."""
+    enumerations = [_Enumeration(request, gamma, rules) for request in requests]
+    # (outputs, past confidences) -> probability, by the number of tokens out. Each round adds some, so when a
+    # state's turn comes, all that leads to it has been played.
+    states: list[dict] = [defaultdict(float) for _ in range(num_tokens * len(requests) + 1)]
+    states[0][((),) * len(requests), ()] = 1.0
+    for running in states[:-1]:
+        for (outputs, past), reached in running.items():
+            for after, confidences, chance in _play(enumerations, outputs, past, choose_lengths, num_tokens):
+                seen = (confidences, *past)[:memory]
+                states[sum(map(len, after))][after, seen] += reached * chance
+    law = defaultdict(float)
+    for (outputs, _), reached in states[-1].items():
+        law[outputs] += reached
+    return law
+
+
+def _play(
+    enumerations: list["_Enumeration"],
+    outputs: tuple[Tokens, ...],
+    past: tuple[Confidences, ...],
+    choose_lengths: ChooseLengths,
+    num_tokens: int,
+) -> Iterator[tuple[tuple[Tokens, ...], Confidences, float]]:
+    """Everything one round can do: outputs after it, its confidences, probability."""
+    active = [r for r, output in enumerate(outputs) if len(output) < num_tokens]
+    for drafts in product(*(enumerations[r].drafts(outputs[r]) for r in active)):
+        tokens = tuple(draft.tokens for draft in drafts)
+        confidences = tuple(draft.confidences for draft in drafts)
+        drafted = prod(draft.probability for draft in drafts)
+        for lengths, chosen in choose_lengths(Round(tokens, confidences, past)).items():
+            ends = [enumerations[r].ends(outputs[r], x, n) for r, x, n in zip(active, tokens, lengths, strict=True)]
+            for end in product(*ends):
+                after = list(outputs)
+                for r, (committed, _) in zip(active, end, strict=True):
+                    after[r] = (outputs[r] + committed)[:num_tokens]
+                yield tuple(after), confidences, drafted * chosen * prod(chance for _, chance in end)
+
+
+class _Slot(NamedTuple):
+    draft_probs: list[float]  # [V]
+    acceptance: list[float]  # [V]: P(accept x | x was drafted)
+    residual: list[float]  # [V]
+
+
+class _DraftPath(NamedTuple):
+    tokens: Tokens
+    confidences: tuple[float, ...]
+    probability: float
+
+
+class _Enumeration:
+    """All that can happen to one request in one round."""
+
+    def __init__(self, request: Request, gamma: int, rules: Rules):
+        self.request, self.gamma, self.rules = request, gamma, rules
+        self.slot = cache(self.slot)
+        self.drafts = cache(self.drafts)
+        self.ends = cache(self.ends)
+
+    def slot(self, prefix: Tokens, block: Tokens) -> _Slot:
+        """The slot after `block`, from the functions under test: a row for each token that may be drafted."""
+        target_probs = self.request.target(prefix + block)
+        vocab = len(target_probs)
+        support, draft_probs = self.request.drafter(prefix, block)
+        real = torch.zeros(vocab, dtype=torch.float64).scatter_add(0, support, draft_probs)
+        support, draft_probs = (self.request.claimed or self.request.drafter)(prefix, block)
+        rows = target_probs.expand(vocab, -1), support.expand(vocab, -1), draft_probs.expand(vocab, -1)
+        acceptance = self.rules.acceptance(rows[0], torch.arange(vocab), rows[1], rows[2])
+        residual = self.rules.residual(rows[0][:1], rows[1][:1], rows[2][:1])[0]
+        return _Slot(real.tolist(), acceptance.tolist(), residual.tolist())
+
+    def drafts(self, prefix: Tokens) -> list[_DraftPath]:
+        paths = [_DraftPath((), (), 1.0)]
+        for _ in range(self.gamma):
+            paths = [
+                _DraftPath(
+                    (*path.tokens, token),
+                    (*path.confidences, self.request.confidence(prefix, path.tokens)),
+                    path.probability * draft_prob,
+                )
+                for path in paths
+                for token, draft_prob in enumerate(self.slot(prefix, path.tokens).draft_probs)
+                if draft_prob > 0
+            ]
+        return paths
+
+    def ends(self, prefix: Tokens, tokens: Tokens, verify_length: int) -> list[tuple[Tokens, float]]:
+        """The tokens a round may commit, with probabilities, once its draft and verify length are known."""
+        ends = []
+        survival = 1.0
+        for k in range(verify_length):
+            slot = self.slot(prefix, tokens[:k])
+            accept = slot.acceptance[tokens[k]]
+            rejected = survival * (1 - accept)
+            ends += [((*tokens[:k], token), rejected * prob) for token, prob in enumerate(slot.residual)]
+            survival *= accept
+        kept = tokens[:verify_length]
+        ends += [((*kept, t), survival * prob) for t, prob in enumerate(self.request.target(prefix + kept).tolist())]
+        return [end for end in ends if end[1] > 0]
+
+
+def target_law(requests: list[Request], num_tokens: int) -> Law:
+    """What the output must follow: each request's target alone, requests independent."""
+
+    def continuations(target: Target) -> list[tuple[Tokens, float]]:
+        paths: list[tuple[Tokens, float]] = [((), 1.0)]
+        for _ in range(num_tokens):
+            paths = [
+                ((*prefix, token), chance * prob)
+                for prefix, chance in paths
+                for token, prob in enumerate(target(prefix).tolist())
+                if prob > 0
+            ]
+        return paths
+
+    joint = product(*(continuations(request.target) for request in requests))
+    return {tuple(output for output, _ in paths): prod(chance for _, chance in paths) for paths in joint}
+
+
+def total_variation(law: Law, other: Law) -> float:
+    return sum(abs(law.get(key, 0.0) - other.get(key, 0.0)) for key in law.keys() | other.keys()) / 2
+
+
+# ---- tables: every entry is drawn from its own key, so the order of look-ups does not matter
+
+
+def _random_probs(key: list[int], size: int, zeros: int) -> Tensor:
+    generator = np.random.default_rng(key)
+    probs = generator.dirichlet(np.full(size, 0.7))
+    probs[generator.permutation(size)[:zeros]] = 0
+    return torch.from_numpy(probs / probs.sum())
+
+
+def random_target(seed: int, vocab: int, zeros: int = 0) -> Target:
+    """A different distribution after every prefix; `zeros` tokens are impossible in each."""
+    return cache(lambda prefix: _random_probs([seed, 0, len(prefix), *prefix], vocab, zeros))
+
+
+def random_drafter(seed: int, vocab: int, zeros: int = 0, support_size: int | None = None) -> Drafter:
+    """Depends on the prefix and on its own block; its support is shuffled and ends in an entry of padding."""
+
+    @cache
+    def drafter(prefix: Tokens, block: Tokens) -> tuple[Tensor, Tensor]:
+        key = [seed, 1, len(prefix), *prefix, len(block), *block]
+        support = np.random.default_rng([*key, 2]).permutation(vocab)[: support_size or vocab]
+        draft_probs = _random_probs(key, len(support), zeros)
+        return torch.from_numpy(np.append(support, support[0])), torch.nn.functional.pad(draft_probs, (0, 1))
+
+    return drafter
+
+
+def perfect_drafter(target: Target) -> Drafter:
+    return lambda prefix, block: (torch.arange(len(target(()))), target(prefix + block))
+
+
+def adversarial_drafter(target: Target) -> Drafter:
+    """Likes most what the target likes least."""
+
+    def drafter(prefix: Tokens, block: Tokens) -> tuple[Tensor, Tensor]:
+        order = target(prefix + block).argsort()
+        return order, target(prefix + block)[order].flip(0)
+
+    return drafter
+
+
+def certain_drafter(seed: int, vocab: int) -> Drafter:
+    """One token, no randomness, as greedy or n-gram drafting."""
+    return random_drafter(seed, vocab, support_size=1)
+
+
+def random_confidence(seed: int) -> Confidence:
+    """Depends on the prefix and the tokens before the slot, as the confidence head's does."""
+    return cache(lambda prefix, block: np.random.default_rng([seed, 3, len(prefix), *prefix, 9, *block]).random())
+
+
+# ---- ways to choose verify lengths
+
+
+def fixed_length(length: int) -> ChooseLengths:
+    return lambda round: {(length,) * len(round.tokens): 1.0}
+
+
+def drawn_beforehand(gamma: int) -> ChooseLengths:
+    """Each request's length is uniform on 0..gamma, drawn without a look at the draft."""
+
+    def choose(round: Round) -> Mapping[tuple[int, ...], float]:
+        lengths = list(product(range(gamma + 1), repeat=len(round.tokens)))
+        return dict.fromkeys(lengths, 1 / len(lengths))
+
+    return choose
+
+
+def threshold(least: float) -> ChooseLengths:
+    """Up to the first slot that is not confident enough: uses the tokens before a slot, never its own."""
+
+    def choose(round: Round) -> Mapping[tuple[int, ...], float]:
+        return {tuple(len(list(takewhile(least.__le__, slots))) for slots in round.confidences): 1.0}
+
+    return choose

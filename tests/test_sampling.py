@@ -1,0 +1,217 @@
+"""Sampling parameters, truncated distributions, seeded draws.
+
+Shapes: N = rows, V = vocabulary size.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dspark.sampling import Purpose, SamplingParams, categorical, truncated_probs, uniform, uniforms
+
+# ---- SamplingParams
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_p", math.nan),
+        ("min_p", -0.1),
+        ("min_p", 1.0),
+        ("min_p", math.nan),
+        ("seed", 2**63),
+        ("max_new_tokens", 0),
+    ],
+)
+def test_bad_parameter_is_named(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{name} must .* got {value}"):
+        SamplingParams(**{name: value})
+
+
+def test_defaults_are_greedy() -> None:
+    assert SamplingParams().greedy
+    assert not SamplingParams(temperature=0.5, top_p=1.0, min_p=0.99).greedy
+
+
+# ---- truncated_probs
+
+
+def truncate(
+    logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> Tensor:
+    """All rows with the same parameters."""
+    columns = [torch.full(logits.shape[:1], x, dtype=torch.float64) for x in (temperature, top_k, top_p, min_p)]
+    return truncated_probs(logits, *columns)
+
+
+SETTINGS = [
+    {},
+    {"temperature": 0.6},
+    {"temperature": 1.7, "top_k": 5},
+    {"top_k": 10_000},
+    {"top_p": 0.8},
+    {"top_p": 0.999},
+    {"top_p": 1e-3},
+    {"min_p": 0.2},
+    {"temperature": 0.7, "top_k": 20, "top_p": 0.7, "min_p": 0.15},
+    {"temperature": 2.5, "top_k": 300, "top_p": 0.95},
+]
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+@pytest.mark.parametrize(("vocab", "spread"), [(600, 2.0), (6000, 0.1)], ids=["peaked", "flat"])
+def test_equals_transformers(vocab: int, spread: float, setting: dict[str, Any]) -> None:
+    process = pytest.importorskip("transformers.generation.logits_process")
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, vocab, generator=generator, dtype=torch.float64) * spread
+    warpers = {
+        "temperature": process.TemperatureLogitsWarper,
+        "top_k": process.TopKLogitsWarper,
+        "top_p": process.TopPLogitsWarper,
+        "min_p": process.MinPLogitsWarper,
+    }
+    scores = logits
+    for name, warper in warpers.items():
+        if name in setting:
+            scores = warper(setting[name])(None, scores)
+    torch.testing.assert_close(truncate(logits, **setting), scores.softmax(-1), rtol=1e-12, atol=0)
+
+
+def test_rows_have_their_own_parameters() -> None:
+    """A mixed batch, greedy rows included, gives each row what it gets alone."""
+    logits = torch.randn(len(SETTINGS) + 1, 5000, generator=torch.Generator().manual_seed(1))
+    settings = [*SETTINGS, {"temperature": 0.0, "top_p": 0.5}]
+    defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    columns = [
+        torch.tensor([setting.get(name, default) for setting in settings], dtype=torch.float64)
+        for name, default in defaults.items()
+    ]
+    together = truncated_probs(logits, *columns)
+    for row, setting in enumerate(settings):
+        assert together[row : row + 1].equal(truncate(logits[row : row + 1], **setting))
+
+
+def test_input_is_left_alone() -> None:
+    logits = torch.randn(2, 50)
+    before = logits.clone()
+    truncate(logits, temperature=0.5, top_k=3, top_p=0.5, min_p=0.1)
+    assert logits.equal(before)
+
+
+def test_temperature_0_takes_the_first_maximum() -> None:
+    logits = torch.tensor([[0.0, 3.0, 3.0, 1.0]])
+    assert truncate(logits, temperature=0.0).tolist() == [[0, 1, 0, 0]]
+
+
+def test_parameters_that_almost_vanish_give_no_nan() -> None:
+    """Logits divided by such a temperature overflow; top_p rounds to 0 in float32."""
+    logits = torch.tensor([[50.0, 80.0, -math.inf, 80.0]])
+    assert truncate(logits, temperature=1e-37).tolist() == [[0, 0.5, 0, 0.5]]
+    assert truncate(logits[:, :2], top_p=1e-60).tolist() == [[0, 1]]
+
+
+def test_ties_with_the_last_kept_token_are_kept() -> None:
+    logits = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]])
+    expected = torch.tensor([[0, 1 / 3, 1 / 3, 1 / 3, 0]])
+    torch.testing.assert_close(truncate(logits, top_k=2), expected)
+    torch.testing.assert_close(truncate(logits, top_p=0.3), expected)
+
+
+def test_dtypes() -> None:
+    logits = torch.randn(2, 9)
+    assert truncate(logits.bfloat16()).dtype == torch.float32
+    assert truncate(logits.bfloat16(), temperature=0.0).dtype == torch.float32
+    assert truncate(logits.double(), min_p=0.1).dtype == torch.float64
+
+
+# ---- categorical
+
+
+def test_categorical_inverts_the_cdf() -> None:
+    probs = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]]).expand(5, -1)
+    u = torch.tensor([0.0, 0.2499, 0.25, 0.75, 1 - 2**-53], dtype=torch.float64)
+    assert categorical(probs, u).tolist() == [1, 1, 3, 4, 4]
+    assert categorical(probs * 7, u).tolist() == [1, 1, 3, 4, 4]
+
+
+def test_categorical_never_returns_probability_0() -> None:
+    """Many tiny probabilities whose float32 sum is far from 1, zeros at both ends, u rounded up to 1."""
+    probs = torch.rand(200, 50_000, generator=torch.Generator().manual_seed(0))
+    probs = probs * (probs > 0.5) / probs.sum(-1, keepdim=True)
+    probs[:, :100] = probs[:, -100:] = 0
+    for u in (0.0, 1 - 2**-53, 1.0):
+        ids = categorical(probs, torch.full((200,), u, dtype=torch.float64))
+        assert (probs.gather(1, ids[:, None]) > 0).all()
+
+
+def test_categorical_resolves_probabilities_below_float32_rounding() -> None:
+    probs = torch.tensor([[1.0, 1e-9]])
+    assert categorical(probs, torch.tensor([1 - 5e-10], dtype=torch.float64)).tolist() == [1]
+
+
+def test_categorical_frequencies() -> None:
+    probs = torch.tensor([0.1, 0.0, 0.6, 0.3])
+    u = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    assert torch.bincount(categorical(probs.expand(10_000, -1), u)).tolist() == [1000, 0, 6000, 3000]
+
+
+# ---- uniform
+
+
+def test_uniforms_equal_uniform() -> None:
+    seeds, positions, slots = np.array([[0], [-5], [2**62]]), np.arange(4), np.array([3, 0, 1, 2])
+    for purpose in Purpose:
+        expected = [
+            [uniform(seed, position, purpose, slot) for position, slot in zip(range(4), [3, 0, 1, 2], strict=True)]
+            for seed in seeds[:, 0].tolist()
+        ]
+        assert uniforms(seeds, positions, purpose, slots).tolist() == expected
+    assert float(uniforms(7, 8, Purpose.DRAFT)) == uniform(7, 8, Purpose.DRAFT)
+
+
+def test_uniform_does_not_change() -> None:
+    """Seeded outputs are a promise to users: these values were printed by the first version."""
+    assert uniform(0, 0, Purpose.DRAFT, 0) == 0.1296456182997474
+    assert uniform(1, 2, Purpose.DRAFT, 3) == 0.5899718292247013
+    assert uniform(1, 2, Purpose.ACCEPT, 0) == 0.06266048611631447
+    assert uniform(-1, 1000000, Purpose.TARGET, 0) == 0.6959292366512922
+
+
+def test_distinct_keys_have_distinct_values() -> None:
+    seeds, positions, slots = np.ix_(np.arange(-20, 20), np.arange(100), np.arange(8))
+    draws = np.concatenate([uniforms(seeds, positions, purpose, slots).ravel() for purpose in Purpose])
+    assert len(np.unique(draws)) == len(draws) == 96_000
+    assert draws.min() >= 0 and draws.max() < 1
+
+
+def test_uniform_looks_uniform_and_independent() -> None:
+    """Moments of 200,000 draws, and correlations along every coordinate of the key, within 5 sigma."""
+    count = 200_000
+    sigma = 1 / math.sqrt(count)
+    index = np.arange(count)
+    base = uniforms(3, index, Purpose.ACCEPT)
+    assert abs(base.mean() - 1 / 2) < 5 * sigma * math.sqrt(1 / 12)
+    assert abs(base.var() - 1 / 12) < 5 * sigma * math.sqrt(1 / 180)
+    neighbours = {
+        "next position": uniforms(3, index + 1, Purpose.ACCEPT),
+        "next seed": uniforms(4, index, Purpose.ACCEPT),
+        "other purpose": uniforms(3, index, Purpose.TARGET),
+        "next slot": uniforms(3, index, Purpose.ACCEPT, 1),
+        "seed and position swapped": uniforms(index, 3, Purpose.ACCEPT),
+    }
+    for name, other in neighbours.items():
+        assert abs(np.corrcoef(base, other)[0, 1]) < 5 * sigma, name
+    # Pairs fill the square evenly: chi-square with 399 degrees of freedom.
+    cells = np.histogram2d(base, neighbours["next position"], bins=20, range=[[0, 1], [0, 1]])[0]
+    chi_square = ((cells - count / 400) ** 2 / (count / 400)).sum()
+    assert abs(chi_square - 399) < 5 * math.sqrt(2 * 399)
