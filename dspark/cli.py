@@ -62,9 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--data", type=Path, required=True, nargs="+", help="JSON lines from 'dspark data'")
     sub.add_argument("--out", type=Path, required=True, help="checkpoint folder; a run found there is resumed")
     sub.add_argument("--minutes", type=float, default=60.0, help="training time, the schedule follows it (default 60)")
-    sub.add_argument("--block-size", type=int, default=5, help="draft tokens a round (default 5)")
+    sub.add_argument("--block-size", type=int, default=4, help="draft tokens a round (default 4)")
     sub.add_argument("--draft-layers", type=int, default=2, help="layers copied from the target's end (default 2)")
-    sub.add_argument("--learning-rate", type=float, default=1e-3)
+    sub.add_argument("--learning-rate", type=float, default=6e-4, help="peak of the schedule (default 6e-4)")
     sub.add_argument("--max-length", type=int, default=512, help="tokens of an example, prompt included")
     sub.add_argument("--cache-gib", type=float, default=6.0, help="memory for the target's features (default 6)")
     sub.add_argument("--heldout", type=int, default=24, help="examples kept for evaluation (default 24)")
@@ -233,61 +233,26 @@ def run_data(args: argparse.Namespace) -> None:
         write_answers(llm, prompts, args.out, config, on_answer)
 
 
-def run_train(args: argparse.Namespace) -> int | None:
-    import signal
-
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from dspark.models.loader import load_target
-    from dspark.models.source import load_state_dict
-    from dspark.train.checkpoint import RESUME_FILE, resume_training
-    from dspark.train.data import read_examples
-    from dspark.train.setup import default_recipe, mask_token, new_drafter
-    from dspark.train.trainer import TrainConfig, Trainer
+def run_train(args: argparse.Namespace) -> int:
+    from dspark.train.run import TrainRun, train
+    from dspark.train.trainer import TrainConfig
 
     config = TrainConfig(
         minutes=args.minutes, learning_rate=args.learning_rate, cache_gib=args.cache_gib, seed=args.seed
     )
-    target = load_target(args.model, args.dtype, args.device)
-    decoder = target.decoder
-    examples = [e for path in args.data for e in read_examples(path, decoder.config.vocab_size, args.max_length)]
-    if len(examples) <= args.heldout:
-        raise ValueError(f"{len(examples)} examples are not enough to hold {args.heldout} out; generate more")
-    heldout, examples = examples[: args.heldout], examples[args.heldout :]
-    recipe = default_recipe(decoder, mask_token(target.tokenizer), args.block_size, args.draft_layers)
-    model = new_drafter(decoder, load_state_dict(target.source), recipe, examples, args.seed)
-    trainer = Trainer(model, decoder, examples, heldout, config)
-    if (args.out / RESUME_FILE).exists():
-        resume_training(trainer, args.out)
-        print(f"resuming at step {trainer.progress.step}", file=sys.stderr)
-    stopped = False
-
-    def stop(*_) -> None:
-        nonlocal stopped
-        stopped = True
-
-    previous = signal.signal(signal.SIGINT, stop)  # finish the step, save, then leave
-    try:
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        with Progress(*columns) as progress:
-            task = progress.add_task("training", total=60 * config.minutes, completed=int(trainer.progress.seconds))
-            smooth = {"loss": 0.0, "length": 0.0}
-
-            def on_step(result) -> None:
-                share = 1.0 if not smooth["loss"] else 0.05
-                smooth["loss"] += share * (result.loss - smooth["loss"])
-                smooth["length"] += share * (result.accepted_length - smooth["length"])
-                text = f"loss {smooth['loss']:.3f}  expected accepted length {smooth['length']:.3f}"
-                progress.update(task, completed=trainer.progress.seconds, description=text)
-
-            trainer.run(args.out, on_step, lambda: stopped)
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if stopped:
-        print(f"interrupted; the same command resumes from '{args.out}'", file=sys.stderr)
-        return 130
-    print(json.dumps(trainer.progress.history[-1]))
-    return None
+    run = TrainRun(
+        data=tuple(args.data),
+        out=args.out,
+        model=args.model,
+        dtype=args.dtype,
+        device=args.device,
+        block_size=args.block_size,
+        draft_layers=args.draft_layers,
+        max_length=args.max_length,
+        heldout=args.heldout,
+        train=config,
+    )
+    return 0 if train(run) else 130
 
 
 def parse_list(text: str, kind: type, name: str) -> list:

@@ -26,7 +26,11 @@ def from_dict(cls: type[T], data: Any, where: str) -> T:
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}")
     hints = typing.get_type_hints(cls)
-    return cls(**{name: _convert(hints[name], value, f"{where}: {name}") for name, value in data.items()})
+    values = {name: _convert(hints[name], value, f"{where}: {name}") for name, value in data.items()}
+    try:
+        return cls(**values)
+    except ValueError as error:  # the dataclass checks its values and does not know where they come from
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

@@ -58,17 +58,22 @@ def tiny_state_dict(config: DecoderConfig, seed: int = 0) -> dict[str, Tensor]:
     return state
 
 
-def tiny_target(dtype: torch.dtype = torch.float32, seed: int = 0, vocab_size: int = 64, num_layers: int = 4) -> Decoder:
+def tiny_target(
+    dtype: torch.dtype = torch.float32, seed: int = 0, vocab_size: int = 64, num_layers: int = 4
+) -> Decoder:
     config = tiny_config(vocab_size, num_layers)
     return Decoder(config, tiny_state_dict(config, seed), dtype=dtype)
 
 
-def tiny_model(config: DecoderConfig, seed: int = 0, block_size: int = 4, draft_vocab_size: int = 0) -> DSparkModel:
+def tiny_model(
+    config: DecoderConfig, seed: int = 0, block_size: int = 4, draft_vocab_size: int = 0, num_layers: int = 2
+) -> DSparkModel:
     """An untrained DSpark drafter whose heads are all of notable size; 0 drafts over the whole vocabulary."""
     size = draft_vocab_size or config.vocab_size
     taps = tuple(sorted({0, config.num_layers // 2, config.num_layers - 1}))
     generator = torch.Generator().manual_seed(seed)
-    model = DSparkModel(DSparkConfig(config, taps, block_size, 2, 6, 1, size))
+    torch.manual_seed(seed)
+    model = DSparkModel(DSparkConfig(config, taps, block_size, num_layers, 6, 1, size))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
@@ -79,8 +84,10 @@ def tiny_model(config: DecoderConfig, seed: int = 0, block_size: int = 4, draft_
     return model
 
 
-def tiny_drafter(target: Decoder, seed: int = 0, block_size: int = 4, draft_vocab_size: int = 0) -> DSparkDrafter:
-    return DSparkDrafter(tiny_model(target.config, seed, block_size, draft_vocab_size), target)
+def tiny_drafter(
+    target: Decoder, seed: int = 0, block_size: int = 4, draft_vocab_size: int = 0, num_layers: int = 2
+) -> DSparkDrafter:
+    return DSparkDrafter(tiny_model(target.config, seed, block_size, draft_vocab_size, num_layers), target)
 
 
 # ---- what the output must be
@@ -120,15 +127,16 @@ class PlainTarget:
 
     def __init__(self, target: Decoder):
         self.target = target
-        self._logits: dict[tuple[int, ...], Tensor] = {}
+        self._probs: dict[tuple, Tensor] = {}
 
     def probs(self, prefix: Sequence[int], params: SamplingParams) -> Tensor:
         """[V] after the request's sampling parameters."""
-        key = tuple(prefix)
-        if key not in self._logits:
-            self._logits[key] = plain_logits(self.target, key)[-1]
         values = (params.temperature, params.top_k, params.top_p, params.min_p)
-        return truncated_probs(self._logits[key][None], *(torch.tensor([v]) for v in values))[0]
+        key = (tuple(prefix), values)
+        if key not in self._probs:
+            logits = plain_logits(self.target, prefix)[-1:]
+            self._probs[key] = truncated_probs(logits, *(torch.tensor([v]) for v in values))[0]
+        return self._probs[key]
 
 
 # ---- drafters that know the target

@@ -39,4 +39,7 @@ def load_drafter(folder: Path) -> DSparkModel:
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise ValueError(f"'{weights}' does not fit its config.json: {reason}") from None
+    d2t, vocab_size = model.d2t, config.decoder.vocab_size
+    if d2t.min() < 0 or d2t.max() >= vocab_size or len(d2t.unique()) < len(d2t):
+        raise ValueError(f"'{weights}': d2t must hold distinct token ids in 0..{vocab_size - 1}")
     return model

@@ -35,14 +35,15 @@ class DSparkDrafter:
             {name: place(layer.get_parameter(name)) for name in layer_shapes(c)}  # pyright: ignore
             for layer in model.layers
         ]
-        self.layers = [DecoderLayer(c, w) for w in weights]
+        self.layers = [DecoderLayer(c, w, target.packed) for w in weights]
         # The context is the same for every layer, so one product gives the K and V of all of them.
-        self.context_kv = Linear(torch.cat([w[f"self_attn.{n}_proj.weight"] for w in weights for n in ("k", "v")]))
-        self.fc = Linear(place(model.fc.weight))
+        context_kv = torch.cat([w[f"self_attn.{n}_proj.weight"] for w in weights for n in ("k", "v")])
+        self.context_kv = Linear(context_kv, target.packed)
+        self.fc = Linear(place(model.fc.weight), target.packed)
         self.hidden_norm = place(model.hidden_norm.weight)
         self.norm = place(model.norm.weight)
         self.d2t = model.d2t.to(device)
-        self.head = Linear(target.lm_head_weight[self.d2t])
+        self.head = Linear(target.lm_head_weight[self.d2t], target.packed)
         self.w1 = place(model.markov_head.markov_w1.weight)  # [V, r]
         self.w2 = place(model.markov_head.markov_w2.weight)  # [V', r]
         self.confidence_weight = place(model.confidence_head.proj.weight)[0]  # [C + r]

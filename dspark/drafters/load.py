@@ -8,7 +8,9 @@ from dspark.drafters.interface import Drafter
 from dspark.drafters.ngram import NgramDrafter
 from dspark.models.decoder import Decoder
 
-CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"
+# In a wheel the shipped checkpoints lie inside the package, in a checkout beside it.
+PACKAGE = Path(__file__).parents[1]
+CHECKPOINTS = PACKAGE / "checkpoints" if (PACKAGE / "checkpoints").is_dir() else PACKAGE.parent / "checkpoints"
 
 
 def make_drafter(name: str, model: str, target: Decoder) -> Drafter | None:

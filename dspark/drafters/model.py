@@ -205,7 +205,7 @@ class DSparkModel(nn.Module):
             centred = (embedding - embedding.mean(0)).float()
             basis = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -self.config.markov_rank :]
             components = centred @ basis
-            self.markov_head.markov_w1.weight.copy_(components / components.std() * 0.5)
+            self.markov_head.markov_w1.weight.copy_(components / components.std())
             self.markov_head.markov_w2.weight.zero_()
             self.confidence_head.proj.weight.zero_()
             self.confidence_head.proj.bias.zero_()

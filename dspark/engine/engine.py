@@ -74,15 +74,14 @@ class Engine:
         self.block_size = drafter.block_size if drafter is not None else 0
         self.prefix_scheduler = prefix_scheduler or FixedLength(self.block_size)
         self.max_model_len = min(config.max_model_len, target.config.max_position_embeddings - self.block_size)
-        per_slot = slot_bytes(target.config, target.compute_dtype)
-        if drafter is not None:
-            per_slot += drafter.slot_bytes
+        per_slot = slot_bytes(target.config, target.compute_dtype) + (drafter.slot_bytes if drafter is not None else 0)
         num_slots = min(
             int(config.kv_gib * 2**30) // per_slot,
             config.max_streams * (self.max_model_len + self.block_size),
         )
         if num_slots <= self.block_size + 1:
             raise ValueError(f"kv_gib={config.kv_gib} does not hold a single token; {per_slot} bytes are one slot")
+        self.kv_bytes = num_slots * per_slot
         self.cache = KVCache(target.config, num_slots, target.compute_dtype, target.device)
         if drafter is not None:
             drafter.allocate(num_slots)
@@ -98,10 +97,9 @@ class Engine:
 
     def limits(self) -> str:
         """One line for humans: what this engine will never exceed."""
-        gib = self.cache.num_slots * slot_bytes(self.target.config, self.target.compute_dtype) / 2**30
         return (
             f"limits: {self.config.max_streams} streams, {self.longest_request} tokens a request, "
-            f"{self.cache.num_slots} KV slots ({gib:.2f} GiB)"
+            f"{self.cache.num_slots} KV slots ({self.kv_bytes / 2**30:.2f} GiB)"
         )
 
     def add(self, prompt_ids: list[int], params: SamplingParams) -> Sequence:

@@ -15,7 +15,7 @@ from dspark.engine.engine import Engine, EngineConfig
 from dspark.eval.identity import Difference, first_difference
 from dspark.eval.machine import provenance
 from dspark.eval.tasks import load_prompts
-from dspark.models.loader import DTYPES, Target, load_target
+from dspark.models.loader import Target, load_target
 from dspark.models.source import load_transformers
 from dspark.sampling import SamplingParams
 
@@ -112,11 +112,16 @@ class EngineSystem:
 
 
 class TransformersSystem:
-    """`generate` of Transformers, all prompts of a batch padded on the left."""
+    """`generate` of Transformers, all prompts of a batch padded on the left.
+
+    It gets the arithmetic that our engine uses too: on a CPU without bf16 instructions that is fp32, since in bf16
+    its prompt pass alone would take minutes there.
+    """
 
     policy = "generate"
 
-    def __init__(self, target: Target, dtype: torch.dtype):
+    def __init__(self, target: Target):
+        dtype = target.decoder.compute_dtype
         self.model = load_transformers(target.source, dtype).to(target.decoder.device)  # pyright: ignore
         self.eos_ids = sorted(target.eos_ids)
 
@@ -202,7 +207,7 @@ def run_bench(config: BenchConfig, target: Target, on_batch=lambda _: None) -> B
 def make_system(name: str, config: BenchConfig, target: Target) -> EngineSystem | TransformersSystem:
     """Build one system and warm it up, so that no first-call cost is timed."""
     if name == "transformers":
-        system = TransformersSystem(target, DTYPES[config.dtype])
+        system = TransformersSystem(target)
     else:
         system = EngineSystem(target, DRAFTERS.get(name, config.drafter), max(config.streams))
     system.run([[1, 2, 3, 4]], [SamplingParams(max_new_tokens=4, ignore_eos=True)], Tally())

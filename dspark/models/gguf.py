@@ -5,7 +5,7 @@ Parsing a GGUF vocabulary takes many seconds, a safetensors file is mapped at on
 
 import hashlib
 import re
-import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -48,31 +48,41 @@ def unpack_gguf(path: Path) -> Path:
         return folder
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise ValueError(f"'{path}' is not a GGUF file")
-    print(f"unpacking {path.name} (once) ...", flush=True)
+            raise ValueError(f"'{path}' is not a GGUF file: give one, or a folder with config.json and safetensors")
+    print(f"unpacking {path.name} (once) ...", file=sys.stderr, flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix="unpack-", dir=folder.parent))
-    try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        if config.model_type != "llama":
-            raise ValueError(f"'{path}' holds a '{config.model_type}' model; GGUF files of Llama models are supported")
-        if hasattr(config, "quantization_config"):
-            delattr(config, "quantization_config")
-        tensors = dict(
-            converted(t.name, torch.from_numpy(dequantize(t.data, t.tensor_type).copy()).float(), config)
-            for t in GGUFReader(path).tensors
-        )
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-        config.save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(temporary)
-        temporary.replace(folder)
-    except ValueError:
-        raise
-    except Exception as error:  # the readers raise whatever the damaged bytes lead them to
-        raise ValueError(f"'{path}' cannot be unpacked, it may be damaged or cut short: {error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="unpack-", dir=folder.parent) as parent:
+        temporary = Path(parent) / "model"
+        try:
+            write_folder(path, temporary)
+        except Exception as error:  # the readers raise whatever the damaged bytes lead them to
+            raise ValueError(
+                f"'{path}' cannot be unpacked into '{folder.parent}', "
+                f"it is damaged, cut short or not a plain Llama model: {error}"
+            ) from None
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was quicker
+                raise
     return folder
+
+
+def write_folder(path: Path, folder: Path) -> None:
+    """Convert a GGUF file into a new Hugging Face folder. Raises all kinds of errors for a damaged file."""
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    if config.model_type != "llama":
+        raise ValueError(f"its family is '{config.model_type}'")
+    if hasattr(config, "quantization_config"):  # the weights written below are not quantised
+        delattr(config, "quantization_config")
+    tensors = dict(
+        converted(t.name, torch.from_numpy(dequantize(t.data, t.tensor_type).copy()).float(), config)
+        for t in GGUFReader(path).tensors
+    )
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
 
 
 def converted(name: str, tensor: Tensor, config) -> tuple[str, Tensor]:

@@ -23,23 +23,26 @@ def storage_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def can_pack(device: torch.device) -> bool:
-    """Whether oneDNN's packed weights are to be had (x86 CPUs); elsewhere `F.linear` is the path."""
+def use_packed(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a model of precision `dtype` uses oneDNN's packed weights: bf16 on x86 CPUs.
+
+    fp32 is the precision to compare in, so it keeps `F.linear`: the packed products add in another order, which
+    moves logits of 40 by up to 1.7e-4.
+    """
     on_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return device.type == "cpu" and on_x86 and torch.backends.mkldnn.is_available()
+    return dtype is torch.bfloat16 and device.type == "cpu" and on_x86 and torch.backends.mkldnn.is_available()
 
 
 class Linear:
-    """Bias-free linear map for inference, [N, in] -> [N, out]; packed for oneDNN on x86 CPUs.
+    """Bias-free linear map for inference, [N, in] -> [N, out].
 
-    Reading a packed weight runs at about twice the bandwidth of `F.linear` for 1 to 8 rows.
+    Reading a weight packed for oneDNN runs at about twice the bandwidth of `F.linear` for 1 to 8 rows.
     """
 
-    def __init__(self, weight: Tensor):
+    def __init__(self, weight: Tensor, packed: bool):
         """weight [out, in]; kept only in the form that is used."""
-        self.out_features, self.in_features = weight.shape
-        self.packed = can_pack(weight.device)
-        if self.packed:
+        self.packed = packed
+        if packed:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_ROWS)
         self.weight = weight
 

@@ -32,7 +32,7 @@ def resolve_model(name: str) -> ModelSource:
 
     Raises ValueError with one sentence if there is no such model or its files are unusable.
     """
-    path = Path(name)
+    path = Path(name).expanduser()
     if name == DEFAULT_MODEL:
         from dspark.models.gguf import unpack_gguf
 
@@ -50,22 +50,29 @@ def resolve_model(name: str) -> ModelSource:
     try:
         return ModelSource(name, Path(snapshot_download(name, allow_patterns=HUB_FILES)))
     except Exception as error:  # the hub client has many error classes, all mean the same here
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"'{name}' is no local path and could not be fetched from the hub: {reason}") from None
+        raise ValueError(
+            f"'{name}' is no local path and could not be fetched from the hub: {first_line(error)}"
+        ) from None
 
 
 def load_hf_config(source: ModelSource) -> "PretrainedConfig":
-    """The Transformers config. Raises ValueError if `config.json` is missing, broken or of an unknown type."""
+    """The Transformers config.
+
+    Raises ValueError if `config.json` is missing, broken, of an unknown type or of a quantised model.
+    """
     from transformers import AutoConfig
 
     path = source.folder / "config.json"
     if not path.is_file():
         raise ValueError(f"'{source.folder}' is not a model folder: it has no config.json")
     try:
-        json.loads(path.read_text(encoding="utf-8"))
-        return AutoConfig.from_pretrained(source.folder)
-    except (ValueError, KeyError, OSError) as error:
-        raise ValueError(f"'{path}' cannot be read: {str(error).splitlines()[0]}") from None
+        json.loads(path.read_text(encoding="utf-8"))  # its message says where, Transformers' does not
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+    except Exception as error:  # Transformers trusts the file's values to have the right types
+        raise ValueError(f"'{path}' cannot be read: {first_line(error)}") from None
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"'{source.folder}' holds quantised weights; give the unquantised model or a GGUF file")
+    return config
 
 
 def load_tokenizer(source: ModelSource) -> "PreTrainedTokenizerBase":
@@ -73,25 +80,15 @@ def load_tokenizer(source: ModelSource) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source.folder)
+        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises plain Exception for a broken file
-        raise ValueError(f"the tokenizer in '{source.folder}' cannot be read: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"the tokenizer in '{source.folder}' cannot be read: {first_line(error)}") from None
 
 
 def load_state_dict(source: ModelSource) -> dict[str, Tensor]:
     """All weights by Hugging Face name, in the files' dtype. Raises ValueError for missing or damaged files."""
-    files = sorted(source.folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"'{source.folder}' holds no .safetensors file; convert the weights to safetensors first")
-    index = source.folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            named = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
-            raise ValueError(f"'{index}' is not a valid safetensors index") from None
-        files = [source.folder / Path(name).name for name in named]
     tensors: dict[str, Tensor] = {}
-    for file in files:
+    for file in weight_files(source.folder):
         try:
             tensors |= load_file(file)
         except (OSError, SafetensorError) as error:
@@ -99,8 +96,36 @@ def load_state_dict(source: ModelSource) -> dict[str, Tensor]:
     return tensors
 
 
-def load_transformers(source: ModelSource, dtype: torch.dtype) -> "PreTrainedModel":
-    """The same model in Transformers, the baseline that benchmarks compare with."""
-    from transformers import AutoModelForCausalLM
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model: those its index names, or the one file. Raises ValueError if there are none."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        if not (folder / "model.safetensors").is_file():
+            raise ValueError(f"'{folder}' holds no model.safetensors; convert the weights to safetensors first")
+        return [folder / "model.safetensors"]
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return [folder / Path(name).name for name in sorted(names)]  # never a file outside the folder
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        raise ValueError(f"'{index}' is not a valid safetensors index") from None
 
-    return AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype).eval()
+
+def load_transformers(source: ModelSource, dtype: torch.dtype) -> "PreTrainedModel":
+    """The same model in Transformers, the baseline that benchmarks compare with. Raises ValueError for bad files."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    config = load_hf_config(source)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+    except Exception as error:  # missing, damaged and misshapen files each have their own
+        raise ValueError(f"Transformers cannot load '{source.folder}': {first_line(error)}") from None
+    return model.eval()
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, without its advice and tracebacks."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

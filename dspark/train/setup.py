@@ -19,7 +19,7 @@ class DrafterRecipe:
     tap_layers: tuple[int, ...]
     source_layers: tuple[int, ...]
     mask_token_id: int
-    block_size: int = 5
+    block_size: int = 4
     markov_rank: int = 128
     draft_vocab_size: int = 12_288
 
@@ -35,7 +35,7 @@ def mask_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return max((i for i in tokenizer.all_special_ids if i not in used), default=0)
 
 
-def default_recipe(target: Decoder, mask_token_id: int, block_size: int = 5, draft_layers: int = 2) -> DrafterRecipe:
+def default_recipe(target: Decoder, mask_token_id: int, block_size: int = 4, draft_layers: int = 2) -> DrafterRecipe:
     """Taps spread over the depth, the last one being the input of the first copied layer and the output after it."""
     n = target.config.num_layers
     first = max(1, n - draft_layers)

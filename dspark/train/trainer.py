@@ -28,7 +28,8 @@ class TrainConfig:
     """One training run; `minutes` of training time are the budget, and the schedule follows them."""
 
     minutes: float = 60.0
-    learning_rate: float = 1e-3
+    learning_rate: float = 6e-4
+    head_learning_rate_scale: float = 5.0  # the Markov head starts from zero and must reach logits of several units
     warmup_share: float = 0.04
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
@@ -85,8 +86,10 @@ class Trainer:
         self.examples, self.heldout = examples, heldout
         # Held-out examples carry negative indices, so that both share one bounded cache.
         self.features = FeatureSource(target, model.config.tap_layers, int(config.cache_gib * 2**30))
+        head = list(model.markov_head.parameters())
+        rest = [p for name, p in model.named_parameters() if not name.startswith("markov_head.")]
         self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=0.0, weight_decay=config.weight_decay, betas=(0.9, 0.95)
+            [{"params": rest}, {"params": head}], lr=0.0, weight_decay=config.weight_decay, betas=(0.9, 0.95)
         )
         self.progress = Progress()
         self.mask_embedding = target.embedding[model.config.mask_token_id].float()
@@ -110,8 +113,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
+        for group, scale in zip(self.optimizer.param_groups, (1.0, self.config.head_learning_rate_scale), strict=True):
+            group["lr"] = scale * self.learning_rate()
         self.optimizer.step()
         return StepResult(loss.item(), accepted_length(acceptance, slots, self.model.config.block_size), len(slots))
 

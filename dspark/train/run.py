@@ -1,0 +1,97 @@
+"""One training run from files to checkpoint, with a progress bar; Ctrl-C leaves a state to resume from."""
+
+import signal
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from dspark.models.decoder import Decoder
+from dspark.models.loader import Target, load_target
+from dspark.models.source import load_state_dict
+from dspark.train.checkpoint import RESUME_FILE, resume_training
+from dspark.train.data import Example, read_examples
+from dspark.train.setup import DrafterRecipe, default_recipe, mask_token, new_drafter
+from dspark.train.trainer import StepResult, TrainConfig, Trainer
+
+SMOOTHING = 0.05  # weight of the newest step in the figures beside the progress bar
+
+
+@dataclass(frozen=True)
+class TrainRun:
+    """All that a training run depends on. With `drafter=None` block_size and draft_layers shape it."""
+
+    data: tuple[Path, ...]
+    out: Path
+    model: str = "smollm2-135m"
+    dtype: str = "bf16"
+    device: str = "cpu"
+    drafter: DrafterRecipe | None = None
+    block_size: int = 4
+    draft_layers: int = 2
+    max_length: int = 512  # tokens of an example, prompt included
+    heldout: int = 24  # examples kept for evaluation, the last ones of the first file
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def train(run: TrainRun) -> bool:
+    """Train, or continue what `run.out` holds; True if the budget was used up, False after Ctrl-C.
+
+    Raises ValueError for data or a checkpoint that cannot be used.
+    """
+    target = load_target(run.model, run.dtype, run.device)
+    trainer = make_trainer(run, target)
+    if (run.out / RESUME_FILE).exists():
+        resume_training(trainer, run.out)
+        print(f"resuming '{run.out}' at step {trainer.progress.step}", file=sys.stderr)
+    stopped = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopped
+        stopped = True
+
+    previous = signal.signal(signal.SIGINT, stop)  # finish the step, save, then leave
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    try:
+        with Progress(*columns) as progress:
+            task = progress.add_task("training", total=60 * run.train.minutes)
+            loss, length = None, 1.0
+
+            def on_step(result: StepResult) -> None:
+                nonlocal loss, length
+                weight = 1.0 if loss is None else SMOOTHING
+                loss = (1 - weight) * (loss or 0.0) + weight * result.loss
+                length = (1 - weight) * length + weight * result.accepted_length
+                text = f"loss {loss:.3f}  expected accepted length {length:.2f}"
+                progress.update(task, completed=trainer.progress.seconds, description=text)
+
+            trainer.run(run.out, on_step, lambda: stopped)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if stopped:
+        print(f"interrupted; the same command continues from '{run.out}'", file=sys.stderr)
+    return not stopped
+
+
+def make_trainer(run: TrainRun, target: Target) -> Trainer:
+    """A fresh trainer: data read and split, drafter initialised from the target."""
+    decoder = target.decoder
+    examples = read_all(run, decoder)
+    heldout, examples = examples[: run.heldout], examples[run.heldout :]
+    recipe = run.drafter or default_recipe(decoder, mask_token(target.tokenizer), run.block_size, run.draft_layers)
+    model = new_drafter(decoder, load_state_dict(target.source), recipe, examples, run.train.seed)
+    return Trainer(model, decoder, examples, heldout, run.train)
+
+
+def read_all(run: TrainRun, decoder: Decoder) -> list[Example]:
+    """All examples, the held-out ones first. Raises ValueError if there are too few."""
+    examples: list[Example] = []
+    for i, path in enumerate(run.data):
+        found = read_examples(path, decoder.config.vocab_size, run.max_length)
+        examples += found[-run.heldout :] + found[: -run.heldout] if i == 0 else found
+    if len(examples) <= run.heldout:
+        raise ValueError(
+            f"{len(examples)} examples are too few to hold {run.heldout} out; write more with 'dspark data'"
+        )
+    return examples

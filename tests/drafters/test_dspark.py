@@ -1,0 +1,182 @@
+"""The DSpark drafter at inference is the trained module, packed and cached; a misfit is refused."""
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from dspark.drafters.dspark import DSparkDrafter, check_fit
+from dspark.drafters.model import DSparkModel
+from dspark.models.decoder import Decoder, layer_shapes
+from dspark.sampling import SamplingParams
+from dspark.spec.draft import Draft
+from tests.tiny import PlainAttention, tiny_config, tiny_model, tiny_state_dict, tiny_target
+
+TARGET = tiny_target()
+TOKENS = torch.randint(0, 64, (30,), generator=torch.Generator().manual_seed(2)).tolist()
+ANCHORS = (0, 1, 13, 29)
+GREEDY = SamplingParams()
+
+
+@dataclass
+class Request:
+    """What a drafter reads of a sequence."""
+
+    token_ids: list[int]
+    params: SamplingParams = GREEDY
+    seed: int = 5
+    first_slot: int = 0
+
+
+def taps_of(model: DSparkModel, token_ids: list[int]) -> list[Tensor]:
+    positions = torch.arange(len(token_ids))
+    return TARGET.forward(torch.tensor(token_ids), positions, PlainAttention(2), model.config.tap_layers).taps
+
+
+def extended(model: DSparkModel, pieces: tuple[int, ...] = (0, 30), first_slot: int = 0) -> DSparkDrafter:
+    """A drafter that took in the taps of TOKENS, piece by piece, into slots from first_slot on."""
+    drafter = DSparkDrafter(model, TARGET)
+    drafter.allocate(first_slot + 40)
+    for storage in drafter._storage:
+        storage.fill_(float("nan"))  # whatever is read must have been written
+    taps = taps_of(model, TOKENS)
+    for start, end in pairwise(pieces):
+        positions = torch.arange(start, end)
+        drafter.extend([t[start:end] for t in taps], positions, positions + first_slot)
+    return drafter
+
+
+def trained_hidden(model: DSparkModel, anchors: tuple[int, ...]) -> Tensor:
+    """What training computes for blocks at these anchors of TOKENS, [A, G, C]."""
+    index = torch.tensor([anchors])
+    embeddings = TARGET.embed(torch.tensor(TOKENS))[index]
+    mask = TARGET.embedding[model.config.mask_token_id]
+    with torch.no_grad():
+        return model(torch.cat(taps_of(model, TOKENS), -1)[None], index, embeddings, mask)[0]
+
+
+def propose(model: DSparkModel, *requests: Request) -> Draft:
+    return extended(model).propose(list(requests))
+
+
+def test_backbone_equals_the_trained_module():
+    model = tiny_model(TARGET.config)
+    for anchor, hidden in zip(ANCHORS, trained_hidden(model, ANCHORS)):
+        ours = extended(model).backbone([Request(TOKENS[: anchor + 1])])[0]
+        torch.testing.assert_close(ours, hidden, atol=1e-4, rtol=0)
+
+
+def test_a_block_depends_on_nothing_past_its_anchor():
+    """Later tokens, padding and the other blocks of the batch leave a block's hidden states as they are."""
+    model = tiny_model(TARGET.config)
+    together = trained_hidden(model, ANCHORS)
+    for i, anchor in enumerate(ANCHORS):
+        torch.testing.assert_close(trained_hidden(model, (anchor,))[0], together[i], atol=1e-5, rtol=0)
+    taps = torch.cat(taps_of(model, TOKENS), -1)[None]
+    taps[:, 13:] = 7.0
+    embedding, mask = TARGET.embed(torch.tensor([[TOKENS[13]]])), TARGET.embedding[1]
+    with torch.no_grad():
+        padded = model(taps, torch.tensor([[13]]), embedding, mask)[0]
+    torch.testing.assert_close(padded[0], together[2], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("pieces", [(0, 1, 30), (0, 7, 8, 20, 30)])
+def test_extending_in_pieces_equals_at_once(pieces: tuple[int, ...]):
+    """And the place in the arena does not matter, nor do the requests beside it."""
+    model = tiny_model(TARGET.config)
+    at_once = extended(model).backbone([Request(TOKENS)])[0]
+    torch.testing.assert_close(extended(model, pieces).backbone([Request(TOKENS)])[0], at_once, atol=1e-5, rtol=0)
+    drafter = extended(model, pieces, first_slot=50)
+    drafter.extend([t[:3] for t in taps_of(model, TOKENS)], torch.arange(3), torch.arange(3))
+    short, long = drafter.backbone([Request(TOKENS[:4]), Request(TOKENS, first_slot=50)])
+    torch.testing.assert_close(long, at_once, atol=1e-5, rtol=0)
+    torch.testing.assert_close(short, extended(model).backbone([Request(TOKENS[:4])])[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("draft_vocab_size", [0, 20])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_markov_and_confidence_heads_equal_the_trained_ones(draft_vocab_size: int, temperature: float):
+    """Teacher-forced with the tokens that were drafted, training gives the distribution that was sampled from."""
+    model = tiny_model(TARGET.config, draft_vocab_size=draft_vocab_size)
+    anchor = 13
+    draft = propose(model, Request(TOKENS[: anchor + 1], SamplingParams(temperature)))
+    tokens = draft.tokens[0]
+    previous = torch.cat([torch.tensor([TOKENS[anchor]]), tokens[:-1]])
+    hidden = trained_hidden(model, (anchor,))[0]
+    with torch.no_grad():
+        embeddings = model.markov_head.markov_w1(previous)
+        logits = hidden @ TARGET.lm_head_weight[model.d2t].T + model.markov_head.markov_w2(embeddings)  # [G, V']
+        confidence = model.confidence_head(hidden, embeddings)
+    torch.testing.assert_close(draft.confidence_logits[0], confidence, atol=1e-4, rtol=0)
+    assert draft.lengths.tolist() == [model.config.block_size]
+    if temperature == 0:
+        assert tokens.tolist() == model.d2t[logits.argmax(-1)].tolist()
+        assert draft.draft_probs.amax(-1).eq(1).all()
+        return
+    expected = torch.zeros(logits.shape[0], 64).index_copy_(1, model.d2t, (logits / temperature).softmax(-1))
+    ours = torch.zeros_like(expected).scatter_add_(1, draft.support[0], draft.draft_probs[0])
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+    assert ours.gather(1, tokens[:, None]).gt(0).all()
+
+
+def test_each_request_drafts_by_its_own_seed_and_temperature():
+    requests = [Request(TOKENS, SamplingParams(t), seed) for t, seed in ((0.0, 1), (1.0, 1), (1.0, 2), (1.0, 1))]
+    model = tiny_model(TARGET.config)
+    together = propose(model, *requests)
+    for i, request in enumerate(requests):
+        assert propose(model, request).tokens[0].tolist() == together.tokens[i].tolist()
+    assert together.tokens[1].tolist() == together.tokens[3].tolist()
+    assert len({tuple(row) for row in together.tokens.tolist()}) == 3
+
+
+def test_initialised_from_the_target_it_is_made_of_target_layers():
+    """Draft layers are copies, the transition bias starts at zero; the drafter runs and its shapes fit."""
+    model, state = tiny_model(TARGET.config), tiny_state_dict(TARGET.config)
+    names = layer_shapes(TARGET.config)
+    layers = [{n: state[f"model.layers.{i}.{n}"] for n in names} for i in (2, 3)]
+    model.initialize_from_target(layers, state["model.norm.weight"], state["model.embed_tokens.weight"])
+    assert torch.equal(model.layers[1].get_parameter("mlp.up_proj.weight"), layers[1]["mlp.up_proj.weight"])  # pyright: ignore
+    assert not model.markov_head.markov_w2.weight.any()
+    assert propose(model, Request(TOKENS)).tokens.shape == (1, model.config.block_size)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 80}, "vocabulary 80, this target has 64"),
+        ({"hidden_size": 40}, "width 40, this target has 32"),
+        ({"head_dim": 16}, "head width 16, this target has 8"),
+        ({"rope_theta": 5e5}, "rotary base"),
+    ],
+)
+def test_a_drafter_of_another_target_is_refused(changes: dict, message: str):
+    config = tiny_model(TARGET.config).config
+    check_fit(config, TARGET)
+    other = replace(config, decoder=replace(config.decoder, **changes))
+    with pytest.raises(ValueError, match=message):
+        DSparkDrafter(DSparkModel(other), TARGET)
+
+
+def test_tap_layers_that_the_target_lacks_are_refused():
+    shallow = tiny_config(num_layers=2)
+    with pytest.raises(ValueError, match=r"reads target layers \[0, 2, 3\], this target has 2 layers"):
+        check_fit(tiny_model(TARGET.config).config, Decoder(shallow, tiny_state_dict(shallow), dtype=torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tap_layers": ()}, "tap layers"),
+        ({"tap_layers": (4,)}, r"tap layers \(4,\) must lie in 0\.\.3"),
+        ({"block_size": 0}, "block_size must be at least 1"),
+        ({"num_draft_layers": 0}, "num_draft_layers"),
+        ({"markov_rank": 0}, "markov_rank"),
+        ({"draft_vocab_size": 65}, r"draft_vocab_size must lie in 1\.\.64"),
+        ({"mask_token_id": 64}, r"mask_token_id must lie in 0\.\.63"),
+    ],
+)
+def test_impossible_configs_are_refused(changes: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        replace(tiny_model(TARGET.config).config, **changes)

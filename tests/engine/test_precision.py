@@ -1,0 +1,30 @@
+"""bf16 arithmetic end to end, forced also where this CPU would compute a bf16 model in fp32."""
+
+import pytest
+import torch
+
+from dspark.engine.engine import Engine
+from dspark.models import decoder
+from dspark.sampling import SamplingParams
+from tests.tiny import tiny_drafter, tiny_target
+
+
+@pytest.fixture
+def bf16_arithmetic(monkeypatch):
+    monkeypatch.setattr(decoder, "storage_dtype", lambda dtype, device: dtype)
+    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    monkeypatch.setattr(decoder, "use_packed", lambda dtype, device: supported)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_everything_runs_in_bf16_arithmetic(bf16_arithmetic, temperature):
+    target = tiny_target(torch.bfloat16)
+    assert target.compute_dtype is torch.bfloat16
+    engine = Engine(target, tiny_drafter(target))
+    assert engine.cache.storage[0].dtype is torch.bfloat16
+    params = SamplingParams(temperature=temperature, max_new_tokens=12, seed=0)
+    sequences = [engine.add(list(range(3, 10 + i)), params) for i in range(3)]
+    while engine.has_work:
+        engine.step()
+        engine.cache.check_integrity()
+    assert [len(s.output_ids) for s in sequences] == [12] * 3

@@ -1,0 +1,80 @@
+"""The command line: bad input ends in one sentence and exit code 2, and `--help` needs no torch."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dspark.cli import main
+
+
+def error_of(capsys, *argv: str) -> str:
+    """Run a command that must fail; returns its one line on stderr."""
+    assert main(list(argv)) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--temperature", "-1"], "temperature"),
+        (["--top-p", "0"], "top_p"),
+        (["--top-p", "1.5"], "top_p"),
+        (["--max-new-tokens", "0"], "max_new_tokens"),
+    ],
+)
+def test_impossible_sampling_parameters(capsys, options, message):
+    assert message in error_of(capsys, "generate", "hello", *options)
+
+
+def test_empty_prompt(capsys):
+    assert "prompt is empty" in error_of(capsys, "generate", "  ")
+
+
+def test_missing_model(capsys):
+    assert "no model" in error_of(capsys, "generate", "hello", "--model", "/nowhere/model.gguf")
+
+
+def test_prompts_files(capsys, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    out = str(tmp_path / "out.jsonl")
+    assert "cannot read" in error_of(capsys, "data", "--prompts", str(path), "--out", out)
+    path.write_text("")
+    assert "holds no prompts" in error_of(capsys, "data", "--prompts", str(path), "--out", out)
+    path.write_text('{"turns": ["hello"]}\nnot json\n')
+    assert "line 2 is not JSON" in error_of(capsys, "data", "--prompts", str(path), "--out", out)
+    assert "line 2 is not JSON" in error_of(capsys, "bench", "--prompts", str(path))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [(["--systems", "vllm"], "--systems"), (["--streams", "x"], "--streams"), (["--limit", "0"], "--limit")],
+)
+def test_bench_options(capsys, options, message):
+    assert message in error_of(capsys, "bench", *options)
+
+
+def test_help_imports_neither_torch_nor_transformers():
+    code = (
+        "import sys, dspark.cli\n"
+        "try: dspark.cli.main(['generate', '--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'numpy', 'rich'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.model
+def test_generate_prints_one_json_object(capsys):
+    assert main(["generate", "What is the capital of France?", "--drafter", "ngram", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert "Paris" in row["text"] and row["finish_reason"] == "stop"
+
+
+@pytest.mark.model
+def test_a_prompt_longer_than_the_context(capsys):
+    assert main(["generate", "word " * 9000]) == 2
+    assert "do not fit the limit" in capsys.readouterr().err

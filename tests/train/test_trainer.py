@@ -1,0 +1,68 @@
+"""Training: it learns, it stops when told to, and a resumed run is the run that was never stopped."""
+
+import pytest
+import torch
+
+from dspark.drafters.checkpoint import load_drafter
+from dspark.train.checkpoint import RESUME_FILE, resume_training
+from dspark.train.data import Example
+from dspark.train.trainer import TrainConfig, Trainer
+from tests.tiny import tiny_model, tiny_target
+
+
+def make_trainer(minutes: float = 60.0, steps_seconds: float | None = None) -> Trainer:
+    target = tiny_target()
+    model = tiny_model(target.config, draft_vocab_size=40)
+    generator = torch.Generator().manual_seed(1)
+    examples = [
+        Example(tuple(ids[:6]), tuple(ids[6:]))
+        for ids in (torch.randint(0, 64, (20,), generator=generator).tolist() for _ in range(10))
+    ]
+    return Trainer(model, target, examples[2:], examples[:2], TrainConfig(minutes=minutes, learning_rate=3e-3))
+
+
+def run_steps(trainer: Trainer, folder, steps: int) -> list[float]:
+    """Train for so many steps on a clock that ticks one second a step, so that schedules are repeatable."""
+    losses = []
+
+    def on_step(result) -> None:
+        losses.append(result.loss)
+        trainer.progress.seconds = float(trainer.progress.step)
+
+    trainer.run(folder, on_step, lambda: len(losses) >= steps)
+    return losses
+
+
+def test_the_loss_falls(tmp_path):
+    losses = run_steps(make_trainer(), tmp_path, 60)
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path):
+    whole = make_trainer()
+    run_steps(whole, tmp_path / "whole", 8)
+    run_steps(make_trainer(), tmp_path / "parts", 5)
+    resumed = make_trainer()
+    resume_training(resumed, tmp_path / "parts")
+    assert resumed.progress.step == 5
+    run_steps(resumed, tmp_path / "parts", 3)
+    for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters()):
+        assert torch.equal(a, b), name
+
+
+def test_a_damaged_resume_file_is_one_clear_error(tmp_path):
+    run_steps(make_trainer(), tmp_path, 1)
+    path = tmp_path / RESUME_FILE
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match="cannot resume from"):
+        resume_training(make_trainer(), tmp_path)
+
+
+def test_a_run_leaves_a_loadable_drafter_and_a_record(tmp_path):
+    trainer = make_trainer(minutes=2 / 60)
+    run_steps(trainer, tmp_path, 99)
+    assert trainer.progress.step == 2  # two seconds of budget on a clock of one second a step
+    assert load_drafter(tmp_path).config == trainer.model.config
+    entry = trainer.progress.history[-1]
+    assert 1 <= entry["heldout_accepted_length"] <= 1 + trainer.model.config.block_size
+    assert (tmp_path / "training.json").exists()
