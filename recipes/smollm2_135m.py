@@ -23,10 +23,10 @@ def dspark() -> TrainRun:
             mask_token_id=0,
             block_size=4,
             markov_rank=128,
-            draft_vocab_size=12_288,
+            draft_vocab_size=8_192,
         ),
         max_length=448,
-        train=TrainConfig(minutes=60, learning_rate=1e-3, sequences_per_step=1),
+        train=TrainConfig(minutes=60, sequences_per_step=1),
     )
 
 

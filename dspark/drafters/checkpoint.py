@@ -5,9 +5,21 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from dspark.config import read_json, write_json
 from dspark.drafters.model import DSparkConfig, DSparkModel
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file atomically. Raises OSError if the disk refuses it; the old file is then untouched."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        save_file(tensors, temporary, metadata)
+    except SafetensorError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(None, f"cannot write the checkpoint ({error})", str(path)) from None
+    temporary.replace(path)
 
 
 def save_drafter(model: DSparkModel, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -17,9 +29,7 @@ def save_drafter(model: DSparkModel, folder: Path, dtype: torch.dtype = torch.bf
         name: t.detach().cpu().to(dtype if t.is_floating_point() else torch.int32).contiguous()
         for name, t in model.state_dict().items()
     }
-    temporary = folder / "model.safetensors.tmp"
-    save_file(tensors, temporary)
-    temporary.replace(folder / "model.safetensors")
+    save_tensors(tensors, folder / "model.safetensors")
     write_json(model.config, folder / "config.json")
 
 

@@ -32,6 +32,10 @@ def load_target(model: str, dtype: str = "bf16", device: str = "cpu") -> Target:
     """Load a target by name, folder, GGUF file or hub name. Raises ValueError where that is not possible."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not '{dtype}'")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device '{device}' cannot be used: {str(error).splitlines()[0]}") from None
     source = resolve_model(model)
     hf_config = load_hf_config(source)
     decoder = Decoder(DecoderConfig.from_hf(hf_config), load_state_dict(source), dtype=DTYPES[dtype], device=device)

@@ -5,20 +5,29 @@ moment leaves either the old state or the new one.
 """
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from dspark.drafters.checkpoint import save_drafter
+from dspark.drafters.checkpoint import save_drafter, save_tensors
 
 if TYPE_CHECKING:
     from dspark.train.trainer import Trainer
 
 RESUME_FILE = "resume.safetensors"
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with the checkpoint, so that a resumed run continues the same schedule."""
+
+    step: int = 0
+    seconds: float = 0.0
+    slots: int = 0  # supervised block slots seen
+    history: list[dict] = field(default_factory=list)
 
 
 def save_training(trainer: "Trainer", folder: Path) -> None:
@@ -33,13 +42,8 @@ def save_training(trainer: "Trainer", folder: Path) -> None:
         "progress": asdict(trainer.progress),
         "data": trainer.describe_data(),
     }
-    temporary = folder / (RESUME_FILE + ".tmp")
-    save_file(
-        {name: t.detach().clone().contiguous() for name, t in tensors.items()},
-        temporary,
-        metadata={"progress": json.dumps(record["progress"])},
-    )
-    temporary.replace(folder / RESUME_FILE)
+    tensors = {name: t.detach().clone().contiguous() for name, t in tensors.items()}
+    save_tensors(tensors, folder / RESUME_FILE, {"progress": json.dumps(record["progress"])})
     temporary = folder / "training.json.tmp"
     temporary.write_text(json.dumps(record, indent=1) + "\n")
     temporary.replace(folder / "training.json")
@@ -50,8 +54,6 @@ def resume_training(trainer: "Trainer", folder: Path) -> None:
 
     Raises ValueError if the file is missing, damaged or of a drafter of another shape.
     """
-    from dspark.train.trainer import Progress
-
     path = folder / RESUME_FILE
     try:
         with safe_open(path, framework="pt") as file:

@@ -21,7 +21,7 @@ class DrafterRecipe:
     mask_token_id: int
     block_size: int = 4
     markov_rank: int = 128
-    draft_vocab_size: int = 12_288
+    draft_vocab_size: int = 8_192
 
 
 def mask_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -47,7 +47,7 @@ def default_recipe(target: Decoder, mask_token_id: int, block_size: int = 4, dra
         source_layers=tuple(range(first, n)),
         mask_token_id=mask_token_id,
         block_size=block_size,
-        draft_vocab_size=min(12_288, target.config.vocab_size),
+        draft_vocab_size=min(8_192, target.config.vocab_size),
     )
 
 

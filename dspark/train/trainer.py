@@ -8,7 +8,7 @@ Shapes: S sequences, T positions, A anchors, G block size, C width, N supervised
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from dspark.drafters.model import DSparkModel
 from dspark.models.decoder import Decoder
 from dspark.train.blocks import sample_blocks
-from dspark.train.checkpoint import save_training
+from dspark.train.checkpoint import Progress, save_training
 from dspark.train.data import Example
 from dspark.train.features import FeatureSource
 from dspark.train.loss import LossWeights, SlotTargets, dspark_loss
@@ -33,22 +33,12 @@ class TrainConfig:
     warmup_share: float = 0.04
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
-    sequences_per_step: int = 2
+    sequences_per_step: int = 1
     anchors_per_sequence: int = 256
     cache_gib: float = 6.0
     eval_every_minutes: float = 5.0
     seed: int = 0
-    loss: LossWeights = field(default_factory=LossWeights)
-
-
-@dataclass
-class Progress:
-    """Where a run stands; saved with the checkpoint, so that a resumed run continues the same schedule."""
-
-    step: int = 0
-    seconds: float = 0.0
-    slots: int = 0  # supervised block slots seen
-    history: list[dict] = field(default_factory=list)
+    loss: LossWeights = LossWeights(distillation=1.0)  # the paper's three terms and a fourth for short runs
 
 
 @dataclass
