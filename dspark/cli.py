@@ -70,18 +70,16 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--heldout", type=int, default=24, help="examples kept for evaluation (default 24)")
     sub.add_argument("--seed", type=int, default=0)
 
-    sub = command("bench", run_bench, "time systems side by side on the same prompts", model)
+    sub = command("bench", run_bench, "time systems side by side on the same prompts", model, drafter_options())
     sub.add_argument("--prompts", type=Path, help="JSON lines of prompts (default: 30 that come with dspark)")
     sub.add_argument("--limit", type=int, help="use only N prompts, spread over the domains")
     sub.add_argument("--streams", default="1,8", help="numbers of concurrent requests (default 1,8)")
     sub.add_argument("--temperatures", default="0,1", help="sampling temperatures (default 0,1)")
     sub.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default 128)")
     sub.add_argument("--systems", default="transformers,plain,ngram,dspark", help="what to compare (default: all)")
-    sub.add_argument("--drafter", default="dspark", help="the DSpark checkpoint (default: the shipped one)")
     sub.add_argument("--json", action="store_true", help="print only the JSON line")
 
-    sub = command("demo", run_demo, "plain decoding and DSpark side by side, in about a minute", model)
-    sub.add_argument("--drafter", default="dspark", help="the DSpark checkpoint (default: the shipped one)")
+    command("demo", run_demo, "plain decoding and DSpark side by side, in about a minute", model, drafter_options())
     return parser
 
 
@@ -100,6 +98,7 @@ def model_options() -> argparse.ArgumentParser:
 def drafter_options() -> argparse.ArgumentParser:
     parent = argparse.ArgumentParser(add_help=False)
     parent.add_argument("--drafter", default="dspark", help="dspark (shipped), ngram, none or a checkpoint folder")
+    parent.add_argument("--verify-length", type=int, help="draft tokens verified a round (default: the whole block)")
     return parent
 
 
@@ -132,7 +131,14 @@ def load(args: argparse.Namespace, drafter: str, **limits: int) -> "LLM":
     from dspark.engine.engine import EngineConfig
     from dspark.engine.llm import LLM
 
-    llm = LLM(args.model, drafter, dtype=args.dtype, device=args.device, config=EngineConfig(**limits))
+    llm = LLM(
+        args.model,
+        drafter,
+        verify_length=getattr(args, "verify_length", None),
+        dtype=args.dtype,
+        device=args.device,
+        config=EngineConfig(**limits),
+    )
     print(f"{llm.target.describe()}; drafter {drafter}; {llm.engine.limits()}", file=sys.stderr)
     return llm
 
@@ -269,6 +275,7 @@ def run_bench(args: argparse.Namespace) -> None:
     config = BenchConfig(
         model=args.model,
         drafter=args.drafter,
+        verify_length=args.verify_length,
         dtype=args.dtype,
         device=args.device,
         prompts=args.prompts,
@@ -284,7 +291,7 @@ def run_bench(args: argparse.Namespace) -> None:
 def run_demo(args: argparse.Namespace) -> None:
     from dspark.eval.demo import run_demo
 
-    run_demo(args.model, args.drafter, args.dtype, args.device)
+    run_demo(args.model, args.drafter, args.verify_length, args.dtype, args.device)
 
 
 if __name__ == "__main__":

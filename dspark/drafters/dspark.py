@@ -13,13 +13,13 @@ from dspark.models.layers import Linear, apply_rotary, attend, rms_norm
 from dspark.sampling import Purpose, categorical, uniforms
 from dspark.spec.draft import Draft
 
-NUM_CANDIDATES = 64  # top base candidates a slot on which the Markov bias is evaluated and sampled from
+NUM_CANDIDATES = 64  # tokens a slot is sampled from: the likeliest after the Markov bias
 
 
 class DSparkDrafter:
     """A trained drafter bound to its target: packed weights and the cached context of all running requests.
 
-    Sampling covers the top NUM_CANDIDATES of each slot's base logits; the verifier gets that very distribution.
+    Sampling covers each slot's NUM_CANDIDATES likeliest tokens; the verifier gets that very distribution.
     """
 
     def __init__(self, model: DSparkModel, target: Decoder):
@@ -45,7 +45,7 @@ class DSparkDrafter:
         self.d2t = model.d2t.to(device)
         self.head = Linear(target.lm_head_weight[self.d2t], target.packed)
         self.w1 = place(model.markov_head.markov_w1.weight)  # [V, r]
-        self.w2 = place(model.markov_head.markov_w2.weight)  # [V', r]
+        self.w2 = Linear(place(model.markov_head.markov_w2.weight), target.packed)  # [R, r] -> [R, V']
         self.confidence_weight = place(model.confidence_head.proj.weight)[0]  # [C + r]
         self.confidence_bias = model.confidence_head.proj.bias.detach().to(device, torch.float32)
         self.mask_embedding = target.embedding[model.config.mask_token_id]
@@ -82,14 +82,7 @@ class DSparkDrafter:
 
     @torch.inference_mode()
     def propose(self, requests: list[DraftRequest]) -> Draft:
-        hidden = self.backbone(requests)  # [R, G, C]
-        logits, candidates = self.head(hidden.flatten(0, 1)).topk(min(NUM_CANDIDATES, len(self.d2t)))
-        return self.decode_block(
-            requests,
-            hidden,
-            logits.unflatten(0, hidden.shape[:2]).float(),
-            candidates.unflatten(0, hidden.shape[:2]),
-        )
+        return self.decode_block(requests, self.backbone(requests))
 
     def backbone(self, requests: list[DraftRequest]) -> Tensor:
         """One parallel pass over all blocks -> hidden states [R, G, C]."""
@@ -115,28 +108,29 @@ class DSparkDrafter:
             x = layer(x, cos, sin, i, attention)
         return rms_norm(x, self.norm, self.config.decoder.rms_norm_eps).view(len(requests), g, -1)
 
-    def decode_block(
-        self, requests: list[DraftRequest], hidden: Tensor, base_logits: Tensor, candidates: Tensor
-    ) -> Draft:
-        """The sequential head over base_logits [R, G, M] fp32 of candidates [R, G, M] (draft vocabulary)."""
-        r, g, m = candidates.shape
-        support = self.d2t[candidates]
+    def decode_block(self, requests: list[DraftRequest], hidden: Tensor) -> Draft:
+        """The sequential head, left to right over hidden [R, G, C], each slot from the token sampled before it."""
+        r, g, _ = hidden.shape
+        base_logits = self.head(hidden.flatten(0, 1)).view(r, g, -1)  # [R, G, V']
         temperature = torch.tensor([q.params.temperature for q in requests], device=hidden.device)[:, None]
         greedy = temperature == 0
+        m = 1 if bool(greedy.all()) else min(NUM_CANDIDATES, len(self.d2t))
         previous = torch.tensor([q.token_ids[-1] for q in requests], device=hidden.device)
         tokens = torch.empty(r, g, dtype=torch.int64, device=hidden.device)
-        draft_probs = torch.zeros(r, g, m, device=hidden.device)
+        support = torch.empty(r, g, m, dtype=torch.int64, device=hidden.device)
+        draft_probs = torch.empty(r, g, m, device=hidden.device)
         embeddings = hidden.new_empty(r, g, self.w1.shape[1])
-        w2 = self.w2[candidates]  # [R, G, M, r]
         draws = self._draws(requests).to(hidden.device)  # [R, G]
         for k in range(g):
             embeddings[:, k] = self.w1[previous]
-            logits = base_logits[:, k] + torch.einsum("rmd,rd->rm", w2[:, k], embeddings[:, k]).float()
-            best = logits.argmax(-1, keepdim=True)
-            one_hot = torch.zeros_like(logits).scatter_(1, best, 1.0)
-            probs = torch.where(greedy, one_hot, (logits / temperature.masked_fill(greedy, 1.0)).softmax(-1))
-            index = categorical(probs, draws[:, k])[:, None]
-            draft_probs[:, k] = probs
+            # The Markov bias decides most later slots: candidates are picked after it, never before.
+            logits, candidates = (base_logits[:, k] + self.w2(embeddings[:, k])).float().topk(m)  # best first
+            support[:, k] = self.d2t[candidates]
+            probs = (logits / temperature.masked_fill(greedy, 1.0)).softmax(-1)
+            best_only = torch.zeros_like(probs)
+            best_only[:, 0] = 1.0
+            draft_probs[:, k] = torch.where(greedy, best_only, probs)
+            index = categorical(draft_probs[:, k], draws[:, k])[:, None]
             previous = tokens[:, k] = support[:, k].gather(1, index).squeeze(1)
         features = torch.cat([hidden, embeddings], -1)
         confidence = (features @ self.confidence_weight).float() + self.confidence_bias

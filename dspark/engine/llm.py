@@ -16,6 +16,7 @@ from dspark.engine.engine import Engine, EngineConfig
 from dspark.engine.sequence import Sequence
 from dspark.models.loader import load_target
 from dspark.sampling import SamplingParams
+from dspark.spec.prefix_scheduler import FixedLength
 
 Prompt = str | list[int] | list[dict[str, str]]
 
@@ -49,7 +50,8 @@ class LLM:
     """A target, a drafter and an engine.
 
     drafter: `dspark` (shipped for the model), `ngram`, `none` or a checkpoint folder.
-    dtype: `bf16` or `fp32`. Raises ValueError for whatever cannot be loaded or does not fit.
+    verify_length: draft tokens verified a round; None: all of the block. dtype: `bf16` or `fp32`.
+    Raises ValueError for whatever cannot be loaded or does not fit.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class LLM:
         model: str = "smollm2-135m",
         drafter: str = "dspark",
         *,
+        verify_length: int | None = None,
         dtype: str = "bf16",
         device: str = "cpu",
         config: EngineConfig = EngineConfig(),
@@ -66,6 +69,7 @@ class LLM:
         self.engine = Engine(
             self.target.decoder,
             make_drafter(drafter, model, self.target.decoder),
+            None if verify_length is None else FixedLength(verify_length),
             eos_ids=self.target.eos_ids,
             config=config,
         )

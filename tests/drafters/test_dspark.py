@@ -121,6 +121,22 @@ def test_markov_and_confidence_heads_equal_the_trained_ones(draft_vocab_size: in
     assert ours.gather(1, tokens[:, None]).gt(0).all()
 
 
+def test_candidates_are_picked_after_the_markov_bias(monkeypatch: pytest.MonkeyPatch):
+    """A bug halved live acceptance: candidates were the top of the base logits, while training scores the whole
+    draft vocabulary; the token that the bias favours was seldom among them."""
+    monkeypatch.setattr("dspark.drafters.dspark.NUM_CANDIDATES", 1)
+    model = tiny_model(TARGET.config)
+    anchor = ANCHORS[0]
+    draft = propose(model, Request(TOKENS[: anchor + 1], SamplingParams(temperature=1.0)))
+    hidden = trained_hidden(model, (anchor,))[0]
+    previous = TOKENS[anchor]
+    for k, token in enumerate(draft.tokens[0].tolist()):
+        bias = model.markov_head.markov_w2(model.markov_head.markov_w1.weight[previous])
+        scores = TARGET.lm_head_weight[model.d2t] @ hidden[k] + bias
+        assert token == model.d2t[scores.argmax()]
+        previous = token
+
+
 def test_each_request_drafts_by_its_own_seed_and_temperature():
     requests = [Request(TOKENS, SamplingParams(t), seed) for t, seed in ((0.0, 1), (1.0, 1), (1.0, 2), (1.0, 1))]
     model = tiny_model(TARGET.config)
