@@ -1,0 +1,22 @@
+"""Prompt sets: balanced over domains for every limit."""
+
+from collections import Counter
+
+import pytest
+
+from dspark.eval.tasks import load_prompts
+
+
+def test_the_own_set_is_thirty_prompts_of_three_domains():
+    assert Counter(p.domain for p in load_prompts(None)) == {"math": 10, "code": 10, "chat": 10}
+
+
+@pytest.mark.parametrize("limit", [3, 4, 12])
+def test_any_limit_is_spread_over_the_domains(limit):
+    counts = Counter(p.domain for p in load_prompts(None, limit))
+    assert sum(counts.values()) == limit and max(counts.values()) - min(counts.values()) <= 1
+
+
+def test_a_limit_below_one_is_refused():
+    with pytest.raises(ValueError, match="--limit"):
+        load_prompts(None, 0)
