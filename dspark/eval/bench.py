@@ -169,17 +169,10 @@ def run_bench(config: BenchConfig, target: Target, on_batch=lambda _: None) -> B
 
     prompts = load_prompts(config.prompts, config.limit)
     ids = [encode_prompt(target.tokenizer, p.turns[0]) for p in prompts]
-    # One domain a batch, so that figures by domain are real.
-    domains = sorted({p.domain for p in prompts})
     systems = {name: make_system(name, config, target) for name in config.systems}
     rows, answers = [], {}
     for streams in config.streams:
-        batches = [
-            group[i : i + streams]
-            for domain in domains
-            for group in [[k for k, p in enumerate(prompts) if p.domain == domain]]
-            for i in range(0, len(group), streams)
-        ]
+        batches = [range(len(prompts))[i : i + streams] for i in range(0, len(prompts), streams)]
         for temperature in config.temperatures:
             tallies = {name: Tally() for name in systems}
             found = {name: [[] for _ in prompts] for name in systems}
@@ -228,9 +221,10 @@ def run_batch(system, ids, params, tally: Tally, found, batch, prompts) -> None:
     tokens = sum(map(len, outputs))
     tally.tokens += tokens
     tally.seconds += seconds
-    sums = tally.by_domain.setdefault(prompts[batch[0]].domain, [0, 0, 0, 0])
-    for i, value in enumerate((tokens, seconds, tally.rounds - rounds, tally.committed - committed)):
-        sums[i] += value
+    if len({prompts[k].domain for k in batch}) == 1:  # in mixed batches time belongs to no domain
+        sums = tally.by_domain.setdefault(prompts[batch[0]].domain, [0, 0, 0, 0])
+        for i, value in enumerate((tokens, seconds, tally.rounds - rounds, tally.committed - committed)):
+            sums[i] += value
     for k, output in zip(batch, outputs):
         found[k] = output
 
