@@ -1,4 +1,4 @@
-"""The drafter that is shipped for SmolLM2-135M-Instruct.
+"""The drafter for SmolLM2-135M-Instruct. The shipped one has the same shape; it had 42 minutes on 806 answers.
 
 dspark data --prompts train.jsonl --out runs/answers.jsonl
 dspark data --self-written 2000 --out runs/self-written.jsonl
