@@ -5,7 +5,7 @@ tokens/s is generated tokens over the wall time of their batches, prefill includ
 
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -231,21 +231,9 @@ def run_batch(system, ids, params, tally: Tally, found, batch, prompts) -> None:
 
 def check_identity(config: BenchConfig, target: Target, dtype: str) -> tuple[str, list[Difference]]:
     """Greedy DSpark against greedy plain decoding on all prompts in one dtype: ("n/n", differences)."""
-    only = BenchConfig(
-        model=config.model,
-        drafter=config.drafter,
-        verify_length=config.verify_length,
-        dtype=dtype,
-        device=config.device,
-        prompts=config.prompts,
-        limit=config.limit,
-        streams=(max(config.streams),),
-        temperatures=(0.0,),
-        max_new_tokens=config.max_new_tokens,
-        systems=("plain", "dspark"),
-    )
-    result = run_bench(only, target)
-    return compare(result, target, max(config.streams))
+    streams = max(config.streams)
+    only = replace(config, dtype=dtype, streams=(streams,), temperatures=(0.0,), systems=("plain", "dspark"))
+    return compare(run_bench(only, target), target, streams)
 
 
 def compare(result: BenchResult, target: Target, streams: int) -> tuple[str, list[Difference]]:

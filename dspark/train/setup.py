@@ -47,13 +47,13 @@ def default_recipe(target: Decoder, mask_token_id: int, block_size: int = 4, dra
         source_layers=tuple(range(first, n)),
         mask_token_id=mask_token_id,
         block_size=block_size,
-        draft_vocab_size=min(8_192, target.config.vocab_size),
+        draft_vocab_size=min(DrafterRecipe.draft_vocab_size, target.config.vocab_size),
     )
 
 
 def new_drafter(
     target: Decoder, state_dict: dict[str, Tensor], recipe: DrafterRecipe, examples: list[Example], seed: int
-):
+) -> DSparkModel:
     """An untrained DSparkModel: late layers copied from the target, draft vocabulary counted on the examples."""
     config = DSparkConfig(
         decoder=target.config,
