@@ -7,6 +7,8 @@ from pathlib import Path
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from dspark.drafters.checkpoint import load_drafter
+from dspark.drafters.dspark import check_fit
 from dspark.models.decoder import Decoder
 from dspark.models.loader import Target, load_target
 from dspark.models.source import load_state_dict
@@ -20,7 +22,11 @@ SMOOTHING = 0.05  # weight of the newest step in the figures beside the progress
 
 @dataclass(frozen=True)
 class TrainRun:
-    """All that a training run depends on. With `drafter=None` block_size and draft_layers shape it."""
+    """All that a training run depends on.
+
+    `initial` continues from a trained drafter and keeps its shape; otherwise `drafter` is the shape, and with
+    `drafter=None` block_size and draft_layers are.
+    """
 
     data: tuple[Path, ...]
     out: Path
@@ -28,6 +34,7 @@ class TrainRun:
     dtype: str = "bf16"
     device: str = "cpu"
     drafter: DrafterRecipe | None = None
+    initial: Path | None = None  # a drafter checkpoint to start from instead of the target's layers
     block_size: int = 4
     draft_layers: int = 2
     max_length: int = 512  # tokens of an example, prompt included
@@ -75,12 +82,19 @@ def train(run: TrainRun) -> bool:
 
 
 def make_trainer(run: TrainRun, target: Target) -> Trainer:
-    """A fresh trainer: data read and split, drafter initialised from the target."""
+    """A fresh trainer: data read and split, drafter initialised from the target or from `run.initial`.
+
+    Raises ValueError for data that cannot be used and for an initial drafter that does not fit the target.
+    """
     decoder = target.decoder
     examples = read_all(run, decoder)
     heldout, examples = examples[: run.heldout], examples[run.heldout :]
-    recipe = run.drafter or default_recipe(decoder, mask_token(target.tokenizer), run.block_size, run.draft_layers)
-    model = new_drafter(decoder, load_state_dict(target.source), recipe, examples, run.train.seed)
+    if run.initial is not None:
+        model = load_drafter(run.initial)
+        check_fit(model.config, decoder)
+    else:
+        recipe = run.drafter or default_recipe(decoder, mask_token(target.tokenizer), run.block_size, run.draft_layers)
+        model = new_drafter(decoder, load_state_dict(target.source), recipe, examples, run.train.seed)
     return Trainer(model, decoder, examples, heldout, run.train)
 
 
