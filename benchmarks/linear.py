@@ -1,23 +1,26 @@
-"""Is a weight packed for oneDNN read faster than `F.linear` reads it?
+"""Which linear map reads its weight fastest: `F.linear`, oneDNN's packed layout, or our bf16 kernel?
 
 Decoding reads every weight once a step, so for few rows time is bytes / memory bandwidth and the figure to look at
-is GB/s; the roofline is what a plain sum over a large tensor reaches. Where rows are many, GFLOP/s count.
+is milliseconds, and GB/s beside what a plain sum over a large tensor reaches. Where rows are many, GFLOP/s count.
 
     python benchmarks/linear.py
 """
 
+import functools
 import json
 import statistics
 import time
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 
 from dspark.eval.machine import provenance
-from dspark.models.layers import Linear, storage_dtype, use_packed
+from dspark.models import bf16_linear
+from dspark.models.layers import PackedLinear, storage_dtype
 
 OUT, IN = 3072, 576  # SmolLM2's gate and up maps, fused
-WEIGHTS = 40  # together far larger than any cache
+WEIGHTS = 120  # together far larger than any cache
 ROWS = (1, 2, 4, 5, 8, 16, 32, 64)
 
 
@@ -33,19 +36,25 @@ def median_seconds(run, repeats: int = 9) -> float:
 
 def main() -> None:
     dtype = storage_dtype(torch.bfloat16, torch.device("cpu"))
-    weights = [torch.randn(OUT, IN, dtype=dtype) for _ in range(WEIGHTS)]
-    packed = [Linear(w, use_packed(torch.bfloat16, torch.device("cpu"))) for w in weights]
-    num_bytes = WEIGHTS * OUT * IN * dtype.itemsize
-    plain = torch.randn(num_bytes // 4)
+    weights = [torch.randn(OUT, IN).bfloat16().to(dtype) for _ in range(WEIGHTS)]
+    systems: dict[str, Sequence[Callable[[torch.Tensor], torch.Tensor]]] = {
+        "f_linear": [functools.partial(F.linear, weight=w) for w in weights]
+    }
+    systems["packed"] = [PackedLinear(w) for w in weights]
+    if bf16_linear.available():
+        systems["bf16_kernel"] = [bf16_linear.Bf16Linear(w) for w in weights]
+    plain = torch.randn(WEIGHTS * OUT * IN)
+    print(f"sum of a large tensor: {4 * plain.numel() / median_seconds(plain.sum) / 1e9:.1f} GB/s")
     rows = []
-    print(f"sum of a large tensor: {num_bytes / median_seconds(plain.sum) / 1e9:.1f} GB/s")
     for n in ROWS:
         x = torch.randn(n, IN, dtype=dtype)
-        seconds = {
-            "f_linear": median_seconds(lambda x=x: [F.linear(x, w) for w in weights]),
-            "packed": median_seconds(lambda x=x: [linear(x) for linear in packed]),
-        }
-        row = {"rows": n} | {f"{k}_gb_per_s": round(num_bytes / s / 1e9, 1) for k, s in seconds.items()}
+        row: dict[str, float] = {"rows": n}
+        for name, maps in systems.items():
+            seconds = median_seconds(lambda x=x, maps=maps: [linear(x) for linear in maps])
+            item = 2 if name == "bf16_kernel" else dtype.itemsize
+            row[f"{name}_ms"] = round(seconds / WEIGHTS * 1e3, 3)
+            row[f"{name}_gb_per_s"] = round(WEIGHTS * OUT * IN * item / seconds / 1e9, 1)
+            row[f"{name}_gflop_per_s"] = round(WEIGHTS * OUT * IN * 2 * n / seconds / 1e9)
         print(row)
         rows.append(row)
     print(json.dumps({"dtype": str(dtype), "rows": rows, **provenance()}))

@@ -9,7 +9,7 @@ from torch import Tensor
 from dspark.drafters.interface import DraftRequest
 from dspark.drafters.model import DSparkConfig, DSparkModel
 from dspark.models.decoder import Decoder, DecoderLayer, layer_shapes
-from dspark.models.layers import Linear, apply_rotary, attend, rms_norm
+from dspark.models.layers import apply_rotary, attend, linear_map, rms_norm
 from dspark.sampling import Purpose, categorical, uniforms
 from dspark.spec.draft import Draft
 
@@ -35,17 +35,17 @@ class DSparkDrafter:
             {name: place(layer.get_parameter(name)) for name in layer_shapes(c)}  # pyright: ignore
             for layer in model.layers
         ]
-        self.layers = [DecoderLayer(c, w, target.packed) for w in weights]
+        self.layers = [DecoderLayer(c, w, target.dtype) for w in weights]
         # The context is the same for every layer, so one product gives the K and V of all of them.
         context_kv = torch.cat([w[f"self_attn.{n}_proj.weight"] for w in weights for n in ("k", "v")])
-        self.context_kv = Linear(context_kv, target.packed)
-        self.fc = Linear(place(model.fc.weight), target.packed)
+        self.context_kv = linear_map(context_kv, target.dtype)
+        self.fc = linear_map(place(model.fc.weight), target.dtype)
         self.hidden_norm = place(model.hidden_norm.weight)
         self.norm = place(model.norm.weight)
         self.d2t = model.d2t.to(device)
-        self.head = Linear(target.lm_head_weight[self.d2t], target.packed)
+        self.head = linear_map(target.lm_head_weight[self.d2t], target.dtype)
         self.w1 = place(model.markov_head.markov_w1.weight)  # [V, r]
-        self.w2 = Linear(place(model.markov_head.markov_w2.weight), target.packed)  # [R, r] -> [R, V']
+        self.w2 = linear_map(place(model.markov_head.markov_w2.weight), target.dtype)  # [R, r] -> [R, V']
         self.confidence_weight = place(model.confidence_head.proj.weight)[0]  # [C + r]
         self.confidence_bias = model.confidence_head.proj.bias.detach().to(device, torch.float32)
         self.mask_embedding = target.embedding[model.config.mask_token_id]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dspark.models.config import DecoderConfig
-from dspark.models.layers import Linear, apply_rotary, rms_norm, rotary_table, storage_dtype, use_packed
+from dspark.models.layers import apply_rotary, linear_map, rms_norm, rotary_table, storage_dtype
 
 
 class Attention(Protocol):
@@ -27,14 +27,15 @@ class Attention(Protocol):
 class DecoderLayer:
     """One pre-norm layer of the Llama family: fused QKV and gate/up, weights packed for inference."""
 
-    def __init__(self, config: DecoderConfig, weights: dict[str, Tensor], packed: bool):
-        """weights: Hugging Face names below `model.layers.N.`, already on the device in the compute dtype."""
+    def __init__(self, config: DecoderConfig, weights: dict[str, Tensor], dtype: torch.dtype):
+        """weights: Hugging Face names below `model.layers.N.`, already on the device in the compute dtype; dtype: the
+        model's precision."""
         self.config = config
         names = ("q_proj", "k_proj", "v_proj")
-        self.qkv_proj = Linear(torch.cat([weights[f"self_attn.{n}.weight"] for n in names]), packed)
-        self.o_proj = Linear(weights["self_attn.o_proj.weight"], packed)
-        self.gate_up_proj = Linear(torch.cat([weights[f"mlp.{n}_proj.weight"] for n in ("gate", "up")]), packed)
-        self.down_proj = Linear(weights["mlp.down_proj.weight"], packed)
+        self.qkv_proj = linear_map(torch.cat([weights[f"self_attn.{n}.weight"] for n in names]), dtype)
+        self.o_proj = linear_map(weights["self_attn.o_proj.weight"], dtype)
+        self.gate_up_proj = linear_map(torch.cat([weights[f"mlp.{n}_proj.weight"] for n in ("gate", "up")]), dtype)
+        self.down_proj = linear_map(weights["mlp.down_proj.weight"], dtype)
         self.input_norm = weights["input_layernorm.weight"]
         self.post_attention_norm = weights["post_attention_layernorm.weight"]
 
@@ -81,7 +82,6 @@ class Decoder:
         """state_dict: Hugging Face names and shapes. Raises ValueError if a tensor is missing or misshapen."""
         self.config, self.dtype, self.device = config, dtype, torch.device(device)
         self.compute_dtype = storage_dtype(dtype, self.device)
-        self.packed = use_packed(dtype, self.device)
         check_shapes(config, state_dict)
 
         def place(name: str) -> Tensor:
@@ -90,10 +90,10 @@ class Decoder:
         self.embedding = place("model.embed_tokens.weight")  # [V, C]
         # Plain weight beside the packed one: drafters prune it, training multiplies with its transpose.
         self.lm_head_weight = self.embedding if config.tie_embeddings else place("lm_head.weight")
-        self.lm_head = Linear(self.lm_head_weight, self.packed)
+        self.lm_head = linear_map(self.lm_head_weight, dtype)
         self.final_norm = place("model.norm.weight")
         self.layers = [
-            DecoderLayer(config, {n: place(f"model.layers.{i}.{n}") for n in layer_shapes(config)}, self.packed)
+            DecoderLayer(config, {n: place(f"model.layers.{i}.{n}") for n in layer_shapes(config)}, dtype)
             for i in range(config.num_layers)
         ]
         self._cos, self._sin = rotary_table(

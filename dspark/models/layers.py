@@ -3,11 +3,15 @@
 Shapes: N tokens (all requests flattened), H query heads, K KV heads, D head width, T cached positions.
 """
 
+import functools
 import platform
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dspark.models import bf16_linear
 
 PACK_ROWS = 8  # oneDNN picks a weight layout for about this many rows; measured best from 2 to 64 rows
 
@@ -23,33 +27,33 @@ def storage_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def use_packed(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a model of precision `dtype` uses oneDNN's packed weights: bf16 on x86 CPUs.
+class PackedLinear:
+    """Bias-free linear map, [N, in] -> [N, out], with a weight laid out for oneDNN.
 
-    fp32 is the precision to compare in, so it keeps `F.linear`: the packed products add in another order, which
-    moves logits of 40 by up to 1.7e-4.
-    """
-    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return dtype is torch.bfloat16 and device.type == "cpu" and on_x86 and torch.backends.mkldnn.is_available()
-
-
-class Linear:
-    """Bias-free linear map for inference, [N, in] -> [N, out].
-
-    Reading a weight packed for oneDNN runs at about twice the bandwidth of `F.linear` for 1 to 8 rows.
+    Reading such a weight runs at about twice the bandwidth of `F.linear` for 1 to 8 rows.
     """
 
-    def __init__(self, weight: Tensor, packed: bool):
-        """weight [out, in]; kept only in the form that is used."""
-        self.packed = packed
-        if packed:
-            weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_ROWS)
-        self.weight = weight
+    def __init__(self, weight: Tensor):
+        """weight [out, in]; kept only in the packed form."""
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_ROWS)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
-        return F.linear(x, self.weight)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+
+
+def linear_map(weight: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """The fastest bias-free map [N, in] -> [N, out] for weight [out, in] of a model of precision `dtype`.
+
+    fp32 is the precision to compare in, so it keeps `F.linear`: the other two add in another order, which moves
+    logits of 40 by up to 1.7e-4.
+    """
+    if dtype is torch.bfloat16 and weight.device.type == "cpu":
+        if weight.dtype is torch.float32 and bf16_linear.available():
+            return bf16_linear.Bf16Linear(weight)
+        on_x86 = platform.machine().lower() in ("x86_64", "amd64") and torch.backends.mkldnn.is_available()
+        if on_x86 and (weight.dtype is torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+            return PackedLinear(weight)
+    return functools.partial(F.linear, weight=weight)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

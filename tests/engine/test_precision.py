@@ -12,8 +12,6 @@ from tests.tiny import tiny_drafter, tiny_target
 @pytest.fixture
 def bf16_arithmetic(monkeypatch):
     monkeypatch.setattr(decoder, "storage_dtype", lambda dtype, device: dtype)
-    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    monkeypatch.setattr(decoder, "use_packed", lambda dtype, device: supported)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
