@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from dspark.eval.machine import provenance
-from dspark.models import bf16_linear
+from dspark.models import cpu_ops
 from dspark.models.layers import PackedLinear, storage_dtype
 
 OUT, IN = 3072, 576  # SmolLM2's gate and up maps, fused
@@ -41,8 +41,8 @@ def main() -> None:
         "f_linear": [functools.partial(F.linear, weight=w) for w in weights]
     }
     systems["packed"] = [PackedLinear(w) for w in weights]
-    if bf16_linear.available():
-        systems["bf16_kernel"] = [bf16_linear.Bf16Linear(w) for w in weights]
+    if cpu_ops.available():
+        systems["bf16_kernel"] = [cpu_ops.Bf16Linear(w) for w in weights]
     plain = torch.randn(WEIGHTS * OUT * IN)
     print(f"sum of a large tensor: {4 * plain.numel() / median_seconds(plain.sum) / 1e9:.1f} GB/s")
     rows = []

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from dspark.drafters.interface import DraftRequest
 from dspark.drafters.model import DSparkConfig, DSparkModel
+from dspark.models.attention import CachedAttention, Segment
 from dspark.models.decoder import Decoder, DecoderLayer, layer_shapes
-from dspark.models.layers import apply_rotary, attend, linear_map, rms_norm
+from dspark.models.layers import linear_map, rms_norm, rotate_
 from dspark.sampling import Purpose, categorical, uniforms
 from dspark.spec.draft import Draft
 
@@ -36,8 +37,8 @@ class DSparkDrafter:
             for layer in model.layers
         ]
         self.layers = [DecoderLayer(c, w, target.dtype) for w in weights]
-        # The context is the same for every layer, so one product gives the K and V of all of them.
-        context_kv = torch.cat([w[f"self_attn.{n}_proj.weight"] for w in weights for n in ("k", "v")])
+        # The context is the same for every layer, so one product gives the K and V of all of them, keys first.
+        context_kv = torch.cat([w[f"self_attn.{n}_proj.weight"] for n in ("k", "v") for w in weights])
         self.context_kv = linear_map(context_kv, target.dtype)
         self.fc = linear_map(place(model.fc.weight), target.dtype)
         self.hidden_norm = place(model.hidden_norm.weight)
@@ -74,10 +75,10 @@ class DSparkDrafter:
     def extend(self, taps: list[Tensor], positions: Tensor, slots: Tensor) -> None:
         c = self.config.decoder
         context = rms_norm(self.fc(torch.cat(taps, -1)), self.hidden_norm, c.rms_norm_eps)
-        kv = self.context_kv(context).view(len(positions), len(self.layers), 2, c.num_kv_heads, c.head_dim)
-        cos, sin = self.target.rotary(positions)
-        kv[:, :, 0] = apply_rotary(kv[:, :, 0].contiguous(), cos[:, None], sin[:, None])
-        for storage, layer_kv in zip(self._storage, kv.unbind(1), strict=True):
+        heads = self.context_kv(context).view(len(positions), -1, c.head_dim)
+        rotate_(heads, len(self.layers) * c.num_kv_heads, *self.target.rotary(positions))
+        kv = heads.view(len(positions), 2, len(self.layers), c.num_kv_heads, c.head_dim)
+        for storage, layer_kv in zip(self._storage, kv.unbind(2), strict=True):
             storage.index_copy_(0, slots, layer_kv)
 
     @torch.inference_mode()
@@ -96,14 +97,8 @@ class DSparkDrafter:
         x[::g] = self.target.embed(torch.tensor([r.token_ids[-1] for r in requests], device=device))
         cos, sin = self.target.rotary(positions)
 
-        def attention(layer: int, q: Tensor, kv: Tensor) -> Tensor:
-            storage = self._storage[layer].index_copy_(0, slots, kv)
-            outputs = []
-            for request, block in zip(requests, q.split(g), strict=True):
-                seen = storage[request.first_slot : request.first_slot + len(request.token_ids) - 1 + g]
-                outputs.append(attend(block, seen[:, 0], seen[:, 1], None))
-            return torch.cat(outputs)
-
+        segments = [Segment(g, r.first_slot, len(r.token_ids) - 1 + g, causal=False) for r in requests]
+        attention = CachedAttention(self._storage, slots, segments, self.config.decoder.group_size)
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, i, attention)
         return rms_norm(x, self.norm, self.config.decoder.rms_norm_eps).view(len(requests), g, -1)

@@ -1,6 +1,6 @@
-"""From a step's plan to flat tensors, and the attention that knows where each request begins.
+"""From a step's plan to flat tensors.
 
-Shapes: B batch tokens, H query heads, K KV heads, D head width.
+Shapes: B batch tokens.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dspark.engine.kv_cache import KVCache
 from dspark.engine.scheduler import Chunk, StepPlan
-from dspark.models.layers import attend, causal_mask
+from dspark.models.attention import CachedAttention, Segment
 
 
 @dataclass
@@ -44,6 +44,11 @@ class Batch:
         """Spans whose last 1 + verify_length rows are asked for the target's distribution."""
         return [s for s in self.spans if s.reaches_anchor]
 
+    def attention(self, cache: KVCache, group_size: int) -> CachedAttention:
+        """Each request's rows see its own cached tokens and, causally, each other."""
+        segments = [Segment(s.count, s.chunk.sequence.first_slot, s.position + s.count) for s in self.spans]
+        return CachedAttention(cache.storage, self.slots, segments, group_size)
+
     def logit_rows(self) -> Tensor:
         ends = [(s.first_row + s.count, s.verify_length + 1) for s in self.sampled]
         rows = [row for end, wanted in ends for row in range(end - wanted, end)]
@@ -63,26 +68,3 @@ def build_batch(plan: StepPlan, draft_tokens: list[list[int]], device: torch.dev
         positions += row_positions
         slots += [sequence.first_slot + p for p in row_positions]
     return Batch(spans, *torch.tensor([tokens, positions, slots], device=device).unbind())
-
-
-class RaggedAttention:
-    """Writes each step's keys and values to the cache, then attends request by request (see `Attention`).
-
-    A row's result depends on its own request alone.
-    """
-
-    def __init__(self, batch: Batch, cache: KVCache, group_size: int):
-        self.batch, self.cache = batch, cache
-        storage = cache.storage[0]
-        self.masks = [
-            causal_mask(s.count, s.position + s.count, group_size, storage.dtype, storage.device) for s in batch.spans
-        ]
-
-    def __call__(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
-        self.cache.storage[layer].index_copy_(0, self.batch.slots, kv)
-        out = q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
-        for span, mask in zip(self.batch.spans, self.masks, strict=True):
-            rows = slice(span.first_row, span.first_row + span.count)
-            keys, values = self.cache.view(layer, span.chunk.sequence.first_slot, span.position + span.count)
-            out[rows] = attend(q[rows], keys, values, mask)
-        return out

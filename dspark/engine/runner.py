@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dspark.drafters.interface import Drafter
-from dspark.engine.batch import Batch, RaggedAttention, build_batch
+from dspark.engine.batch import Batch, build_batch
 from dspark.engine.kv_cache import KVCache
 from dspark.engine.scheduler import StepPlan
 from dspark.engine.sequence import Sequence
@@ -41,7 +41,7 @@ class Runner:
         tokens = [] if draft is None else draft.tokens.tolist()
         draft_tokens = [row[:n] for row, n in zip(tokens, lengths)] if draft else [[] for _ in plan.decoding]
         batch = build_batch(plan, draft_tokens, self.target.device)
-        attention = RaggedAttention(batch, self.cache, self.target.config.group_size)
+        attention = batch.attention(self.cache, self.target.config.group_size)
         taps = self.drafter.tap_layers if self.drafter is not None else ()
         output = self.target.forward(batch.tokens, batch.positions, attention, taps)
         rows = batch.logit_rows()

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dspark.models.config import DecoderConfig
-from dspark.models.layers import apply_rotary, linear_map, rms_norm, rotary_table, storage_dtype
+from dspark.models.layers import linear_map, rms_norm, rotary_table, rotate_, silu_mul, storage_dtype
 
 
 class Attention(Protocol):
@@ -40,16 +39,17 @@ class DecoderLayer:
         self.post_attention_norm = weights["post_attention_layernorm.weight"]
 
     def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Normed input [N, C] -> rotated q [N, H, D] and kv [N, 2, K, D]."""
+        """Normed input [N, C] -> rotated q [N, H, D] and kv [N, 2, K, D], views of one product."""
         c = self.config
         heads = self.qkv_proj(x).view(-1, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
-        rotated = apply_rotary(heads[:, : c.num_heads + c.num_kv_heads], cos, sin)
-        q, k = rotated.split([c.num_heads, c.num_kv_heads], dim=1)
-        return q, torch.stack([k, heads[:, -c.num_kv_heads :]], dim=1)
+        rotate_(heads, c.num_heads + c.num_kv_heads, cos, sin)
+        kv = heads[:, c.num_heads :].view(-1, 2, c.num_kv_heads, c.head_dim)
+        return heads[:, : c.num_heads], kv
 
     def mlp(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(rms_norm(x, self.post_attention_norm, self.config.rms_norm_eps)).chunk(2, -1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(
+            silu_mul(self.gate_up_proj(rms_norm(x, self.post_attention_norm, self.config.rms_norm_eps)))
+        )
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attention: Attention) -> Tensor:
         q, kv = self.qkv(rms_norm(x, self.input_norm, self.config.rms_norm_eps), cos, sin)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dspark.models import bf16_linear
+from dspark.models import cpu_ops
 
 PACK_ROWS = 8  # oneDNN picks a weight layout for about this many rows; measured best from 2 to 64 rows
 
@@ -48,16 +48,31 @@ def linear_map(weight: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]
     logits of 40 by up to 1.7e-4.
     """
     if dtype is torch.bfloat16 and weight.device.type == "cpu":
-        if weight.dtype is torch.float32 and bf16_linear.available():
-            return bf16_linear.Bf16Linear(weight)
+        if weight.dtype is torch.float32 and cpu_ops.available():
+            return cpu_ops.Bf16Linear(weight)
         on_x86 = platform.machine().lower() in ("x86_64", "amd64") and torch.backends.mkldnn.is_available()
         if on_x86 and (weight.dtype is torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
             return PackedLinear(weight)
     return functools.partial(F.linear, weight=weight)
 
 
+def compiled(x: Tensor) -> bool:
+    """Whether inference on x runs in the compiled operations: fp32 on a CPU that can have them, no gradients."""
+    return torch.is_inference_mode_enabled() and cpu_ops.usable(x)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if compiled(x) and x.dim() == 2:
+        return cpu_ops.rms_norm(x.contiguous(), weight, eps)
     return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """gate_up [N, 2*M] -> silu(gate) * up [N, M]."""
+    if compiled(gate_up):
+        return cpu_ops.silu_mul(gate_up)
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
 
 
 def rotary_table(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -77,33 +92,9 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(half, -1), sin).to(x.dtype)
 
 
-def fold_groups(q: Tensor, num_kv_heads: int) -> Tensor:
-    """q [N, H, D] -> [K, G*N, D]: the queries that share a KV head become rows of one product."""
-    n, h, d = q.shape
-    return q.view(n, num_kv_heads, h // num_kv_heads, d).permute(1, 2, 0, 3).reshape(num_kv_heads, -1, d)
-
-
-def unfold_groups(out: Tensor, n: int) -> Tensor:
-    """[K, G*N, D] -> [N, H*D], the inverse of `fold_groups`."""
-    k, rows, d = out.shape
-    return out.view(k, rows // n, n, d).permute(2, 0, 1, 3).reshape(n, -1)
-
-
-def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of one request: q [N, H, D] over keys, values [T, K, D] -> [N, H*D].
-
-    mask [G*N, T] is added to the scores (rows ordered as `fold_groups` does); None sees everything.
-    """
-    folded = fold_groups(q, keys.shape[1])
-    out = F.scaled_dot_product_attention(
-        folded[None], keys.transpose(0, 1)[None], values.transpose(0, 1)[None], attn_mask=mask
-    )[0]
-    return unfold_groups(out, q.shape[0])
-
-
-def causal_mask(n: int, length: int, group_size: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """Mask [G*n, length] for the last n of `length` positions; None where one row sees everything."""
-    if n == 1:
-        return None
-    blocked = torch.full((n, length), float("-inf"), dtype=dtype, device=device).triu_(length - n + 1)
-    return blocked.repeat(group_size, 1)
+def rotate_(heads: Tensor, count: int, cos: Tensor, sin: Tensor) -> None:
+    """Rotate the first `count` heads of heads [N, >= count, D] in place by cos, sin [N, 1, D]."""
+    if compiled(heads):
+        cpu_ops.rotate_(heads, count, cos, sin)
+    else:
+        heads[:, :count] = apply_rotary(heads[:, :count], cos, sin)

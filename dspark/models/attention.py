@@ -1,0 +1,100 @@
+"""Attention of many requests over one cache; the only place that knows where a request begins.
+
+Shapes: N rows of the batch, H query heads, K KV heads, G = H / K, D head width, T slots a request sees.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dspark.models import cpu_ops
+from dspark.models.layers import compiled
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`count` consecutive rows of one request, whose last one sees `length` cache slots from `first_slot` on.
+
+    Causal rows see one slot less for every row that follows; otherwise all see the same.
+    """
+
+    count: int
+    first_slot: int
+    length: int
+    causal: bool = True
+
+
+class CachedAttention:
+    """Writes keys and values to the cache, then attends segment by segment (see `Attention` in decoder.py).
+
+    A row's result depends on its own segment alone; compiled, on its own row and cache alone.
+    """
+
+    def __init__(self, storage: list[Tensor], slots: Tensor, segments: list[Segment], group_size: int):
+        """storage: one tensor [slots, 2, K, D] a layer; slots [N] int64: where each row's keys and values go."""
+        self.storage, self.slots, self.segments = storage, slots, segments
+        first = storage[0]
+        self.runs = self.masks = None
+        if compiled(first):
+            self.runs = _runs(segments)
+        else:
+            self.masks = [
+                causal_mask(s.count, s.length, group_size, first.dtype, first.device) if s.causal else None
+                for s in segments
+            ]
+
+    def __call__(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
+        storage = self.storage[layer].index_copy_(0, self.slots, kv)
+        if self.runs is not None:
+            return cpu_ops.attend_rows(q, storage, self.runs)
+        assert self.masks is not None
+        outputs, row = [], 0
+        for segment, mask in zip(self.segments, self.masks, strict=True):
+            seen = storage[segment.first_slot : segment.first_slot + segment.length]
+            outputs.append(attend(q[row : row + segment.count], seen[:, 0], seen[:, 1], mask))
+            row += segment.count
+        return torch.cat(outputs)
+
+
+def _runs(segments: list[Segment]) -> cpu_ops.Runs:
+    first_slots: list[int] = []
+    lengths: list[int] = []
+    for s in segments:
+        first_slots += [s.first_slot] * s.count
+        lengths += range(s.length - s.count + 1, s.length + 1) if s.causal else [s.length] * s.count
+    both = torch.tensor([first_slots, lengths], dtype=torch.int64)
+    return cpu_ops.Runs(both[0], both[1], max(lengths, default=0))
+
+
+def fold_groups(q: Tensor, num_kv_heads: int) -> Tensor:
+    """q [N, H, D] -> [K, G*N, D]: the queries that share a KV head become rows of one product."""
+    n, h, d = q.shape
+    return q.view(n, num_kv_heads, h // num_kv_heads, d).permute(1, 2, 0, 3).reshape(num_kv_heads, -1, d)
+
+
+def unfold_groups(out: Tensor, n: int) -> Tensor:
+    """[K, G*N, D] -> [N, H*D], the inverse of `fold_groups`."""
+    k, rows, d = out.shape
+    return out.view(k, rows // n, n, d).permute(2, 0, 1, 3).reshape(n, -1)
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of one request: q [N, H, D] over keys, values [T, K, D] -> [N, H*D].
+
+    mask [G*N, T] is added to the scores (rows ordered as `fold_groups` does); None sees everything.
+    """
+    folded = fold_groups(q, keys.shape[1])
+    out = F.scaled_dot_product_attention(
+        folded[None], keys.transpose(0, 1)[None], values.transpose(0, 1)[None], attn_mask=mask
+    )[0]
+    return unfold_groups(out, q.shape[0])
+
+
+def causal_mask(n: int, length: int, group_size: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """Mask [G*n, length] for the last n of `length` positions; None where one row sees everything."""
+    if n == 1:
+        return None
+    blocked = torch.full((n, length), float("-inf"), dtype=dtype, device=device).triu_(length - n + 1)
+    return blocked.repeat(group_size, 1)

@@ -1,0 +1,84 @@
+"""The compiled operations: right for any shape, and blind to the rows beside a row."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dspark.models import cpu_ops
+from dspark.models.cpu_ops import Bf16Linear, available
+from dspark.models.layers import apply_rotary, rotary_table
+
+pytestmark = pytest.mark.skipif(not available(), reason="needs an x86 CPU with FMA and PyTorch on GNU OpenMP")
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(1, 40), inputs=st.integers(1, 300), outputs=st.integers(1, 200), seed=st.integers(0, 2**31))
+def test_equals_the_product_in_float64(rows: int, inputs: int, outputs: int, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(outputs, inputs, generator=generator).bfloat16()
+    x = torch.randn(rows, inputs, generator=generator)
+    expected = x.double() @ weight.double().T
+    bound = 1e-6 * (x.double().abs() @ weight.double().abs().T)
+    y = Bf16Linear(weight)(x)
+    assert y.shape == (rows, outputs) and y.is_contiguous()
+    assert bool(((y - expected).abs() <= bound + 1e-6).all())
+
+
+@pytest.mark.parametrize("shape", [(33, 7), (960, 576), (4096, 64)])
+def test_a_row_does_not_depend_on_its_neighbours(shape: tuple[int, int]):
+    linear = Bf16Linear(torch.randn(*shape))
+    x = torch.randn(29, shape[1])
+    together = linear(x)
+    for rows in range(1, 30):
+        assert torch.equal(linear(x[:rows]), together[:rows])
+    assert torch.equal(linear(x[17:18]), together[17:18])
+
+
+def test_strided_and_empty_input():
+    linear = Bf16Linear(torch.eye(5))
+    x = torch.randn(6, 10)
+    assert torch.equal(linear(x[:, ::2]), x[:, ::2])
+    assert linear(x[:0, :5]).shape == (0, 5)
+
+
+def test_every_bf16_value_survives():
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
+    finite = bits[bits.isfinite()]
+    y = Bf16Linear(finite[:, None])(torch.ones(1, 1))
+    assert torch.equal(y[0], finite.float())
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(1, 70), seed=st.integers(0, 2**31), scale=st.sampled_from([1e-3, 1.0, 30.0]))
+def test_norm_activation_and_rotation_match_pytorch(rows: int, seed: int, scale: float):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, 96, generator=generator) * scale
+    weight = torch.randn(96, generator=generator)
+    torch.testing.assert_close(cpu_ops.rms_norm(x, weight, 1e-5), F.rms_norm(x, (96,), weight, 1e-5))
+    gate, up = x.chunk(2, -1)
+    torch.testing.assert_close(cpu_ops.silu_mul(x), F.silu(gate) * up, atol=1e-6, rtol=1e-5)
+    heads = x.view(rows, 6, 16).clone()
+    cos, sin = (t[:rows].unsqueeze(1) for t in rotary_table(70, 16, 1e4, torch.device("cpu")))
+    expected = torch.cat([apply_rotary(heads[:, :4], cos, sin), heads[:, 4:]], 1)
+    cpu_ops.rotate_(heads, 4, cos, sin)
+    torch.testing.assert_close(heads, expected)
+
+
+@pytest.mark.parametrize("group, kv_heads, head_dim", [(3, 3, 64), (1, 2, 8), (4, 1, 24), (7, 2, 128)])
+def test_attention_matches_softmax_in_float64(group: int, kv_heads: int, head_dim: int):
+    generator = torch.Generator().manual_seed(0)
+    kv = torch.randn(400, 2, kv_heads, head_dim, generator=generator)
+    kv[7] *= 30  # scores of several hundred
+    first, length = torch.tensor([0, 5, 200, 100]), torch.tensor([1, 37, 200, 16])
+    heads = torch.randn(4, group * kv_heads + 3, head_dim, generator=generator)
+    q = heads[:, : group * kv_heads]  # rows are strided, as in a fused product
+    out = cpu_ops.attend_rows(q, kv, cpu_ops.Runs(first, length, 200))
+    for row, (start, n) in enumerate(zip(first.tolist(), length.tolist())):
+        keys, values = kv[start : start + n].double().repeat_interleave(group, 2).unbind(1)
+        weights = (torch.einsum("hd,thd->ht", q[row].double(), keys) * head_dim**-0.5).softmax(-1)
+        expected = torch.einsum("ht,thd->hd", weights, values).flatten()
+        torch.testing.assert_close(out[row].double(), expected, atol=2e-5, rtol=2e-5)
+        alone = cpu_ops.attend_rows(q[row : row + 1], kv, cpu_ops.Runs(first[row : row + 1], length[row : row + 1], n))
+        assert torch.equal(alone[0], out[row])
