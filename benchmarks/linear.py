@@ -42,7 +42,7 @@ def main() -> None:
     }
     systems["packed"] = [PackedLinear(w) for w in weights]
     if cpu_ops.available():
-        systems["bf16_kernel"] = [cpu_ops.Bf16Linear(w) for w in weights]
+        systems["compiled"] = [cpu_ops.CompiledLinear(w.bfloat16()) for w in weights]
     plain = torch.randn(WEIGHTS * OUT * IN)
     print(f"sum of a large tensor: {4 * plain.numel() / median_seconds(plain.sum) / 1e9:.1f} GB/s")
     rows = []
@@ -51,7 +51,7 @@ def main() -> None:
         row: dict[str, float] = {"rows": n}
         for name, maps in systems.items():
             seconds = median_seconds(lambda x=x, maps=maps: [linear(x) for linear in maps])
-            item = 2 if name == "bf16_kernel" else dtype.itemsize
+            item = 2 if name == "compiled" else dtype.itemsize
             row[f"{name}_ms"] = round(seconds / WEIGHTS * 1e3, 3)
             row[f"{name}_gb_per_s"] = round(WEIGHTS * OUT * IN * item / seconds / 1e9, 1)
             row[f"{name}_gflop_per_s"] = round(WEIGHTS * OUT * IN * 2 * n / seconds / 1e9)

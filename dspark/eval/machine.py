@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from dspark.machine import cpu_name
+
 
 def provenance() -> dict:
     """`machine`, `versions`, `git` and `argv`, to be stored with every result."""
@@ -32,14 +34,6 @@ def provenance() -> dict:
         "git": git_revision(),
         "argv": sys.argv[1:],
     }
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def git_revision() -> str | None:

@@ -135,17 +135,17 @@ def lanes_for(width: int, machine: Machine) -> int:
     return math.gcd(width, machine.lanes)
 
 
-def linear_kernel(machine: Machine) -> ir.Module:
-    """y = x W^T. Fields: x [N, K], w [tiles, K, tile] bf16, y [N, tiles*tile], N, K; items: tiles.
+def linear_kernel(machine: Machine, bits: int) -> ir.Module:
+    """y = x W^T. Fields: x [N, K], w [tiles, K, tile] bf16 or fp32, y [N, tiles*tile], N, K; items: tiles.
 
     Every output is one chain of fused multiply-adds over K in its order, whatever N is.
     """
-    e = Emitter("fhfiii", machine, machine.lanes)
+    e = Emitter(f"f{'h' if bits == 16 else 'f'}fiii", machine, machine.lanes)
     b = e.b
     x, w, y, rows, inputs, tiles = e.fields
     # Accumulators of a tile, two weight vectors and a broadcast must fit the vector registers.
-    max_rows = (machine.registers - VECTORS - 1) // VECTORS - (2 if machine.registers > 16 else 0)
-    functions = [_tile_function(e, n) for n in range(1, max_rows + 1)]
+    max_rows = 12 if machine.registers == 32 else 6
+    functions = [_tile_function(e, n, bits) for n in range(1, max_rows + 1)]
     tile_size = I64(VECTORS * machine.lanes)
     stride = b.mul(tiles, tile_size)
     with e.loop(e.first, e.last) as tile:
@@ -169,9 +169,10 @@ def linear_kernel(machine: Machine) -> ir.Module:
     return e.module
 
 
-def _tile_function(e: Emitter, rows: int) -> ir.Function:
+def _tile_function(e: Emitter, rows: int, bits: int) -> ir.Function:
     """tile_<rows>(x, w, y, inputs, stride): one tile of outputs for `rows` rows, all sums held in registers."""
-    pointers = [F32.as_pointer(), I16.as_pointer(), F32.as_pointer()]
+    weight_pointer = I16.as_pointer() if bits == 16 else F32.as_pointer()
+    pointers = [F32.as_pointer(), weight_pointer, F32.as_pointer()]
     function = ir.Function(e.module, ir.FunctionType(VOID, [*pointers, I64, I64]), f"tile_{rows}")
     function.linkage = "internal"
     x, w, y, inputs, stride = function.args
@@ -184,10 +185,14 @@ def _tile_function(e: Emitter, rows: int) -> ir.Function:
         start = b.mul(k, I64(VECTORS * lanes))
         weights = []
         for v in range(VECTORS):
-            place = b.gep(w, [b.add(start, I64(v * lanes))])
-            bits = b.zext(b.load(b.bitcast(place, halves.as_pointer()), align=2), words)
-            weights.append(b.bitcast(b.shl(bits, ir.Constant(words, [16] * lanes)), e.vector))
-        ahead = b.bitcast(b.gep(w, [b.add(start, I64(PREFETCH // 2))]), I8.as_pointer())
+            here = b.add(start, I64(v * lanes))
+            if bits == 32:
+                weights.append(e.load(w, here))
+                continue
+            short = b.load(b.bitcast(b.gep(w, [here]), halves.as_pointer()), align=2)
+            shifted = b.shl(b.zext(short, words), ir.Constant(words, [16] * lanes))
+            weights.append(b.bitcast(shifted, e.vector))
+        ahead = b.bitcast(b.gep(w, [b.add(start, I64(PREFETCH * 8 // bits))]), I8.as_pointer())
         b.call(prefetch, [ahead, I32(0), I32(3), I32(1)])
         for r in range(rows):
             scalar = e.spread(b.load(b.gep(x_rows[r], [k])))

@@ -92,16 +92,17 @@ def _call(kernel: Callable[[bool, int], None], work: int, *arguments: int) -> No
     kernel(work >= SERIAL_WORK, ctypes.addressof(packed))
 
 
-class Bf16Linear:
-    """Bias-free linear map: x [N, K] fp32 -> [N, M] fp32, weights in bf16."""
+class CompiledLinear:
+    """Bias-free linear map: x [N, K] fp32 -> [N, M] fp32, weights in bf16 or fp32."""
 
     def __init__(self, weight: Tensor):
-        """weight [M, K] whose values are bf16 (any dtype). Raises RuntimeError where kernels are not available."""
-        self._kernel, self.outputs = _kernel("linear"), weight.shape[0]
+        """weight [M, K] in the dtype to keep it in. Raises RuntimeError where kernels are not available."""
+        bits = weight.dtype.itemsize * 8
+        self._kernel, self.outputs = _kernel("linear", bits), weight.shape[0]
         compiler = _compiler()
         assert compiler is not None
         tile = VECTORS * compiler.machine.lanes
-        padded = F.pad(weight.to(torch.bfloat16), (0, 0, 0, -self.outputs % tile))
+        padded = F.pad(weight, (0, 0, 0, -self.outputs % tile))
         # [M / tile, K, tile]: a tile's weights are read as one stream
         self.weight = padded.view(-1, tile, weight.shape[1]).transpose(1, 2).contiguous()
         self._pointer = self.weight.data_ptr()

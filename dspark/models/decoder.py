@@ -4,13 +4,14 @@ It computes on flattened tokens [N, ...]; which token belongs to which request i
 `Attention` object that the caller passes, and to nothing else here.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from dspark.models import cpu_ops
 from dspark.models.config import DecoderConfig
 from dspark.models.layers import linear_map, rms_norm, rotary_table, rotate_, silu_mul, storage_dtype
 
@@ -26,15 +27,20 @@ class Attention(Protocol):
 class DecoderLayer:
     """One pre-norm layer of the Llama family: fused QKV and gate/up, weights packed for inference."""
 
-    def __init__(self, config: DecoderConfig, weights: dict[str, Tensor], dtype: torch.dtype):
+    def __init__(
+        self, config: DecoderConfig, weights: dict[str, Tensor], dtype: torch.dtype, deterministic: bool = False
+    ):
         """weights: Hugging Face names below `model.layers.N.`, already on the device in the compute dtype; dtype: the
         model's precision."""
+
+        def linear(*names: str) -> Callable[[Tensor], Tensor]:
+            return linear_map(torch.cat([weights[f"{n}.weight"] for n in names]), dtype, deterministic)
+
         self.config = config
-        names = ("q_proj", "k_proj", "v_proj")
-        self.qkv_proj = linear_map(torch.cat([weights[f"self_attn.{n}.weight"] for n in names]), dtype)
-        self.o_proj = linear_map(weights["self_attn.o_proj.weight"], dtype)
-        self.gate_up_proj = linear_map(torch.cat([weights[f"mlp.{n}_proj.weight"] for n in ("gate", "up")]), dtype)
-        self.down_proj = linear_map(weights["mlp.down_proj.weight"], dtype)
+        self.qkv_proj = linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        self.o_proj = linear("self_attn.o_proj")
+        self.gate_up_proj = linear("mlp.gate_proj", "mlp.up_proj")
+        self.down_proj = linear("mlp.down_proj")
         self.input_norm = weights["input_layernorm.weight"]
         self.post_attention_norm = weights["post_attention_layernorm.weight"]
 
@@ -78,10 +84,17 @@ class Decoder:
         *,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
+        deterministic: bool = False,
     ):
-        """state_dict: Hugging Face names and shapes. Raises ValueError if a tensor is missing or misshapen."""
-        self.config, self.dtype, self.device = config, dtype, torch.device(device)
-        self.compute_dtype = storage_dtype(dtype, self.device)
+        """state_dict: Hugging Face names and shapes. Raises ValueError if a tensor is missing or misshapen.
+
+        deterministic: a token's outputs are the same to the last bit in any batch (only where the compiled
+        operations run, else ValueError); arithmetic is then fp32.
+        """
+        self.config, self.dtype, self.device, self.deterministic = config, dtype, torch.device(device), deterministic
+        if deterministic and (self.device.type != "cpu" or not cpu_ops.available()):
+            raise ValueError("deterministic mode needs the compiled operations: an x86 CPU with AVX2 and GNU OpenMP")
+        self.compute_dtype = torch.float32 if deterministic else storage_dtype(dtype, self.device)
         check_shapes(config, state_dict)
 
         def place(name: str) -> Tensor:
@@ -90,10 +103,12 @@ class Decoder:
         self.embedding = place("model.embed_tokens.weight")  # [V, C]
         # Plain weight beside the packed one: drafters prune it, training multiplies with its transpose.
         self.lm_head_weight = self.embedding if config.tie_embeddings else place("lm_head.weight")
-        self.lm_head = linear_map(self.lm_head_weight, dtype)
+        self.lm_head = linear_map(self.lm_head_weight, dtype, deterministic)
         self.final_norm = place("model.norm.weight")
         self.layers = [
-            DecoderLayer(config, {n: place(f"model.layers.{i}.{n}") for n in layer_shapes(config)}, dtype)
+            DecoderLayer(
+                config, {n: place(f"model.layers.{i}.{n}") for n in layer_shapes(config)}, dtype, deterministic
+            )
             for i in range(config.num_layers)
         ]
         self._cos, self._sin = rotary_table(

@@ -28,8 +28,11 @@ class Target:
         return f"model {self.source.name}: {self.decoder.config.num_layers} layers, {held}{note}"
 
 
-def load_target(model: str, dtype: str = "bf16", device: str = "cpu") -> Target:
-    """Load a target by name, folder, GGUF file or hub name. Raises ValueError where that is not possible."""
+def load_target(model: str, dtype: str = "bf16", device: str = "cpu", deterministic: bool = False) -> Target:
+    """Load a target by name, folder, GGUF file or hub name. Raises ValueError where that is not possible.
+
+    deterministic: see `Decoder`.
+    """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not '{dtype}'")
     try:
@@ -38,7 +41,13 @@ def load_target(model: str, dtype: str = "bf16", device: str = "cpu") -> Target:
         raise ValueError(f"device '{device}' cannot be used: {str(error).splitlines()[0]}") from None
     source = resolve_model(model)
     hf_config = load_hf_config(source)
-    decoder = Decoder(DecoderConfig.from_hf(hf_config), load_state_dict(source), dtype=DTYPES[dtype], device=device)
+    decoder = Decoder(
+        DecoderConfig.from_hf(hf_config),
+        load_state_dict(source),
+        dtype=DTYPES[dtype],
+        device=device,
+        deterministic=deterministic,
+    )
     tokenizer = load_tokenizer(source)
     eos = hf_config.eos_token_id
     eos_ids = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id]

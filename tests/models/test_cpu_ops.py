@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dspark.models import cpu_ops
-from dspark.models.cpu_ops import Bf16Linear, available
+from dspark.models.cpu_ops import CompiledLinear, available
 from dspark.models.layers import apply_rotary, rotary_table
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs an x86 CPU with FMA and PyTorch on GNU OpenMP")
@@ -17,18 +17,19 @@ pytestmark = pytest.mark.skipif(not available(), reason="needs an x86 CPU with F
 @given(rows=st.integers(1, 40), inputs=st.integers(1, 300), outputs=st.integers(1, 200), seed=st.integers(0, 2**31))
 def test_equals_the_product_in_float64(rows: int, inputs: int, outputs: int, seed: int):
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(outputs, inputs, generator=generator).bfloat16()
+    weight = torch.randn(outputs, inputs, generator=generator).to(torch.bfloat16 if seed % 2 else torch.float32)
     x = torch.randn(rows, inputs, generator=generator)
     expected = x.double() @ weight.double().T
     bound = 1e-6 * (x.double().abs() @ weight.double().abs().T)
-    y = Bf16Linear(weight)(x)
+    y = CompiledLinear(weight)(x)
     assert y.shape == (rows, outputs) and y.is_contiguous()
     assert bool(((y - expected).abs() <= bound + 1e-6).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(33, 7), (960, 576), (4096, 64)])
-def test_a_row_does_not_depend_on_its_neighbours(shape: tuple[int, int]):
-    linear = Bf16Linear(torch.randn(*shape))
+def test_a_row_does_not_depend_on_its_neighbours(shape: tuple[int, int], dtype: torch.dtype):
+    linear = CompiledLinear(torch.randn(*shape).to(dtype))
     x = torch.randn(29, shape[1])
     together = linear(x)
     for rows in range(1, 30):
@@ -37,7 +38,7 @@ def test_a_row_does_not_depend_on_its_neighbours(shape: tuple[int, int]):
 
 
 def test_strided_and_empty_input():
-    linear = Bf16Linear(torch.eye(5))
+    linear = CompiledLinear(torch.eye(5))
     x = torch.randn(6, 10)
     assert torch.equal(linear(x[:, ::2]), x[:, ::2])
     assert linear(x[:0, :5]).shape == (0, 5)
@@ -46,7 +47,7 @@ def test_strided_and_empty_input():
 def test_every_bf16_value_survives():
     bits = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
     finite = bits[bits.isfinite()]
-    y = Bf16Linear(finite[:, None])(torch.ones(1, 1))
+    y = CompiledLinear(finite[:, None])(torch.ones(1, 1))
     assert torch.equal(y[0], finite.float())
 
 
