@@ -7,11 +7,14 @@ verify lengths, every acceptance, residual and bonus token, round after round, w
 `choose_lengths` is the prefix scheduler. It is shown everything, the drafted tokens too, so that one that
 uses what it must not can be caught, and it returns the probability of each choice.
 
+`scheduled` runs the package's own scheduler classes this way.
+
 Shapes: V = vocabulary size, M = support of a draft distribution.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from itertools import product, takewhile
@@ -22,6 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dspark.spec.calibration import Calibrator
+from dspark.spec.prefix_scheduler import Load, PrefixScheduler
 from dspark.spec.verify import acceptance_probabilities, residual_probs
 
 Tokens = tuple[int, ...]
@@ -53,7 +58,15 @@ class Round(NamedTuple):
 
     tokens: tuple[Tokens, ...]  # the draft
     confidences: Confidences
-    past: tuple[Confidences, ...]  # of earlier rounds, the latest first
+    past: tuple  # what `joint_law: remember` kept of each earlier round, the latest first
+
+
+class Ended(NamedTuple):
+    """A round that is over, for the requests that ran in it."""
+
+    confidences: Confidences
+    lengths: tuple[int, ...]  # verified
+    accepted: tuple[int, ...]  # of these
 
 
 ChooseLengths = Callable[[Round], Mapping[tuple[int, ...], float]]
@@ -65,18 +78,19 @@ def joint_law(
     choose_lengths: ChooseLengths,
     num_tokens: int,
     rules: Rules = Rules(),
-    memory: int = 0,  # how many past rounds' confidences choose_lengths sees
+    memory: int = 0,  # how many past rounds choose_lengths sees
+    remember: Callable[[Ended], Hashable] = lambda ended: ended.confidences,
 ) -> Law:
     """The joint law of the first num_tokens output tokens of all requests, which are decoded together."""
     enumerations = [_Enumeration(request, gamma, rules) for request in requests]
-    # (outputs, past confidences) -> probability, by the number of tokens out. Each round adds some, so when a
+    # (outputs, past rounds) -> probability, by the number of tokens out. Each round adds some, so when a
     # state's turn comes, all that leads to it has been played.
     states: list[dict] = [defaultdict(float) for _ in range(num_tokens * len(requests) + 1)]
     states[0][((),) * len(requests), ()] = 1.0
     for running in states[:-1]:
         for (outputs, past), reached in running.items():
-            for after, confidences, chance in _play(enumerations, outputs, past, choose_lengths, num_tokens):
-                seen = (confidences, *past)[:memory]
+            for after, ended, chance in _play(enumerations, outputs, past, choose_lengths, num_tokens):
+                seen = (remember(ended), *past)[:memory] if memory else ()
                 states[sum(map(len, after))][after, seen] += reached * chance
     law = defaultdict(float)
     for (outputs, _), reached in states[-1].items():
@@ -87,11 +101,11 @@ def joint_law(
 def _play(
     enumerations: list["_Enumeration"],
     outputs: tuple[Tokens, ...],
-    past: tuple[Confidences, ...],
+    past: tuple,
     choose_lengths: ChooseLengths,
     num_tokens: int,
-) -> Iterator[tuple[tuple[Tokens, ...], Confidences, float]]:
-    """Everything one round can do: outputs after it, its confidences, probability."""
+) -> Iterator[tuple[tuple[Tokens, ...], Ended, float]]:
+    """Everything one round can do: outputs after it, what happened, probability."""
     active = [r for r, output in enumerate(outputs) if len(output) < num_tokens]
     for drafts in product(*(enumerations[r].drafts(outputs[r]) for r in active)):
         tokens = tuple(draft.tokens for draft in drafts)
@@ -103,7 +117,8 @@ def _play(
                 after = list(outputs)
                 for r, (committed, _) in zip(active, end, strict=True):
                     after[r] = (outputs[r] + committed)[:num_tokens]
-                yield tuple(after), confidences, drafted * chosen * prod(chance for _, chance in end)
+                ended = Ended(confidences, lengths, tuple(len(committed) - 1 for committed, _ in end))
+                yield tuple(after), ended, drafted * chosen * prod(chance for _, chance in end)
 
 
 class _Slot(NamedTuple):
@@ -267,3 +282,52 @@ def threshold(least: float) -> ChooseLengths:
         return {tuple(len(list(takewhile(least.__le__, slots))) for slots in round.confidences): 1.0}
 
     return choose
+
+
+def scheduled(
+    make: Callable[[], PrefixScheduler],
+    calibrator: Callable[[], Calibrator] | None = None,
+    other_tokens: int = 0,
+) -> ChooseLengths:
+    """The real scheduler, in the state in which the remembered rounds leave it.
+
+    Without a calibrator `remember` is to keep confidences, with one the whole `Ended`; `memory` every round.
+    """
+
+    def play(state: "_State", confidences: Confidences, accepted: tuple[int, ...] | None) -> tuple[int, ...]:
+        """One round; it goes into the calibrator's state once it is known what was accepted."""
+        load = Load(len(confidences), other_tokens)
+        if not state.scheduler.should_draft(load):
+            return (0,) * len(confidences)
+        confidence = torch.tensor(confidences, dtype=torch.float64)
+        logits = confidence.logit()
+        if state.calibrator is not None:
+            confidence = state.calibrator.confidence(logits)
+        lengths = torch.full((len(confidences),), confidence.shape[1])
+        chosen = state.scheduler.choose(confidence, lengths, load)
+        if state.calibrator is not None and accepted is not None:
+            state.calibrator.observe(logits, chosen, torch.tensor(accepted))
+        return tuple(chosen.tolist())
+
+    @cache
+    def after(past: tuple) -> "_State":
+        if not past:
+            return _State(make(), calibrator() if calibrator is not None else None)
+        state = deepcopy(after(past[1:]))
+        if calibrator is None:
+            play(state, past[0], None)
+        else:
+            lengths = play(state, past[0].confidences, past[0].accepted)
+            assert lengths == past[0].lengths, "a replayed round must go as it went"
+        return state
+
+    @cache
+    def lengths(past: tuple, confidences: Confidences) -> tuple[int, ...]:
+        return play(deepcopy(after(past)), confidences, None)
+
+    return lambda round: {lengths(round.past, round.confidences): 1.0}
+
+
+class _State(NamedTuple):
+    scheduler: PrefixScheduler
+    calibrator: Calibrator | None

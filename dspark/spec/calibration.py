@@ -1,0 +1,200 @@
+"""Confidence that can be trusted: from the confidence head's logits to calibrated probabilities (design §5).
+
+`fit_temperatures` is Sequential Temperature Scaling (DSpark paper; temperature scaling: Guo et al. 2017);
+`Calibration` is its result and the side file beside a checkpoint; `OnlineCalibration` goes on learning while serving.
+
+Shapes: N = recorded rounds, R = requests, G = slots of a block. Slot k, from 0, belongs to the prefix of k + 1 tokens.
+"""
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+__all__ = [
+    "Bin",
+    "Calibration",
+    "Calibrator",
+    "OnlineCalibration",
+    "brier",
+    "expected_calibration_error",
+    "fit_temperatures",
+    "reliability_bins",
+    "roc_auc",
+]
+
+Floats = NDArray[np.float64]
+
+
+class Calibrator(Protocol):
+    """Turns confidence logits into probabilities. Within a position it must not change their order."""
+
+    def confidence(self, logits: Tensor) -> Tensor:
+        """P(slot's token is accepted, given that all before it were): [R, G] -> [R, G], all in 0..1."""
+        ...
+
+    def observe(self, logits: Tensor, verify_lengths: Tensor, accepted: Tensor) -> None:
+        """What became of a round, after verification: logits [R, G], verify_lengths [R], accepted [R]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """One temperature a position. Written as JSON by `dspark.config.write_json`."""
+
+    temperatures: tuple[float, ...]
+    dataset: str = ""  # what they were fitted on
+    num_samples: int = 0  # rounds
+    ece_before: tuple[float, ...] = ()  # of each prefix' survival
+    ece_after: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not all(0 < t < math.inf for t in self.temperatures):  # written so that NaN is refused too
+            raise ValueError(f"temperatures must be finite and above 0, got {list(self.temperatures)}")
+
+    @classmethod
+    def identity(cls, block_size: int) -> "Calibration":
+        """The confidence head as it is."""
+        return cls((1.0,) * block_size)
+
+    @cached_property
+    def _divisor(self) -> Tensor:
+        return torch.tensor(self.temperatures, dtype=torch.float64)
+
+    def scaled(self, logits: Tensor) -> Tensor:
+        """z_k / T_k, [R, G] float64 on the CPU."""
+        ours, theirs = len(self.temperatures), logits.shape[1]
+        if ours != theirs:
+            raise ValueError(f"the calibration is for {ours} draft tokens a round, the drafter makes {theirs}")
+        return logits.to("cpu", torch.float64) / self._divisor
+
+    def confidence(self, logits: Tensor) -> Tensor:
+        """c_k = sigmoid(z_k / T_k), float64 on the CPU; a logit that is NaN gives 0."""
+        return torch.sigmoid(self.scaled(logits)).nan_to_num_(nan=0.0)
+
+    def observe(self, logits: Tensor, verify_lengths: Tensor, accepted: Tensor) -> None:
+        """Learns nothing."""
+
+
+@dataclass
+class OnlineCalibration:
+    """`base` plus a logit shift for each position, learnt from what is verified while serving.
+
+    c_k = sigmoid(z_k / T_k + b_k). b_k follows the recursive Newton step for E[accepted] = E[c_k]: add up
+    accepted - c_k over the verified slots whose predecessors were accepted, divide by the sum of c_k (1 - c_k), in
+    which each newer observation makes older ones weigh `decay` times as much.
+    """
+
+    base: Calibration
+    decay: float = 0.999
+    prior: float = 20.0  # stands in for the sum before anything was seen: the first steps are short
+    shift: Floats = field(init=False)  # b [G]
+    information: Floats = field(init=False)  # [G]
+    count: Floats = field(init=False)  # [G]: observations, as exponentially forgotten
+    accepted: Floats = field(init=False)  # [G]: how many of them were accepted
+
+    def __post_init__(self) -> None:
+        if not 0 < self.decay <= 1 or not 0 < self.prior < math.inf:
+            raise ValueError(f"decay must be in 0..1 and prior above 0, got {self.decay} and {self.prior}")
+        self.shift, self.information, self.count, self.accepted = np.zeros((4, len(self.base.temperatures)))
+
+    def confidence(self, logits: Tensor) -> Tensor:
+        shifted = self.base.scaled(logits) + torch.from_numpy(self.shift)
+        return torch.sigmoid(shifted).nan_to_num_(nan=0.0)
+
+    def observe(self, logits: Tensor, verify_lengths: Tensor, accepted: Tensor) -> None:
+        slots = np.arange(logits.shape[1])
+        confidence = self.confidence(logits).numpy()  # [R, G]
+        stayed = accepted.numpy(force=True)[:, None]  # [R, 1]
+        seen = slots < np.minimum(verify_lengths.numpy(force=True)[:, None], stayed + 1)
+        seen &= np.isfinite(logits.numpy(force=True))
+        outcome = seen & (slots < stayed)  # [R, G]
+        forget = self.decay ** seen.sum(0)
+        self.count = self.count * forget + seen.sum(0)
+        self.accepted = self.accepted * forget + outcome.sum(0)
+        self.information = self.information * forget + (confidence * (1 - confidence) * seen).sum(0)
+        self.shift = self.shift + ((outcome - confidence) * seen).sum(0) / (self.information + self.prior)
+
+
+# ---- fitting
+
+TEMPERATURES = np.geomspace(0.1, 10.0, 161)
+
+
+def fit_temperatures(logits: ArrayLike, accepted: ArrayLike, grid: Floats = TEMPERATURES) -> tuple[float, ...]:
+    """Sequential Temperature Scaling: logits [N, G] and accepted tokens [N] of fully verified rounds -> T [G].
+
+    For k from left to right, T_k is the entry of the grid that minimises the ECE of prod_{i<=k} sigmoid(z_i / T_i)
+    against "slots 0..k were accepted"; earlier temperatures stay. Of equally good ones, the nearest to 1.
+    """
+    z = np.asarray(logits, dtype=np.float64)
+    kept = np.asarray(accepted)
+    if z.ndim != 2 or len(z) == 0 or kept.shape != (len(z),):
+        raise ValueError(f"logits must be [N, G] and accepted [N], N at least 1, got {z.shape} and {kept.shape}")
+    by_distance = grid[np.argsort(np.abs(np.log(grid)), kind="stable")]  # min() keeps the first of equals
+    survival, temperatures = np.ones(len(z)), []
+    for k in range(z.shape[1]):
+        outcome = kept > k
+        candidates = [(t, survival * _sigmoid(z[:, k] / t)) for t in by_distance]
+        temperature, survival = min(candidates, key=lambda c: expected_calibration_error(c[1], outcome))
+        temperatures.append(float(temperature))
+    return tuple(temperatures)
+
+
+def _sigmoid(z: Floats) -> Floats:
+    return np.nan_to_num(0.5 * (1.0 + np.tanh(0.5 * z)), nan=0.0)
+
+
+# ---- how good probabilities are: probability [N] of an event, outcome [N] whether it happened
+
+
+class Bin(NamedTuple):
+    """One bar of a reliability diagram; means are NaN where nothing fell into it."""
+
+    probability: float
+    outcome: float
+    samples: int
+
+
+def reliability_bins(probability: ArrayLike, outcome: ArrayLike, bins: int = 15) -> list[Bin]:
+    """Equal parts of 0..1: mean probability, how often it happened, how many."""
+    count, probabilities, outcomes = _binned(probability, outcome, bins)
+    with np.errstate(invalid="ignore"):
+        means = probabilities / count, outcomes / count
+    return [Bin(float(p), float(o), int(n)) for p, o, n in zip(*means, count)]
+
+
+def expected_calibration_error(probability: ArrayLike, outcome: ArrayLike, bins: int = 15) -> float:
+    """ECE (Guo et al. 2017, eq. 3): mean over all N of |mean probability - mean outcome| of their bin."""
+    count, probabilities, outcomes = _binned(probability, outcome, bins)
+    return float(np.abs(probabilities - outcomes).sum() / count.sum())
+
+
+def _binned(probability: ArrayLike, outcome: ArrayLike, bins: int) -> tuple[Floats, Floats, Floats]:
+    """By bin: how many, sum of probabilities, sum of outcomes."""
+    p, y = np.asarray(probability, dtype=np.float64), np.asarray(outcome, dtype=np.float64)
+    index = np.minimum((p * bins).astype(np.int64), bins - 1)
+    count = np.bincount(index, minlength=bins).astype(np.float64)
+    return count, np.bincount(index, p, bins).astype(np.float64), np.bincount(index, y, bins).astype(np.float64)
+
+
+def roc_auc(probability: ArrayLike, outcome: ArrayLike) -> float:
+    """P(a random event that happened had the higher probability), ties half; NaN where all outcomes agree."""
+    p, y = np.asarray(probability, dtype=np.float64), np.asarray(outcome, dtype=bool)
+    positives, negatives = int(y.sum()), int((~y).sum())
+    if not positives or not negatives:
+        return math.nan
+    _, inverse, counts = np.unique(p, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]  # from 1; ties share their mean rank
+    return float((ranks[y].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def brier(probability: ArrayLike, outcome: ArrayLike) -> float:
+    """Mean squared distance of probability and outcome."""
+    p, y = np.asarray(probability, dtype=np.float64), np.asarray(outcome, dtype=np.float64)
+    return float(np.mean((p - y) ** 2))

@@ -1,0 +1,120 @@
+"""What a step costs on this machine: seconds by batch tokens and by requests drafted for (design §5).
+
+The prefix schedulers divide expected tokens by these seconds. The curve may be as jagged as the machine makes it.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+__all__ = ["CostTable"]
+
+Floats = NDArray[np.float64]
+
+
+class _Curve:
+    """Linear between the measured sizes, the first value below them, the last slope past them."""
+
+    def __init__(self, sizes: Sequence[int], seconds: Sequence[float]):
+        self.sizes, self.seconds = np.array(sizes, dtype=np.float64), np.array(seconds, dtype=np.float64)
+        self.slope = 0.0
+        if len(sizes) > 1:
+            self.slope = (self.seconds[-1] - self.seconds[-2]) / (self.sizes[-1] - self.sizes[-2])
+
+    def __call__(self, size: ArrayLike) -> Floats:
+        size = np.asarray(size, dtype=np.float64)
+        return np.interp(size, self.sizes, self.seconds) + self.slope * np.maximum(size - self.sizes[-1], 0.0)
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Profiled seconds of one model, number format and machine; they never fall as sizes rise.
+
+    Written as JSON by `dspark.config.write_json`. Without a drafter `requests` and `draft_seconds` are empty.
+    """
+
+    model: str
+    dtype: str
+    machine: str
+    batch_tokens: tuple[int, ...]
+    target_seconds: tuple[float, ...]  # of a target forward on that many tokens
+    requests: tuple[int, ...]
+    draft_seconds: tuple[float, ...]  # of a draft pass for that many requests
+    step_seconds: float  # what each step costs besides
+
+    def __post_init__(self) -> None:
+        _check_curve("batch_tokens", self.batch_tokens, "target_seconds", self.target_seconds)
+        if self.requests or self.draft_seconds:
+            _check_curve("requests", self.requests, "draft_seconds", self.draft_seconds)
+        if not 0 <= self.step_seconds < math.inf:
+            raise ValueError(f"step_seconds must be finite and at least 0, got {self.step_seconds}")
+
+    @classmethod
+    def measured(
+        cls,
+        model: str,
+        dtype: str,
+        machine: str,
+        batch_tokens: Sequence[int],
+        target_seconds: Sequence[float],
+        requests: Sequence[int],
+        draft_seconds: Sequence[float],
+        step_seconds: float,
+    ) -> "CostTable":
+        """From raw medians, forced monotone: noise must not make more work look cheaper."""
+
+        def rising(seconds: Sequence[float]) -> tuple[float, ...]:
+            return tuple(float(value) for value in np.maximum.accumulate(np.asarray(seconds, dtype=np.float64)))
+
+        curves = tuple(batch_tokens), rising(target_seconds), tuple(requests), rising(draft_seconds)
+        return cls(model, dtype, machine, *curves, float(step_seconds))
+
+    def check(self, model: str, dtype: str, machine: str) -> None:
+        """Raise ValueError unless the table was measured for exactly this."""
+        wanted = {"model": model, "dtype": dtype, "machine": machine}
+        for name, value in wanted.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"the cost table was measured for {name} '{getattr(self, name)}', not '{value}'; "
+                    "run `dspark profile` again"
+                )
+
+    @cached_property
+    def _target(self) -> _Curve:
+        return _Curve(self.batch_tokens, self.target_seconds)
+
+    @cached_property
+    def _draft(self) -> _Curve:
+        return _Curve(self.requests, self.draft_seconds)
+
+    def target(self, batch_tokens: ArrayLike) -> Floats:
+        """Seconds of a target forward, elementwise."""
+        return self._target(batch_tokens)
+
+    def draft(self, requests: ArrayLike) -> Floats:
+        """Seconds of a draft pass, elementwise; drafting for nobody costs nothing."""
+        if not self.requests:
+            return np.zeros(np.shape(requests))
+        return np.where(np.asarray(requests) > 0, self._draft(requests), 0.0)
+
+    def seconds(self, batch_tokens: ArrayLike, requests_drafted: ArrayLike = 0) -> Floats:
+        """Seconds of a whole step, elementwise: 1 / SPS(B), drafting included."""
+        return self.step_seconds + self.target(batch_tokens) + self.draft(requests_drafted)
+
+
+def _check_curve(sizes_name: str, sizes: Sequence[int], seconds_name: str, seconds: Sequence[float]) -> None:
+    if len(sizes) != len(seconds):
+        raise ValueError(f"{sizes_name} has {len(sizes)} entries, {seconds_name} {len(seconds)}: the table has holes")
+    if not sizes:
+        raise ValueError(f"{sizes_name} is empty: nothing was measured")
+    if sizes[0] < 1 or any(b <= a for a, b in pairwise(sizes)):
+        raise ValueError(f"{sizes_name} must start at 1 or more and rise strictly, got {list(sizes)}")
+    if not all(0 < value < math.inf for value in seconds):  # written so that NaN is refused too
+        raise ValueError(f"{seconds_name} must be finite and above 0, got {list(seconds)}")
+    if any(b < a for a, b in pairwise(seconds)):
+        raise ValueError(f"{seconds_name} must not fall as {sizes_name} rises, got {list(seconds)}")

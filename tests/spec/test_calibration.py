@@ -1,0 +1,144 @@
+"""Calibration: temperatures are recovered, order is kept, the online form converges, metrics mean what they say.
+
+Shapes: N rounds, G slots.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dspark.config import read_json, write_json
+from dspark.spec.calibration import (
+    Calibration,
+    Calibrator,
+    OnlineCalibration,
+    brier,
+    expected_calibration_error,
+    fit_temperatures,
+    reliability_bins,
+    roc_auc,
+)
+
+
+def rounds(n: int, temperatures: tuple[float, ...], shift: float = 0.0, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Logits [N, G] and accepted tokens [N], where sigmoid(z / T + shift) is the truth."""
+    generator = np.random.default_rng(seed)
+    logits = generator.normal(2.0, 3.0, (n, len(temperatures)))
+    truth = 1 / (1 + np.exp(-(logits / temperatures + shift)))
+    passed = generator.random(logits.shape) < truth
+    return torch.from_numpy(logits), torch.from_numpy(passed.cumprod(1).sum(1))
+
+
+def prefix_errors(calibrator: Calibrator, logits: Tensor, accepted: Tensor) -> list[float]:
+    survival = calibrator.confidence(logits).cumprod(1)
+    return [expected_calibration_error(survival[:, k], accepted > k) for k in range(logits.shape[1])]
+
+
+def test_known_temperatures_are_recovered() -> None:
+    truth = (0.5, 1.0, 2.5, 4.0)
+    logits, accepted = rounds(40_000, truth)
+    fitted = fit_temperatures(logits, accepted)
+    np.testing.assert_allclose(np.log(fitted), np.log(truth), atol=0.3)
+    held_out = rounds(40_000, truth, seed=1)
+    before = prefix_errors(Calibration.identity(4), *held_out)
+    after = prefix_errors(Calibration(fitted), *held_out)
+    assert max(after) < 0.015 < max(before)
+
+
+def test_fitting_takes_any_logits() -> None:
+    logits, accepted = rounds(500, (1.0, 1.0))
+    logits[::7, 0], logits[::5, 1], logits[::3, 1] = math.nan, math.inf, -math.inf
+    assert all(0 < t < math.inf for t in fit_temperatures(logits, accepted))
+    constant = torch.zeros(100, 2)
+    assert fit_temperatures(constant, torch.ones(100)) == pytest.approx((1.0, 1.0))  # all are equally good
+    with pytest.raises(ValueError, match="N at least 1"):
+        fit_temperatures(torch.zeros(0, 2), torch.zeros(0))
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.floats(-50, 50), min_size=2, max_size=8),
+    st.floats(0.05, 20),
+    st.floats(-3, 3),
+)
+def test_order_within_a_position_is_kept(values: list[float], temperature: float, shift: float) -> None:
+    logits = torch.tensor(values, dtype=torch.float64)[:, None]
+    online = OnlineCalibration(Calibration((temperature,)))
+    online.shift[:] = shift
+    for calibrator in (online.base, online):
+        confidence = calibrator.confidence(logits)[:, 0]
+        assert bool((confidence[logits[:, 0].argsort()].diff() >= 0).all())
+        assert bool(((confidence >= 0) & (confidence <= 1)).all())
+
+
+def test_whatever_the_drafter_emits_is_a_probability() -> None:
+    logits = torch.tensor([[math.nan, math.inf, -math.inf, 0.0]])
+    online = OnlineCalibration(Calibration.identity(4))
+    for _ in range(3):
+        for calibrator in (online.base, online):
+            assert calibrator.confidence(logits)[0, :3].tolist() == [0.0, 1.0, 0.0]
+        online.observe(logits, torch.tensor([4]), torch.tensor([4]))
+    assert np.isfinite(online.shift).all()
+
+
+def test_online_calibration_converges_and_follows() -> None:
+    online = OnlineCalibration(Calibration((1.0, 2.0)))
+    for shift in (-2.0, 1.5):  # the second: the traffic changes
+        logits, accepted = rounds(12_000, (1.0, 2.0), shift)
+        for batch in range(0, len(logits), 8):
+            part = slice(batch, batch + 8)
+            online.observe(logits[part], torch.full((8,), 2), accepted[part])
+        np.testing.assert_allclose(online.shift, shift, atol=0.35)
+        np.testing.assert_allclose(online.accepted[0] / online.count[0], (accepted > 0).double().mean(), atol=0.1)
+        assert max(prefix_errors(online, *rounds(12_000, (1.0, 2.0), shift, seed=1))) < 0.03
+
+
+def test_only_slots_that_were_decided_count() -> None:
+    """Verified, and all before them accepted: by hand, 3 requests of 3 slots."""
+    online = OnlineCalibration(Calibration.identity(3), decay=1.0)
+    online.observe(torch.zeros(3, 3), torch.tensor([3, 2, 0]), torch.tensor([1, 2, 0]))
+    assert online.count.tolist() == [2, 2, 0]
+    assert online.accepted.tolist() == [2, 1, 0]
+    assert online.shift[0] > 0 and online.shift[1] == 0 and online.shift[2] == 0
+
+
+def test_side_file(tmp_path: Path) -> None:
+    calibration = Calibration((0.5, 2.0), "prompts", 10, (0.2, 0.1), (0.01, 0.02))
+    write_json(calibration, tmp_path / "calibration.json")
+    assert read_json(Calibration, tmp_path / "calibration.json") == calibration
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
+def test_impossible_temperatures_are_refused(temperature: float) -> None:
+    with pytest.raises(ValueError, match="temperatures must be finite and above 0"):
+        Calibration((1.0, temperature))
+
+
+def test_a_calibration_of_another_drafter_is_refused() -> None:
+    with pytest.raises(ValueError, match="for 1 draft tokens a round, the drafter makes 2"):
+        Calibration((1.0,)).confidence(torch.zeros(3, 2))
+
+
+def test_metrics_by_hand() -> None:
+    probability, outcome = [0.1, 0.1, 0.9, 0.9], [0, 1, 1, 1]
+    assert expected_calibration_error(probability, outcome, bins=2) == pytest.approx((0.4 * 2 + 0.1 * 2) / 4)
+    assert brier(probability, outcome) == pytest.approx((0.01 + 0.81 + 0.01 + 0.01) / 4)
+    assert roc_auc(probability, outcome) == pytest.approx((1 * 2 + 0.5) / 3)
+    assert math.isnan(roc_auc(probability, [1, 1, 1, 1]))
+    low, high = reliability_bins(probability, outcome, bins=2)
+    assert low == (pytest.approx(0.1), 0.5, 2) and high == (pytest.approx(0.9), 1.0, 2)
+    assert [b.samples for b in reliability_bins([0.0, 1.0], [0, 1], bins=4)] == [1, 0, 0, 1]
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=2, max_size=30))
+def test_auc_counts_pairs(samples: list[tuple[int, bool]]) -> None:
+    pairs = [(p > n) + 0.5 * (p == n) for p, hit in samples if hit for n, miss in samples if not miss]
+    auc = roc_auc([p for p, _ in samples], [hit for _, hit in samples])
+    assert auc == pytest.approx(np.mean(pairs)) if pairs else math.isnan(auc)

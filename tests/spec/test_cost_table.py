@@ -1,0 +1,81 @@
+"""Cost tables: what is read between and past the measured sizes, and what is refused."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dspark.config import read_json, write_json
+from dspark.spec.cost_table import CostTable
+
+TABLE = CostTable("m", "bf16", "here", (1, 2, 4, 8), (1.0, 1.0, 3.0, 3.5), (1, 3), (0.2, 0.4), 0.1)
+
+
+def test_between_and_past_the_measured_sizes() -> None:
+    np.testing.assert_allclose(TABLE.target([1, 2, 3, 4, 6, 8, 16]), [1, 1, 2, 3, 3.25, 3.5, 4.5])
+    np.testing.assert_allclose(TABLE.draft(torch.tensor([0, 1, 2, 3, 5])), [0, 0.2, 0.3, 0.4, 0.6])
+    np.testing.assert_allclose(TABLE.seconds(np.array([1, 3]), 2), [1.4, 2.4])
+    assert TABLE.seconds(3) == pytest.approx(2.1)  # nothing is drafted
+
+
+def test_below_the_first_size_it_costs_as_much() -> None:
+    table = CostTable.measured("m", "bf16", "here", (4, 8), (1.0, 2.0), (2,), (0.5,), 0.0)
+    assert table.target(1) == 1.0
+    assert table.draft(9) == 0.5  # a single size: no slope is known
+
+
+def test_without_a_drafter() -> None:
+    table = CostTable.measured("m", "bf16", "here", (4, 8), (1.0, 2.0), (), (), 0.0)
+    np.testing.assert_allclose(table.seconds([4, 8], [1, 0]), [1, 2])
+
+
+def test_measurements_are_made_monotone() -> None:
+    noisy = CostTable.measured("m", "bf16", "here", (1, 2, 4), (1.0, 0.9, 2.0), (1, 2), (0.3, 0.2), 0.1)
+    assert noisy.target_seconds == (1.0, 1.0, 2.0)
+    assert noisy.draft_seconds == (0.3, 0.3)
+
+
+def test_a_file_gives_back_what_was_written(tmp_path: Path) -> None:
+    write_json(TABLE, tmp_path / "costs.json")
+    assert read_json(CostTable, tmp_path / "costs.json") == TABLE
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"batch_tokens": (), "target_seconds": ()}, "empty"),
+        ({"batch_tokens": (1, 2, 4)}, "holes"),
+        ({"target_seconds": (1.0, 1.0, 3.0)}, "holes"),
+        ({"requests": ()}, "holes"),
+        ({"batch_tokens": (1, 4, 2, 8)}, "rise strictly"),
+        ({"batch_tokens": (1, 2, 2, 8)}, "rise strictly"),
+        ({"batch_tokens": (0, 2, 4, 8)}, "start at 1"),
+        ({"target_seconds": (0.0, 1.0, 3.0, 3.5)}, "above 0"),
+        ({"target_seconds": (-1.0, 1.0, 3.0, 3.5)}, "above 0"),
+        ({"target_seconds": (1.0, math.nan, 3.0, 3.5)}, "finite"),
+        ({"target_seconds": (1.0, 1.0, 3.0, math.inf)}, "finite"),
+        ({"target_seconds": (1.0, 3.0, 2.0, 3.5)}, "must not fall"),
+        ({"draft_seconds": (0.4, 0.2)}, "must not fall"),
+        ({"draft_seconds": (0.0, 0.2)}, "above 0"),
+        ({"step_seconds": -0.1}, "step_seconds"),
+        ({"step_seconds": math.nan}, "step_seconds"),
+    ],
+)
+def test_refusals(change: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        replace(TABLE, **change)
+
+
+def test_measurements_that_are_nan_are_refused() -> None:
+    with pytest.raises(ValueError, match="finite"):
+        CostTable.measured("m", "bf16", "here", (1, 2), (math.nan, 1.0), (), (), 0.0)
+
+
+@pytest.mark.parametrize("other", [("n", "bf16", "here"), ("m", "fp32", "here"), ("m", "bf16", "there")])
+def test_a_table_of_something_else_is_refused(other: tuple[str, str, str]) -> None:
+    TABLE.check("m", "bf16", "here")
+    with pytest.raises(ValueError, match="run `dspark profile` again"):
+        TABLE.check(*other)
