@@ -7,10 +7,10 @@ Shapes: N = rows (tokens to predict), V = vocabulary size, C = candidates looked
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,12 +18,26 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["Purpose", "SamplingParams", "categorical", "truncated_probs", "uniform", "uniforms"]
+__all__ = [
+    "Purpose",
+    "SamplingParams",
+    "TokenLogprobs",
+    "categorical",
+    "sample_seed",
+    "token_logprobs",
+    "truncated_probs",
+    "uniform",
+    "uniforms",
+]
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request chooses its tokens and when it stops. The defaults are greedy decoding."""
+    """How one request chooses its tokens and when it stops. The defaults are greedy decoding.
+
+    Logits pass through these in turn: logit_bias, repetition_penalty, frequency and presence penalty, the ban on
+    ends before min_new_tokens (`dspark.penalties`), then temperature, top_k, top_p, min_p (`truncated_probs`).
+    """
 
     temperature: float = 0.0
     top_k: int = 0  # 0: off
@@ -32,9 +46,23 @@ class SamplingParams:
     seed: int | None = None  # None: the engine picks one
     max_new_tokens: int = 256
     ignore_eos: bool = False
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()  # the token that stops is the answer's last
+    presence_penalty: float = 0.0  # off the logit of every generated token (OpenAI)
+    frequency_penalty: float = 0.0  # the same, times how often it was generated (OpenAI)
+    repetition_penalty: float = 1.0  # divides a positive logit of any token so far, prompt included (Transformers)
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()  # kept as sorted pairs
+    min_new_tokens: int = 0  # no end token, stop id or stop string before so many tokens
+    stop: tuple[str, ...] = ()  # the text ends before the first of these; needs a tokenizer, so not for a bare Engine
+    n: int = 1  # answers to the prompt, each with a seed of its own; `LLM.generate` reads it, the engine does not
+    logprobs: int | None = None  # how many of the likeliest tokens to report beside the chosen one; None: no report
 
     def __post_init__(self) -> None:
+        def keep(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)  # frozen, and hashable only if lists and dicts become tuples
+
+        keep("stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        keep("stop_token_ids", tuple(self.stop_token_ids))
+        keep("logit_bias", tuple(sorted(dict(self.logit_bias).items())))
         # Written as "not (good)" so that NaN is refused too.
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be finite and at least 0, got {self.temperature}.")
@@ -48,10 +76,46 @@ class SamplingParams:
             raise ValueError(f"seed must fit a signed 64-bit integer, got {self.seed}.")
         if not self.max_new_tokens >= 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens must be from 0 to max_new_tokens={self.max_new_tokens}, got {self.min_new_tokens}."
+            )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise ValueError(f"{name} must be from -2 to 2 (0 turns it off), got {getattr(self, name)}.")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(
+                f"repetition_penalty must be finite and above 0 (1 turns it off), got {self.repetition_penalty}."
+            )
+        for token, bias in self.biases.items():
+            if not (token >= 0 and -100 <= bias <= 100):
+                raise ValueError(f"logit_bias must map token ids to numbers from -100 to 100, got {token}: {bias}.")
+        if not all(token >= 0 for token in self.stop_token_ids):
+            raise ValueError(f"stop_token_ids must be token ids, got {self.stop_token_ids}.")
+        if not all(self.stop):
+            raise ValueError("stop must hold no empty text, which would stop every answer before it begins.")
+        if not self.n >= 1:
+            raise ValueError(f"n must be at least 1, got {self.n}.")
+        if self.logprobs is not None and not 0 <= self.logprobs <= 20:
+            raise ValueError(f"logprobs must be from 0 to 20, got {self.logprobs}.")
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+    @property
+    def biases(self) -> dict[int, float]:
+        return dict(self.logit_bias)
+
+    @property
+    def penalises(self) -> bool:
+        """Whether tokens that came before change the logits."""
+        return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0, 0, 1)
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether `dspark.penalties.adjusted_logits` has anything to do."""
+        return self.penalises or len(self.logit_bias) > 0 or self.min_new_tokens > 0
 
 
 # ---- logits to probabilities
@@ -132,6 +196,27 @@ def _nucleus_floor(weights: Tensor, top_p: Tensor) -> Tensor:
     return ranked.gather(-1, last).squeeze(-1)
 
 
+class TokenLogprobs(NamedTuple):
+    """Natural logarithms of the target's own probabilities at one position."""
+
+    logprob: float  # of the token that was chosen
+    top: dict[int, float]  # token id -> logprob, the likeliest first
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, tops: list[int]) -> list[TokenLogprobs]:
+    """What row i says of tokens[i] and of its tops[i] likeliest tokens: logits [N, V], tokens [N].
+
+    As in OpenAI's API it is the model's own distribution, before bias, penalties, temperature and truncation.
+    """
+    logprobs = logits.double().log_softmax(-1)  # [N, V]
+    chosen = logprobs.gather(-1, tokens[:, None]).squeeze(-1).tolist()
+    values, ids = (t.tolist() for t in logprobs.topk(min(max(tops, default=0), logits.shape[-1])))
+    return [
+        TokenLogprobs(own, dict(zip(row_ids[:top], row_values[:top])))
+        for own, row_ids, row_values, top in zip(chosen, ids, values, tops, strict=True)
+    ]
+
+
 # ---- probabilities to tokens
 
 
@@ -196,3 +281,8 @@ def uniforms(seeds: ArrayLike, positions: ArrayLike, purpose: Purpose, slots: Ar
     words = (np.asarray(word).astype(np.uint64) for word in (seeds, positions, int(purpose), slots))
     with np.errstate(over="ignore"):  # wrapping around is the point
         return (_bits(np.zeros((), np.uint64), words) >> 11) * 2.0**-53
+
+
+def sample_seed(seed: int, index: int) -> int:
+    """The seed of a request's sample `index`: its own for the first, then unrelated ones."""
+    return seed if index == 0 else _bits(1, (seed & _MASK, index)) >> 2

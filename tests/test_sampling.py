@@ -11,7 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from dspark.sampling import Purpose, SamplingParams, categorical, truncated_probs, uniform, uniforms
+from dspark.sampling import (
+    Purpose,
+    SamplingParams,
+    categorical,
+    token_logprobs,
+    truncated_probs,
+    uniform,
+    uniforms,
+)
 
 # ---- SamplingParams
 
@@ -31,11 +39,45 @@ from dspark.sampling import Purpose, SamplingParams, categorical, truncated_prob
         ("min_p", math.nan),
         ("seed", 2**63),
         ("max_new_tokens", 0),
+        ("min_new_tokens", -1),
+        ("min_new_tokens", 257),
+        ("presence_penalty", 2.1),
+        ("presence_penalty", math.nan),
+        ("frequency_penalty", -2.1),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", math.nan),
+        ("repetition_penalty", math.inf),
+        ("n", 0),
+        ("logprobs", -1),
+        ("logprobs", 21),
     ],
 )
 def test_bad_parameter_is_named(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{name} must .* got {value}"):
         SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("logit_bias", {-1: 1.0}),
+        ("logit_bias", {3: math.inf}),
+        ("logit_bias", {3: math.nan}),
+        ("stop_token_ids", (-1,)),
+        ("stop", ("x", "")),
+    ],
+)
+def test_bad_entry_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{name} must"):
+        SamplingParams(**{name: value})
+
+
+def test_parameters_are_hashable_whatever_they_are_given_as() -> None:
+    given: Any = {"stop": "x", "stop_token_ids": [3, 4], "logit_bias": {7: 1.0, 2: -1.0}}
+    params = SamplingParams(**given)
+    same = SamplingParams(stop=("x",), stop_token_ids=(3, 4), logit_bias=((2, -1.0), (7, 1.0)))
+    assert params == same and hash(params) == hash(same)
+    assert (params.stop, params.logit_bias) == (("x",), ((2, -1.0), (7, 1.0)))
 
 
 def test_defaults_are_greedy() -> None:
@@ -132,6 +174,21 @@ def test_dtypes() -> None:
     assert truncate(logits.bfloat16()).dtype == torch.float32
     assert truncate(logits.bfloat16(), temperature=0.0).dtype == torch.float32
     assert truncate(logits.double(), min_p=0.1).dtype == torch.float64
+
+
+# ---- log-probabilities
+
+
+def test_token_logprobs() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0], [5.0, 0.0, 0.0], [1.0, 2.0, 3.0]])
+    found = token_logprobs(logits, torch.tensor([2, 0, 0]), [2, 0, 20])
+    rows = logits.double().log_softmax(-1).tolist()
+    assert [f.logprob for f in found] == [rows[0][2], rows[1][0], rows[2][0]]
+    assert [list(f.top.items()) for f in found] == [
+        [(1, rows[0][1]), (2, rows[0][2])],
+        [],
+        [(2, rows[2][2]), (1, rows[2][1]), (0, rows[2][0])],
+    ]
 
 
 # ---- categorical

@@ -1,0 +1,65 @@
+"""The text of an answer while its tokens come: decoded piece by piece, cut before the first stop string."""
+
+from collections.abc import Callable
+
+__all__ = ["AnswerText", "Decode"]
+
+Decode = Callable[[list[int]], str]
+
+
+class AnswerText:
+    """Grows token by token; what it costs does not depend on how long the answer already is.
+
+    A token's text may depend on the one before it (leading spaces, characters of several tokens), so each step
+    decodes the tokens since the last but one character boundary, not the token alone, and not the whole answer.
+    """
+
+    def __init__(self, decode: Decode, stop: tuple[str, ...] = ()):
+        """decode: token ids -> text, ending in U+FFFD where the last character is not complete."""
+        self.text = ""  # complete characters, never past a stop string
+        self._decode, self._stop = decode, stop
+        self._window: list[int] = []  # tokens from the last but one boundary on
+        self._boundary = 0  # tokens of the window whose text is in self.text
+
+    def push(self, tokens: list[int], may_stop: bool = True) -> str | None:
+        """Take in tokens; the stop string that they complete. The text is then cut before it, and complete.
+
+        Stop strings that end in tokens pushed with may_stop=False are not seen, then or later. To know which token
+        completes a stop string, push one at a time.
+        """
+        self._window += tokens
+        text = self._decode(self._window)
+        if text.endswith("\ufffd"):
+            return None
+        return self._append(text, may_stop)
+
+    def finish(self) -> str:
+        """The whole text; a character that stayed incomplete becomes U+FFFD."""
+        if self._boundary < len(self._window):
+            self._append(self._decode(self._window), may_stop=False)
+        return self.text
+
+    @property
+    def certain(self) -> str:
+        """The text without an ending that may be the beginning of a stop string: what can be streamed."""
+        held = 0
+        for stop in self._stop:
+            for length in range(min(len(stop) - 1, len(self.text)), held, -1):
+                if self.text.endswith(stop[:length]):
+                    held = length
+                    break
+        return self.text[: len(self.text) - held]
+
+    def _append(self, window_text: str, may_stop: bool) -> str | None:
+        before = len(self.text)
+        self.text += window_text[len(self._decode(self._window[: self._boundary])) :]
+        self._window = self._window[self._boundary :]
+        self._boundary = len(self._window)
+        if not may_stop:
+            return None
+        # A stop string that is new ends in the new text.
+        found = [(self.text.find(stop, max(0, before - len(stop) + 1)), stop) for stop in self._stop]
+        start, first = min(((at, stop) for at, stop in found if at >= 0), default=(-1, None))
+        if first is not None:
+            self.text = self.text[:start]
+        return first

@@ -1,0 +1,85 @@
+"""What a request's bias, penalties and minimum length make of the target's logits, before any temperature.
+
+Each row is adjusted by its own prefix, drafted tokens included, so the adjusted row is the distribution that plain
+decoding would have had there: verification stays lossless. Rules: OpenAI's API for presence and frequency,
+Transformers (Keskar et al. 2019, CTRL) for repetition.
+
+Shapes: N = rows (tokens to predict), V = vocabulary size, T = the longest prefix.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dspark.sampling import SamplingParams
+
+__all__ = ["Prefix", "adjusted_logits"]
+
+
+class Prefix(NamedTuple):
+    """All that a row's adjustment depends on: a request and its tokens before the row."""
+
+    params: SamplingParams
+    token_ids: list[int]  # prompt, generated, drafted; at least one token
+    prompt_length: int
+    end_ids: frozenset[int] = frozenset()  # tokens that end the answer
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.prompt_length
+
+
+def adjusted_logits(logits: Tensor, prefixes: list[Prefix]) -> Tensor:
+    """logits [N, V] and the prefix of each row -> logits [N, V]. Rows without adjustments are passed on as they are."""
+    rows = [row for row, prefix in enumerate(prefixes) if prefix.params.adjusts_logits]
+    if not rows:
+        return logits
+    index = torch.tensor(rows, device=logits.device)
+    prefixes = [prefixes[row] for row in rows]
+    adjusted = logits[index]  # a copy
+    _add_bias(adjusted, prefixes)
+    if any(prefix.params.penalises for prefix in prefixes):
+        _penalise(adjusted, prefixes)
+    _ban_early_ends(adjusted, prefixes)
+    return adjusted if len(rows) == len(logits) else logits.index_copy(0, index, adjusted)
+
+
+def _add_bias(logits: Tensor, prefixes: list[Prefix]) -> None:
+    entries = [(row, token, bias) for row, p in enumerate(prefixes) for token, bias in p.params.biases.items()]
+    if entries:
+        rows, tokens, biases = zip(*entries)
+        index = torch.tensor([rows, tokens], device=logits.device)
+        logits[index[0], index[1]] += torch.tensor(biases, dtype=logits.dtype, device=logits.device)
+
+
+def _penalise(logits: Tensor, prefixes: list[Prefix]) -> None:
+    """Penalties touch only tokens of the prefix: these are gathered, changed and put back."""
+    longest = max(len(p.token_ids) for p in prefixes)
+    padded = np.empty((len(prefixes), longest), dtype=np.int64)
+    is_generated = np.zeros((len(prefixes), longest))
+    for row, p in enumerate(prefixes):
+        padded[row] = p.token_ids[0]  # padding repeats a token of the prefix and counts nothing
+        padded[row, : len(p.token_ids)] = p.token_ids
+        is_generated[row, p.prompt_length : len(p.token_ids)] = 1
+    tokens = torch.from_numpy(padded).to(logits.device)  # [N, T]
+    generated = torch.from_numpy(is_generated).to(logits)  # [N, T]
+    counts = torch.zeros_like(logits).scatter_add_(-1, tokens, generated).gather(-1, tokens)  # [N, T]
+
+    def column(name: str) -> Tensor:
+        values = [[getattr(p.params, name)] for p in prefixes]
+        return torch.tensor(values, dtype=logits.dtype, device=logits.device)  # [N, 1]
+
+    repetition = column("repetition_penalty")
+    values = logits.gather(-1, tokens)
+    values = torch.where(values > 0, values / repetition, values * repetition)
+    values -= column("frequency_penalty") * counts
+    values -= column("presence_penalty") * (counts > 0)
+    logits.scatter_(-1, tokens, values)  # a token that is there twice gets the same value twice
+
+
+def _ban_early_ends(logits: Tensor, prefixes: list[Prefix]) -> None:
+    for row, p in enumerate(prefixes):
+        if p.num_generated < p.params.min_new_tokens and p.end_ids:
+            logits[row, list(p.end_ids)] = -torch.inf
