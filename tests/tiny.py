@@ -157,6 +157,9 @@ class OracleDrafter:
     def extend(self, taps: list[Tensor], positions: Tensor, slots: Tensor) -> None:
         pass
 
+    def copy(self, source_slot: int, target_slot: int, count: int) -> None:
+        pass
+
     def distribution(self, target_probs: Tensor, anchor: int, slot: int) -> Tensor:
         """What slot `slot` after position `anchor` is drafted from, [V]."""
         return target_probs

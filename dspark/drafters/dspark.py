@@ -3,18 +3,28 @@
 Shapes: R requests, G slots, N = R*G block tokens, M candidates, C width, V' draft vocabulary, r head rank.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from dspark.drafters.interface import DraftRequest
 from dspark.drafters.model import DSparkConfig, DSparkModel
-from dspark.models.attention import CachedAttention, Segment
+from dspark.models.attention import CachedAttention, Segment, copy_slots
 from dspark.models.decoder import Decoder, DecoderLayer, layer_shapes
 from dspark.models.layers import linear_map, rms_norm, rotate_
-from dspark.sampling import Purpose, categorical, uniforms
+from dspark.sampling import Purpose, categorical, truncated_probs, uniforms
 from dspark.spec.draft import Draft
 
 NUM_CANDIDATES = 64  # tokens a slot is sampled from: the likeliest after the Markov bias
+
+
+class Slot(NamedTuple):
+    """One slot of all blocks: token [R], and what it was drawn from, support and draft_probs [R, M]."""
+
+    token: Tensor
+    support: Tensor
+    draft_probs: Tensor
 
 
 class DSparkDrafter:
@@ -82,6 +92,10 @@ class DSparkDrafter:
             storage.index_copy_(0, slots, layer_kv)
 
     @torch.inference_mode()
+    def copy(self, source_slot: int, target_slot: int, count: int) -> None:
+        copy_slots(self._storage, source_slot, target_slot, count)
+
+    @torch.inference_mode()
     def propose(self, requests: list[DraftRequest]) -> Draft:
         return self.decode_block(requests, self.backbone(requests))
 
@@ -107,36 +121,54 @@ class DSparkDrafter:
         """The sequential head, left to right over hidden [R, G, C], each slot from the token sampled before it."""
         r, g, _ = hidden.shape
         base_logits = self.head(hidden.flatten(0, 1)).view(r, g, -1)  # [R, G, V']
-        temperature = torch.tensor([q.params.temperature for q in requests], device=hidden.device)[:, None]
-        greedy = temperature == 0
-        m = 1 if bool(greedy.all()) else min(NUM_CANDIDATES, len(self.d2t))
+        greedy = all(q.params.greedy for q in requests)
+        settings, draws = self._settings(requests), self._draws(requests)  # [R] each, [R, G]
         previous = torch.tensor([q.token_ids[-1] for q in requests], device=hidden.device)
-        tokens = torch.empty(r, g, dtype=torch.int64, device=hidden.device)
-        support = torch.empty(r, g, m, dtype=torch.int64, device=hidden.device)
-        draft_probs = torch.empty(r, g, m, device=hidden.device)
+        slots: list[Slot] = []
         embeddings = hidden.new_empty(r, g, self.w1.shape[1])
-        draws = self._draws(requests).to(hidden.device)  # [R, G]
         for k in range(g):
             embeddings[:, k] = self.w1[previous]
             # The Markov bias decides most later slots: candidates are picked after it, never before.
-            logits, candidates = (base_logits[:, k] + self.w2(embeddings[:, k])).float().topk(m)  # best first
-            support[:, k] = self.d2t[candidates]
-            probs = (logits / temperature.masked_fill(greedy, 1.0)).softmax(-1)
-            best_only = torch.zeros_like(probs)
-            best_only[:, 0] = 1.0
-            draft_probs[:, k] = torch.where(greedy, best_only, probs)
-            index = categorical(draft_probs[:, k], draws[:, k])[:, None]
-            previous = tokens[:, k] = support[:, k].gather(1, index).squeeze(1)
+            logits = (base_logits[:, k] + self.w2(embeddings[:, k])).float()
+            slots.append(self.best(logits) if greedy else self.sample(logits, settings, draws[:, k]))
+            previous = slots[-1].token
         features = torch.cat([hidden, embeddings], -1)
         confidence = (features @ self.confidence_weight).float() + self.confidence_bias
+        tokens, support, draft_probs = (torch.stack(column, 1) for column in zip(*slots, strict=True))
         return Draft(tokens, support, draft_probs, confidence, torch.full((r,), g))
+
+    def best(self, logits: Tensor) -> Slot:
+        """The likeliest token of each row [R, V'], no randomness."""
+        token = self.d2t[logits.argmax(-1)]
+        return Slot(token, token[:, None], torch.ones_like(logits[:, :1]))
+
+    def sample(self, logits: Tensor, settings: list[Tensor], draws: Tensor) -> Slot:
+        """Logits [R, V'] -> one token a row, from its likeliest candidates under the request's own parameters."""
+        logits, candidates = logits.topk(min(NUM_CANDIDATES, logits.shape[-1]))
+        if self.target.deterministic:  # in the target's order the same draw lands in the same place, mostly
+            candidates, order = candidates.sort(-1)
+            logits = logits.gather(-1, order)
+        support = self.d2t[candidates]
+        draft_probs = truncated_probs(logits, *settings)
+        index = categorical(draft_probs, draws)[:, None]
+        return Slot(support.gather(1, index).squeeze(1), support, draft_probs)
+
+    def _settings(self, requests: list[DraftRequest]) -> list[Tensor]:
+        """Temperature, top-k, top-p and min-p, [R] each."""
+        params = [q.params for q in requests]
+        values = zip(*((p.temperature, p.top_k, p.top_p, p.min_p) for p in params), strict=True)
+        return [torch.tensor(column, device=self.d2t.device) for column in values]
 
     def _draws(self, requests: list[DraftRequest]) -> Tensor:
         """The uniform [R, G] that samples each slot; the token of slot k lands at anchor position + 1 + k."""
         slots = range(self.block_size)
         seeds = [[q.seed] for q in requests]
         positions = [[len(q.token_ids) + k for k in slots] for q in requests]
-        return torch.from_numpy(uniforms(seeds, positions, Purpose.DRAFT, list(slots)))
+        if self.target.deterministic:  # the target's own draw for the position: a good guess is then the same token
+            draws = uniforms(seeds, positions, Purpose.TARGET)
+        else:
+            draws = uniforms(seeds, positions, Purpose.DRAFT, list(slots))
+        return torch.from_numpy(draws).to(self.d2t.device)
 
 
 def check_fit(config: DSparkConfig, target: Decoder) -> None:

@@ -52,6 +52,10 @@ class Drafter(Protocol):
         """
         ...
 
+    def copy(self, source_slot: int, target_slot: int, count: int) -> None:
+        """Copy what is stored for `count` slots to slots that may overlap them; the tokens' positions stay the same."""
+        ...
+
     def propose(self, requests: list[DraftRequest]) -> Draft:
         """Draft for R >= 1 requests whose tokens before the anchor were all taken in by `extend`.
 

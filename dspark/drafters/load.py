@@ -2,15 +2,35 @@
 
 from pathlib import Path
 
+from dspark.config import read_json
 from dspark.drafters.checkpoint import load_drafter
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.interface import Drafter
 from dspark.drafters.ngram import NgramDrafter
 from dspark.models.decoder import Decoder
+from dspark.spec.calibration import Calibration
 
 # In a wheel the shipped checkpoints lie inside the package, in a checkout beside it.
 PACKAGE = Path(__file__).parents[1]
 CHECKPOINTS = PACKAGE / "checkpoints" if (PACKAGE / "checkpoints").is_dir() else PACKAGE.parent / "checkpoints"
+
+
+CALIBRATION_FILE = "calibration.json"
+
+
+def drafter_folder(name: str, model: str) -> Path | None:
+    """The checkpoint that `name` means for `model`; None for drafters that have none.
+
+    Raises ValueError if there is no such checkpoint.
+    """
+    if name in ("none", "ngram"):
+        return None
+    folder = CHECKPOINTS / model if name == "dspark" else Path(name)
+    if not folder.is_dir():
+        if name == "dspark":
+            raise ValueError(f"no drafter is shipped for '{model}'; train one with 'dspark train' and pass its folder")
+        raise ValueError(f"'{name}' is no drafter: give none, ngram, dspark or a checkpoint folder")
+    return folder
 
 
 def make_drafter(name: str, model: str, target: Decoder) -> Drafter | None:
@@ -18,13 +38,14 @@ def make_drafter(name: str, model: str, target: Decoder) -> Drafter | None:
 
     Raises ValueError if there is no such drafter or it does not fit the target.
     """
-    if name == "none":
-        return None
-    if name == "ngram":
-        return NgramDrafter()
-    folder = CHECKPOINTS / model if name == "dspark" else Path(name)
-    if not folder.is_dir():
-        if name == "dspark":
-            raise ValueError(f"no drafter is shipped for '{model}'; train one with 'dspark train' and pass its folder")
-        raise ValueError(f"'{name}' is no drafter: give none, ngram, dspark or a checkpoint folder")
+    folder = drafter_folder(name, model)
+    if folder is None:
+        return NgramDrafter() if name == "ngram" else None
     return DSparkDrafter(load_drafter(folder), target)
+
+
+def load_calibration(name: str, model: str) -> Calibration | None:
+    """The side file of the drafter's checkpoint, if there is one. Raises ValueError if it is damaged."""
+    folder = drafter_folder(name, model)
+    path = folder / CALIBRATION_FILE if folder is not None else None
+    return read_json(Calibration, path) if path is not None and path.exists() else None

@@ -24,6 +24,9 @@ class NgramDrafter:
     def extend(self, taps: list[Tensor], positions: Tensor, slots: Tensor) -> None:
         pass
 
+    def copy(self, source_slot: int, target_slot: int, count: int) -> None:
+        pass
+
     def propose(self, requests: list[DraftRequest]) -> Draft:
         found = [self.lookup(r.token_ids) for r in requests]
         lengths = torch.tensor([len(f) for f in found])

@@ -8,14 +8,16 @@ from dataclasses import dataclass, field
 import torch
 
 from dspark.drafters.interface import Drafter
+from dspark.engine.answer_text import AnswerText, Decode
 from dspark.engine.kv_cache import KVCache, slot_bytes
 from dspark.engine.runner import Outcome, Runner
 from dspark.engine.scheduler import Scheduler, StepPlan
 from dspark.engine.sequence import Sequence
 from dspark.models.decoder import Decoder
 from dspark.sampling import SamplingParams
+from dspark.spec.calibration import Calibration, Calibrator
 from dspark.spec.draft import Draft
-from dspark.spec.prefix_scheduler import FixedLength, PrefixScheduler
+from dspark.spec.prefix_scheduler import FixedLength, Load, PrefixScheduler
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,14 @@ class EngineConfig:
     """The engine's limits; none is ever exceeded.
 
     kv_gib bounds the KV cache of target and drafter together; prefill_tokens the prompt tokens of a step.
+    reuse_prefixes: copy the KV of leading tokens that another request computed instead of computing it again.
     """
 
     max_streams: int = 64
     max_model_len: int = 4096
     kv_gib: float = 2.0
     prefill_tokens: int = 256
+    reuse_prefixes: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_streams", "max_model_len", "kv_gib", "prefill_tokens"):
@@ -38,16 +42,19 @@ class EngineConfig:
 
 @dataclass
 class StepTimes:
-    """Seconds since the start, by part of a step; `other` is scheduling and bookkeeping."""
+    """Seconds since the start, by part of a step, and what these steps did."""
 
-    draft: float = 0.0
+    draft: float = 0.0  # proposing, and taking in committed tokens
+    choose: float = 0.0  # whether to draft, and verify lengths
     target: float = 0.0
-    other: float = 0.0
+    sample: float = 0.0  # from the target's logits to verdicts
+    other: float = 0.0  # admission and bookkeeping
     rounds: int = 0  # steps in which at least one sequence decoded
+    verified: int = 0  # draft tokens sent to the target
 
     @property
     def total(self) -> float:
-        return self.draft + self.target + self.other
+        return self.draft + self.choose + self.target + self.sample + self.other
 
 
 @dataclass
@@ -68,11 +75,13 @@ class Engine:
         prefix_scheduler: PrefixScheduler | None = None,
         eos_ids: frozenset[int] = frozenset(),
         config: EngineConfig = EngineConfig(),
+        calibration: Calibrator | None = None,
     ):
-        """prefix_scheduler: by default every draft token is verified."""
+        """prefix_scheduler: by default every draft token is verified; calibration: by default confidence as it is."""
         self.target, self.drafter, self.config, self.eos_ids = target, drafter, config, eos_ids
         self.block_size = drafter.block_size if drafter is not None else 0
         self.prefix_scheduler = prefix_scheduler or FixedLength(self.block_size)
+        self.calibration = calibration or Calibration.identity(self.block_size)
         self.max_model_len = min(config.max_model_len, target.config.max_position_embeddings - self.block_size)
         per_slot = slot_bytes(target.config, target.compute_dtype) + (drafter.slot_bytes if drafter is not None else 0)
         num_slots = min(
@@ -82,12 +91,15 @@ class Engine:
         if num_slots <= self.block_size + 1:
             raise ValueError(f"kv_gib={config.kv_gib} does not hold a single token; {per_slot} bytes are one slot")
         self.kv_bytes = num_slots * per_slot
-        self.cache = KVCache(target.config, num_slots, target.compute_dtype, target.device)
+        self.cache = KVCache(
+            target.config, num_slots, target.compute_dtype, target.device, drafter, config.reuse_prefixes
+        )
         if drafter is not None:
             drafter.allocate(num_slots)
         self.scheduler = Scheduler(self.cache, config.max_streams, config.prefill_tokens, self.block_size)
         self.runner = Runner(target, self.cache, drafter)
         self.times = StepTimes()
+        self.counters = self.scheduler.counters
         self._ids = itertools.count()
 
     @property
@@ -102,8 +114,11 @@ class Engine:
             f"{self.cache.num_slots} KV slots ({self.kv_bytes / 2**30:.2f} GiB)"
         )
 
-    def add(self, prompt_ids: list[int], params: SamplingParams) -> Sequence:
-        """Queue a request. Raises ValueError for an empty prompt or one that can never fit."""
+    def add(self, prompt_ids: list[int], params: SamplingParams, decode: Decode | None = None) -> Sequence:
+        """Queue a request; one with stop strings needs `decode`, which makes text of token ids.
+
+        Raises ValueError for an empty prompt, one that can never fit, and parameters impossible for this model.
+        """
         if not prompt_ids:
             raise ValueError("the prompt is empty")
         if not all(0 <= i < self.target.config.vocab_size for i in prompt_ids):
@@ -114,9 +129,24 @@ class Engine:
                 f"{self.longest_request} tokens; shorten the prompt or ask for fewer new tokens"
             )
         seed = params.seed if params.seed is not None else random.SystemRandom().getrandbits(62)
-        sequence = Sequence(next(self._ids), list(prompt_ids), params, seed)
+        end_ids = self.end_ids(params)
+        if params.stop and decode is None:
+            raise ValueError("stop strings need a tokenizer: pass `decode`, or use LLM")
+        text = AnswerText(decode, params.stop) if params.stop and decode is not None else None
+        sequence = Sequence(next(self._ids), list(prompt_ids), params, seed, end_ids, text)
         self.scheduler.add(sequence)
         return sequence
+
+    def end_ids(self, params: SamplingParams) -> frozenset[int]:
+        """Tokens that end a request. Raises ValueError for ids that the model does not have."""
+        vocab_size = self.target.config.vocab_size
+        for name, ids in (("logit_bias", params.biases), ("stop_token_ids", params.stop_token_ids)):
+            if not all(i < vocab_size for i in ids):
+                raise ValueError(f"{name} holds token ids outside 0..{vocab_size - 1}")
+        ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_ids)
+        if params.min_new_tokens > 0 and len(ids) == vocab_size:
+            raise ValueError("min_new_tokens leaves no token: every token of the model is an end token")
+        return ids
 
     def cancel(self, sequence: Sequence) -> None:
         """Drop a request between steps; its tokens so far stay readable. Does nothing once it has finished."""
@@ -133,26 +163,37 @@ class Engine:
         started = time.perf_counter()
         plan = self.scheduler.schedule()
         planned = time.perf_counter()
-        draft = self.draft(plan)
+        wanted = self.should_draft(plan)
+        decided = time.perf_counter()
+        draft = self.draft(plan) if wanted else None
         drafted = time.perf_counter()
         verify_lengths = self.choose(plan, draft)
         chosen = time.perf_counter()
         outcome, output = self.runner.verify(plan, draft, verify_lengths)
         verified = time.perf_counter()
+        if draft is not None:
+            kept = outcome.verdict.accepted[: len(plan.decoding)]
+            self.calibration.observe(draft.confidence_logits, verify_lengths, kept)
         new_tokens, accepted = self.commit(outcome)
         committed = time.perf_counter()
         self.runner.extend_drafter(outcome.batch, output, accepted)
         ended = time.perf_counter()
-        self.times.draft += (drafted - planned) + (ended - committed)
-        self.times.target += verified - chosen
-        self.times.other += (planned - started) + (chosen - drafted) + (committed - verified)
+        self.times.draft += (drafted - decided) + (ended - committed)
+        self.times.choose += (decided - planned) + (chosen - drafted)
+        self.times.target += (verified - chosen) - outcome.sample_seconds
+        self.times.sample += outcome.sample_seconds
+        self.times.other += (planned - started) + (committed - verified)
         self.times.rounds += bool(plan.decoding)
+        self.times.verified += int(verify_lengths.sum())
         return new_tokens
 
-    def draft(self, plan: StepPlan) -> Draft | None:
-        """Proposals for all decoding sequences; None where nothing decodes or there is no drafter."""
-        if self.drafter is None or not plan.decoding:
-            return None
+    def should_draft(self, plan: StepPlan) -> bool:
+        """False where nothing decodes, nothing drafts or it would not pay."""
+        return self.drafter is not None and bool(plan.decoding) and self.prefix_scheduler.should_draft(load_of(plan))
+
+    def draft(self, plan: StepPlan) -> Draft:
+        """Proposals for all decoding sequences."""
+        assert self.drafter is not None
         return self.drafter.propose([chunk.sequence for chunk in plan.decoding])
 
     def choose(self, plan: StepPlan, draft: Draft | None) -> torch.Tensor:
@@ -160,7 +201,9 @@ class Engine:
         if draft is None:
             return torch.zeros(len(plan.decoding), dtype=torch.int64)
         remaining = [c.sequence.remaining - 1 for c in plan.decoding]  # the target's own token is one of them
-        return self.prefix_scheduler.choose(draft).minimum(torch.tensor(remaining))
+        lengths = draft.lengths.minimum(torch.tensor(remaining))
+        confidence = self.calibration.confidence(draft.confidence_logits)
+        return self.prefix_scheduler.choose(confidence, lengths, load_of(plan))
 
     def commit(self, outcome: Outcome) -> tuple[list[NewTokens], list[int]]:
         """Append what was decided, truncate the KV of what was rejected, release what has finished.
@@ -172,17 +215,20 @@ class Engine:
         for span in outcome.batch.spans:
             if not span.reaches_anchor:
                 self.cache.truncate(span.chunk.sequence.kv, span.position + span.chunk.count)
-        for span, kept, next_token in zip(outcome.batch.sampled, accepted, next_tokens, strict=True):
+        decided = zip(outcome.batch.sampled, accepted, next_tokens, outcome.logprobs, strict=True)
+        for span, kept, next_token, logprobs in decided:
             sequence = span.chunk.sequence
             tokens = [*span.draft_tokens[:kept], next_token]
-            self.cache.truncate(span.chunk.sequence.kv, span.position + span.chunk.count + kept)
-            stop_ids = frozenset(sequence.params.stop_token_ids)
-            if not sequence.params.ignore_eos:
-                stop_ids |= self.eos_ids
-            committed.append(NewTokens(sequence, sequence.append(tokens, stop_ids)))
+            committed.append(NewTokens(sequence, sequence.append(tokens)))
+            sequence.logprobs += logprobs[: len(committed[-1].token_ids)]
+            self.cache.truncate(sequence.kv, len(sequence.token_ids) - 1)  # nothing past a stop stays
             if span.decoding:
                 sequence.rounds += 1
                 sequence.accepted_tokens += len(committed[-1].token_ids) - 1
             if sequence.finish_reason is not None:
                 self.scheduler.release(sequence)
         return committed, accepted
+
+
+def load_of(plan: StepPlan) -> Load:
+    return Load(len(plan.decoding), sum(chunk.count for chunk in plan.prefill))

@@ -7,16 +7,16 @@ for answer in llm.generate(["What is the capital of France?"], SamplingParams(ma
 
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from dspark.drafters.load import make_drafter
+from dspark.engine.answer_text import AnswerText, Decode
 from dspark.engine.engine import Engine, EngineConfig
+from dspark.engine.policy import drafting
 from dspark.engine.sequence import Sequence
 from dspark.models.loader import load_target
-from dspark.sampling import SamplingParams
-from dspark.spec.prefix_scheduler import FixedLength
+from dspark.sampling import SamplingParams, TokenLogprobs, sample_seed
 
 Prompt = str | list[int] | list[dict[str, str]]
 
@@ -25,24 +25,32 @@ Prompt = str | list[int] | list[dict[str, str]]
 class Completion:
     """One answer. `accepted_length` is tau: tokens committed a decoding round, the target's own included."""
 
-    text: str
-    token_ids: list[int]
-    finish_reason: str
+    text: str  # ends before the stop string, if one stopped it
+    token_ids: list[int]  # all tokens, those of the stop string too
+    finish_reason: str  # "stop", "length" or "cancelled"
     accepted_length: float
+    stopped_by: int | str | None = None  # the end token or stop string, where finish_reason is "stop"
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # one a token, if asked for
 
 
 class TextStream:
-    """Turns growing token lists into text deltas; holds back the bytes of an unfinished character."""
+    """Turns a growing sequence into text deltas.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer, self.sent = tokenizer, ""
+    Holds back an unfinished character and what may be the beginning of a stop string.
+    """
 
-    def delta(self, token_ids: list[int], finished: bool) -> str:
-        """The text that is new since the last call; token_ids are all of the answer so far."""
-        text = str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
-        if text.endswith("\ufffd") and not finished:
-            return ""
-        new, self.sent = text[len(self.sent) :], text
+    def __init__(self, decode: Decode, sequence: Sequence):
+        self.sequence, self.text = sequence, sequence.text or AnswerText(decode)
+        self.read = self.sent = 0  # tokens, characters
+
+    def delta(self) -> str:
+        """The text that is new and certain since the last call."""
+        if self.sequence.text is None:
+            output_ids = self.sequence.output_ids
+            self.text.push(output_ids[self.read :])
+            self.read = len(output_ids)
+        text = self.text.certain if self.sequence.finish_reason is None else self.text.finish()
+        new, self.sent = text[self.sent :], len(text)
         return new
 
 
@@ -50,7 +58,9 @@ class LLM:
     """A target, a drafter and an engine.
 
     drafter: `dspark` (shipped for the model), `ngram`, `none` or a checkpoint folder.
-    verify_length: draft tokens verified a round; None: all of the block. dtype: `bf16` or `fp32`.
+    policy: how many draft tokens are verified, see `engine/policy.py`; None: what suits the drafter.
+    dtype: `bf16` or `fp32`. deterministic: the same answer to the last bit alone and in any batch, with and without
+    a drafter.
     Raises ValueError for whatever cannot be loaded or does not fit.
     """
 
@@ -59,19 +69,23 @@ class LLM:
         model: str = "smollm2-135m",
         drafter: str = "dspark",
         *,
-        verify_length: int | None = None,
+        policy: str | None = None,
         dtype: str = "bf16",
         device: str = "cpu",
+        deterministic: bool = False,
         config: EngineConfig = EngineConfig(),
     ):
-        self.target = load_target(model, dtype, device)
+        self.target = load_target(model, dtype, device, deterministic)
         self.tokenizer = self.target.tokenizer
+        parts = drafting(self.target, drafter, policy)
+        self.policy = parts.policy
         self.engine = Engine(
             self.target.decoder,
-            make_drafter(drafter, model, self.target.decoder),
-            None if verify_length is None else FixedLength(verify_length),
+            parts.drafter,
+            parts.scheduler,
             eos_ids=self.target.eos_ids,
             config=config,
+            calibration=parts.calibration,
         )
 
     def generate(
@@ -80,7 +94,7 @@ class LLM:
         params: SamplingParams | Many[SamplingParams] = SamplingParams(),
         on_finish: Callable[[int, Completion], None] | None = None,
     ) -> list[Completion]:
-        """Answers in the order of the prompts; on_finish(index, completion) as each one ends.
+        """Answers in the order of the prompts, n of them for each; on_finish(index, completion) as each one ends.
 
         A prompt is a text (one user message), a list of chat messages, or token ids taken as they are.
         Without a seed a request gets a random one. Raises ValueError, before any work, for a prompt that cannot fit.
@@ -89,7 +103,7 @@ class LLM:
         sequences: list[Sequence] = []
         try:
             for prompt, p in zip(prompts, each, strict=True):
-                sequences.append(self.engine.add(self.encode(prompt), p))
+                sequences += [self.submit(prompt, one) for one in samples(p)]
             index = {s.request_id: i for i, s in enumerate(sequences)}
             while any(s.finish_reason is None for s in sequences):
                 for new in self.engine.step():
@@ -106,15 +120,15 @@ class LLM:
 
     def submit(self, prompt: Prompt, params: SamplingParams = SamplingParams()) -> Sequence:
         """Queue a request; `follow` runs it. Raises ValueError if it cannot fit."""
-        return self.engine.add(self.encode(prompt), params)
+        return self.engine.add(self.encode(prompt), params, self.decode)
 
     def follow(self, sequence: Sequence) -> Iterator[str]:
         """Step the engine until the request ends, yielding its text as it grows."""
-        text = TextStream(self.tokenizer)
+        text = TextStream(self.decode, sequence)
         try:
             while sequence.finish_reason is None:
                 self.engine.step()
-                if delta := text.delta(sequence.output_ids, sequence.finish_reason is not None):
+                if delta := text.delta():
                     yield delta
         finally:
             self.engine.cancel(sequence)
@@ -122,9 +136,27 @@ class LLM:
     def encode(self, prompt: Prompt) -> list[int]:
         return encode_prompt(self.tokenizer, prompt)
 
+    def decode(self, token_ids: list[int]) -> str:
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+
     def completion(self, sequence: Sequence) -> Completion:
-        text = str(self.tokenizer.decode(sequence.output_ids, skip_special_tokens=True))
-        return Completion(text, sequence.output_ids, sequence.finish_reason or "cancelled", sequence.accepted_length)
+        """What has become of a request that has ended."""
+        return Completion(
+            self.decode(sequence.output_ids) if sequence.text is None else sequence.text.finish(),
+            sequence.output_ids,
+            sequence.finish_reason or "cancelled",
+            sequence.accepted_length,
+            sequence.stopped_by,
+            sequence.logprobs,
+        )
+
+
+def samples(params: SamplingParams) -> list[SamplingParams]:
+    """One request for each of the n answers; the first has the seed itself, so that n does not change it."""
+    if params.n == 1:
+        return [params]
+    seeds = [None if params.seed is None else sample_seed(params.seed, i) for i in range(params.n)]
+    return [replace(params, n=1, seed=seed) for seed in seeds]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:

@@ -3,7 +3,9 @@
 Shapes: B batch tokens, R sequences whose distribution is asked for, L = sum of 1 + l_r logit rows, V vocabulary.
 """
 
+import time
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -15,7 +17,8 @@ from dspark.engine.kv_cache import KVCache
 from dspark.engine.scheduler import StepPlan
 from dspark.engine.sequence import Sequence
 from dspark.models.decoder import Decoder, DecoderOutput
-from dspark.sampling import Purpose, truncated_probs, uniforms
+from dspark.penalties import Prefix, adjusted_logits
+from dspark.sampling import Purpose, TokenLogprobs, categorical, token_logprobs, truncated_probs, uniforms
 from dspark.spec.draft import Draft
 from dspark.spec.verify import Verdict, verify, verify_greedy
 
@@ -26,6 +29,8 @@ class Outcome:
 
     batch: Batch
     verdict: Verdict
+    logprobs: list[list[TokenLogprobs]]  # by sampled span, of its accepted tokens and the next; empty if not asked for
+    sample_seconds: float = 0.0  # time from logits to verdict
 
 
 class Runner:
@@ -47,15 +52,17 @@ class Runner:
         rows = batch.logit_rows()
         if not len(rows):
             empty = torch.empty(0, dtype=torch.int64)
-            return Outcome(batch, Verdict(empty, empty)), output
+            return Outcome(batch, Verdict(empty, empty), []), output
         logits = self.target.logits(output.hidden[rows]).float()
         sequences = [s.chunk.sequence for s in batch.sampled]
-        return Outcome(
-            batch, self.judge(logits, sequences, self.padded(draft, plan, sequences), verify_lengths)
-        ), output
+        started = time.perf_counter()
+        adjusted = adjusted_logits(logits, row_prefixes(batch))
+        verdict = self.judge(adjusted, sequences, self.padded(draft, plan, sequences), verify_lengths)
+        logprobs = committed_logprobs(logits, batch, verdict)
+        return Outcome(batch, verdict, logprobs, time.perf_counter() - started), output
 
     def judge(self, logits: Tensor, sequences: list[Sequence], draft: Draft, verify_lengths: Tensor) -> Verdict:
-        """logits [L, V] of R sequences -> accepted and next tokens, each by its own sampling parameters."""
+        """Adjusted logits [L, V] of R sequences -> accepted and next tokens, each by its own sampling parameters."""
         lengths = torch.nn.functional.pad(verify_lengths, (0, len(sequences) - len(verify_lengths)))
         if all(s.params.greedy for s in sequences):
             return verify_greedy(logits.argmax(-1), draft.tokens, lengths)
@@ -65,18 +72,27 @@ class Runner:
             return torch.tensor(values, device=logits.device)[request]
 
         params = [s.params for s in sequences]
+        rows = len(logits)
+        if self.target.deterministic and rows == 1:
+            # PyTorch sums a lone row with all threads, in another order than a row among others.
+            logits, request = logits.repeat(2, 1), request.repeat(2)
         target_probs = truncated_probs(
             logits,
             per_row([p.temperature for p in params]),
             per_row([p.top_k for p in params]),
             per_row([p.top_p for p in params]),
             per_row([p.min_p for p in params]),
-        )
+        )[:rows]
         g = draft.tokens.shape[1]
         seeds = [[s.seed] for s in sequences]
         positions = np.array([[len(s.token_ids)] for s in sequences]) + np.arange(g + 1)  # [R, G+1]
-        accept = torch.from_numpy(uniforms(seeds, positions[:, :g], Purpose.ACCEPT))
         bonus = torch.from_numpy(uniforms(seeds, positions, Purpose.TARGET))
+        if self.target.deterministic:
+            # The token that plain decoding draws at each position is fixed by its seed; drafts only guess it.
+            slot = torch.cat([torch.arange(n + 1) for n in lengths.tolist()])
+            drawn = categorical(target_probs, bonus[request[:rows], slot].to(logits.device))
+            return verify_greedy(drawn, draft.tokens, lengths)
+        accept = torch.from_numpy(uniforms(seeds, positions[:, :g], Purpose.ACCEPT))
         return verify(target_probs, draft, lengths, accept.to(logits.device), bonus.to(logits.device))
 
     def padded(self, draft: Draft | None, plan: StepPlan, sequences: list[Sequence]) -> Draft:
@@ -112,3 +128,34 @@ class Runner:
             rows += range(span.first_row, span.first_row + span.count - rejected)
         index = torch.tensor(rows, device=batch.tokens.device)
         self.drafter.extend([t[index] for t in output.taps], batch.positions[index], batch.slots[index])
+
+
+def row_prefixes(batch: Batch) -> list[Prefix]:
+    """What each logit row [L] comes after: the request's tokens, then the draft tokens before the row."""
+    sequences = [span.chunk.sequence for span in batch.sampled]
+    if not any(s.params.adjusts_logits for s in sequences):
+        return []
+    return [
+        Prefix(s.params, s.token_ids + span.draft_tokens[:slot], s.prompt_length, s.end_ids)
+        for s, span in zip(sequences, batch.sampled)
+        for slot in range(span.verify_length + 1)
+    ]
+
+
+def committed_logprobs(logits: Tensor, batch: Batch, verdict: Verdict) -> list[list[TokenLogprobs]]:
+    """By sampled span: log-probabilities, in the target's own logits [L, V], of the tokens that the verdict commits."""
+    rows, tokens, tops, counts = [], [], [], []
+    first_row = 0
+    for span, accepted, next_token in zip(batch.sampled, verdict.accepted.tolist(), verdict.next_token.tolist()):
+        top = span.chunk.sequence.params.logprobs
+        counts.append(0 if top is None else accepted + 1)
+        if top is not None:
+            rows += range(first_row, first_row + accepted + 1)
+            tokens += [*span.draft_tokens[:accepted], next_token]
+            tops += [top] * (accepted + 1)
+        first_row += span.verify_length + 1
+    if not rows:
+        return [[] for _ in counts]
+    index = torch.tensor([rows, tokens], device=logits.device)
+    found = iter(token_logprobs(logits[index[0]], index[1], tops))
+    return [list(islice(found, count)) for count in counts]

@@ -2,16 +2,19 @@
 
 from dataclasses import dataclass, field
 
+from dspark.engine.answer_text import AnswerText
 from dspark.engine.kv_cache import Region
-from dspark.sampling import SamplingParams
+from dspark.sampling import SamplingParams, TokenLogprobs
 
 
 @dataclass
 class Sequence:
     """Tokens so far and how many of them the target has computed.
 
-    The last token is the anchor: its KV is not computed. So a sequence decodes when exactly one token
-    is pending and is in prefill when more are.
+    The last token is the anchor: its KV is not computed. A sequence decodes when the anchor is an output token and
+    alone pending; before that it is in prefill. The prompt's last chunk gives the first output token. A preempted
+    sequence has lost its region: its prefill computes all up to the anchor again, so that its next round drafts from
+    where it would have without the preemption.
     """
 
     request_id: int
@@ -19,8 +22,12 @@ class Sequence:
     params: SamplingParams
     seed: int
     prompt_length: int = field(init=False)
+    end_ids: frozenset[int] = frozenset()  # tokens that end the answer: the model's own unless ignored, and stop ids
+    text: AnswerText | None = None  # only for a request with stop strings
     region: Region | None = None
     finish_reason: str | None = None  # "stop", "length" or "cancelled"
+    stopped_by: int | str | None = None  # the end token or stop string, where finish_reason is "stop"
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the output tokens, if asked for
     rounds: int = 0  # decoding steps so far; the step that ends the prompt is none
     accepted_tokens: int = 0  # tokens that these rounds committed beyond the target's own
 
@@ -41,8 +48,13 @@ class Sequence:
         return len(self.token_ids) - self.num_computed
 
     @property
+    def num_prefill(self) -> int:
+        """Pending tokens to compute before it decodes."""
+        return self.num_pending - (len(self.token_ids) > self.prompt_length)
+
+    @property
     def decoding(self) -> bool:
-        return self.num_pending == 1
+        return self.num_prefill == 0
 
     @property
     def output_ids(self) -> list[int]:
@@ -63,16 +75,24 @@ class Sequence:
         """Tokens that the request may still emit."""
         return self.params.max_new_tokens - (len(self.token_ids) - self.prompt_length)
 
-    def append(self, tokens: list[int], stop_ids: frozenset[int]) -> list[int]:
+    def append(self, tokens: list[int]) -> list[int]:
         """Commit new tokens up to the first that ends the request; returns those that were kept."""
-        kept: list[int] = []
+        before = len(self.token_ids)
         for token in tokens:
-            kept.append(token)
-            if token in stop_ids:
-                self.finish_reason = "stop"
+            self.token_ids.append(token)
+            self._check_end(token)
+            if self.finish_reason is not None:
                 break
-            if len(self.token_ids) - self.prompt_length + len(kept) >= self.params.max_new_tokens:
-                self.finish_reason = "length"
-                break
-        self.token_ids.extend(kept)
-        return kept
+        return self.token_ids[before:]
+
+    def _check_end(self, token: int) -> None:
+        """Whether the answer ends with the token just appended; of several reasons a stop string comes first."""
+        may_stop = len(self.token_ids) - self.prompt_length > self.params.min_new_tokens
+        if self.text is not None:
+            self.stopped_by = self.text.push([token], may_stop)
+        if self.stopped_by is None and token in self.end_ids:
+            self.stopped_by = token
+        if self.stopped_by is not None:
+            self.finish_reason = "stop"
+        elif self.remaining <= 0:
+            self.finish_reason = "length"

@@ -68,6 +68,13 @@ def _runs(segments: list[Segment]) -> cpu_ops.Runs:
     return cpu_ops.Runs(both[0], both[1], max(lengths, default=0))
 
 
+def copy_slots(storage: list[Tensor], source: int, target: int, count: int) -> None:
+    """Copy `count` slots of every layer from `source` to `target`; the two ranges may overlap."""
+    for layer in storage:
+        copied = layer[source : source + count]
+        layer[target : target + count] = copied.clone() if abs(source - target) < count else copied
+
+
 def fold_groups(q: Tensor, num_kv_heads: int) -> Tensor:
     """q [N, H, D] -> [K, G*N, D]: the queries that share a KV head become rows of one product."""
     n, h, d = q.shape

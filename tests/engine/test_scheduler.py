@@ -23,7 +23,7 @@ def advance(scheduler: Scheduler) -> list[Sequence]:
         sequence, reaches_anchor = chunk.sequence, chunk.reaches_anchor
         scheduler.cache.truncate(sequence.kv, sequence.num_computed + chunk.count)
         if reaches_anchor:
-            sequence.append([0], frozenset())
+            sequence.append([0])
         if sequence.finish_reason is not None:
             scheduler.release(sequence)
     assert all(c.count == 1 for c in plan.decoding)
@@ -33,28 +33,31 @@ def advance(scheduler: Scheduler) -> list[Sequence]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(requests, st.integers(1, 5), st.integers(1, 16), st.integers(35, 90))
+@given(requests, st.integers(1, 5), st.integers(1, 16), st.integers(35, 90), st.integers(0, 10))
 def test_limits_hold_and_every_request_finishes(
-    shapes: list[tuple[int, int]], max_streams: int, prefill_tokens: int, num_slots: int
+    shapes: list[tuple[int, int]], max_streams: int, prefill_tokens: int, num_slots: int, growth: int
 ):
     """Streams, prefill budget and KV slots are never exceeded; requests start in the order they came in."""
     cache = KVCache(tiny_config(num_layers=1), num_slots, torch.float32, torch.device("cpu"))
-    scheduler = Scheduler(cache, max_streams, prefill_tokens, DRAFT_SLOTS)
+    scheduler = Scheduler(cache, max_streams, prefill_tokens, DRAFT_SLOTS, growth)
     sequences = [Sequence(i, [0] * n, SamplingParams(max_new_tokens=new), i) for i, (n, new) in enumerate(shapes)]
     for sequence in sequences:
         scheduler.add(sequence)
     started: list[int] = []
-    for _ in range(sum(n + new for n, new in shapes) + 1):
-        if not scheduler.has_work:
-            break
-        assert advance(scheduler), "a step without work would never end"
-        cache.check_integrity()
+    oldest: dict[int, int] = {}  # request -> steps in which it was the oldest
+    while scheduler.has_work:
+        head = scheduler.running[0] if scheduler.running else scheduler.waiting[0]
+        oldest[head.request_id] = oldest.get(head.request_id, 0) + 1
+        assert oldest[head.request_id] <= len(head.token_ids) + head.remaining, "the oldest advances in every step"
+        pending, outputs = head.num_pending, len(head.output_ids)
+        assert head in advance(scheduler), "the oldest works in every step"
+        assert head.num_pending < pending or len(head.output_ids) > outputs
+        scheduler.check_integrity()
         assert cache.used_slots <= num_slots
         assert len(scheduler.running) <= max_streams
         waiting = {s.request_id for s in scheduler.waiting}
         started += [s.request_id for s in sequences if s.request_id not in waiting and s.request_id not in started]
         assert started == list(range(len(started)))
-    assert not scheduler.has_work
     assert cache.used_slots == 0
     assert [(s.finish_reason, len(s.output_ids)) for s in sequences] == [("length", new) for _, new in shapes]
 
@@ -65,10 +68,11 @@ def test_decoding_requests_never_wait_for_prompts():
     scheduler = Scheduler(cache, 4, 2, DRAFT_SLOTS)
     short, long = (Sequence(i, [0] * n, SamplingParams(max_new_tokens=30), i) for i, n in enumerate((1, 40)))
     scheduler.add(short)
+    advance(scheduler)
     scheduler.add(long)
     for step in range(1, 20):
         advance(scheduler)
-        assert len(short.output_ids) == step
+        assert len(short.output_ids) == step + 1
         assert long.num_computed == 2 * step
 
 

@@ -1,0 +1,71 @@
+"""From names to what an engine drafts with: drafter, prefix scheduler, calibration."""
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+from dspark.drafters.interface import Drafter
+from dspark.drafters.load import load_calibration, make_drafter
+from dspark.engine.profile import cost_table
+from dspark.models.loader import Target
+from dspark.spec.calibration import Calibration
+from dspark.spec.cost_table import CostTable
+from dspark.spec.prefix_scheduler import (
+    FixedLength,
+    Foresight,
+    PrefixScheduler,
+    StaleBudget,
+    Threshold,
+    ThroughputGreedy,
+)
+
+BY_COST = {"greedy": ThroughputGreedy, "stale": StaleBudget, "foresight": Foresight}
+POLICIES = "fixed-1, fixed-2, ..., threshold, threshold-0.7, greedy, stale, foresight"
+
+
+def check_policy(name: str) -> None:
+    """Raise ValueError unless this is a policy's name."""
+    if name not in BY_COST and not re.fullmatch(r"fixed-[1-9]\d*|threshold(-0?\.\d+)?", name):
+        raise ValueError(f"a policy is one of {POLICIES}; not '{name}'")
+
+
+def make_policy(name: str, block_size: int, costs: Callable[[], CostTable]) -> PrefixScheduler:
+    """The prefix scheduler of that name; costs() is asked only if it needs them.
+
+    Raises ValueError for a name that is none and a fixed length longer than the block.
+    """
+    check_policy(name)
+    if name in BY_COST:
+        return BY_COST[name](costs())
+    kind, _, value = name.partition("-")
+    if kind == "threshold":
+        return Threshold(float(value or 0.5))
+    if int(value) > block_size:
+        raise ValueError(f"'{name}' is longer than the drafter's block of {block_size} tokens")
+    return FixedLength(int(value))
+
+
+class Drafting(NamedTuple):
+    """How an engine drafts. policy: the name of `scheduler`."""
+
+    drafter: Drafter | None
+    scheduler: PrefixScheduler
+    calibration: Calibration | None
+    policy: str
+
+
+def drafting(target: Target, drafter: str, policy: str | None) -> Drafting:
+    """drafter: as for `make_drafter`; policy: see POLICIES.
+
+    Without a policy a trained drafter gets `foresight`; drafters without a confidence of their own have all of
+    their tokens verified. Foresight measures the machine's costs once, in a few seconds. Raises ValueError for
+    names that mean nothing and for a drafter that does not fit.
+    """
+    name = target.source.name
+    bound = make_drafter(drafter, name, target.decoder)
+    if bound is None:
+        return Drafting(None, FixedLength(0), None, "plain")
+    if policy is None:
+        policy = f"fixed-{bound.block_size}" if drafter == "ngram" else "foresight"
+    scheduler = make_policy(policy, bound.block_size, lambda: cost_table(target, bound, drafter))
+    return Drafting(bound, scheduler, load_calibration(drafter, name), policy)

@@ -1,0 +1,146 @@
+"""Measuring what a step costs here: the cost table that prefix schedulers decide by (design §5).
+
+Shapes: B batch tokens of a target forward, R requests of a draft pass.
+"""
+
+import hashlib
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dspark.config import read_json, write_json
+from dspark.drafters.interface import Drafter
+from dspark.engine.kv_cache import KVCache
+from dspark.machine import machine_name
+from dspark.models.attention import CachedAttention, Segment
+from dspark.models.download import cache_folder
+from dspark.models.loader import Target
+from dspark.sampling import SamplingParams
+from dspark.spec.cost_table import CostTable
+
+BATCH_TOKENS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 13, 16, 20, 24, 25, 32, 40, 48, 64, 80, 96, 128, 192, 256, 320)
+QUICK_BATCH_TOKENS = (1, 2, 4, 8, 12, 16, 24, 32, 64, 128, 256)
+REQUESTS = (1, 2, 4, 8, 16, 32, 64)
+QUICK_REQUESTS = (1, 4, 16, 64)
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """Which sizes are timed, how often each, and how many tokens every request has in the cache."""
+
+    batch_tokens: tuple[int, ...] = BATCH_TOKENS
+    requests: tuple[int, ...] = REQUESTS
+    repeats: int = 9
+    context: int = 192
+
+
+QUICK = ProfileConfig(QUICK_BATCH_TOKENS, QUICK_REQUESTS, repeats=3)
+STEP_SECONDS = 3e-4  # planning, committing and Python around a step, measured at one stream
+
+
+@dataclass
+class ProbeRequest:
+    """A request with `context` committed tokens, as drafters see one."""
+
+    token_ids: list[int]
+    first_slot: int
+    params: SamplingParams = SamplingParams()
+    seed: int = 0
+
+
+def measure_costs(
+    target: Target, drafter: Drafter | None, config: ProfileConfig, on_done: Callable[[str], None] = lambda _: None
+) -> CostTable:
+    """Median seconds by size, forced monotone. The drafter must not be serving: its storage is made anew.
+
+    A target forward of B tokens is timed as B requests of one token, with its logits, their argmax and the
+    drafter's taking in of the taps.
+    """
+    decoder = target.decoder
+    most = max(config.batch_tokens[-1], config.requests[-1])
+    gamma = drafter.block_size if drafter is not None else 0
+    room = config.context + 1 + gamma
+    # Requests share cache slots where memory would grow beyond reason: what they read costs the same.
+    regions = min(most, 64)
+    cache = KVCache(decoder.config, regions * room, decoder.compute_dtype, decoder.device)
+    for storage in cache.storage:
+        storage.normal_()
+    taps = drafter.tap_layers if drafter is not None else ()
+    if drafter is not None:
+        drafter.allocate(regions * room)
+
+    @torch.inference_mode()
+    def forward(batch: int) -> None:
+        firsts = [i % regions * room for i in range(batch)]
+        segments = [Segment(1, first, config.context) for first in firsts]
+        slots = torch.tensor(firsts, device=decoder.device) + config.context
+        positions = torch.full((batch,), config.context, device=decoder.device)
+        attention = CachedAttention(cache.storage, slots, segments, decoder.config.group_size)
+        output = decoder.forward(torch.ones_like(positions), positions, attention, taps)
+        decoder.logits(output.hidden).argmax(-1).tolist()
+        if drafter is not None and taps:
+            drafter.extend(output.taps, positions, slots)
+
+    def propose(requests: int) -> None:
+        assert drafter is not None
+        tokens = [1] * (config.context + 1)
+        drafter.propose([ProbeRequest(tokens, i % regions * room) for i in range(requests)])
+
+    def seconds(run: Callable[[int], None], size: int) -> float:
+        run(size)
+        times = []
+        for _ in range(config.repeats):
+            started = time.perf_counter()
+            run(size)
+            times.append(time.perf_counter() - started)
+        on_done(f"{run.__name__} {size}")
+        return statistics.median(times)
+
+    if drafter is not None:
+        forward(1)  # the drafter's context must hold finite numbers
+    target_seconds = [seconds(forward, n) for n in config.batch_tokens]
+    requests = config.requests if drafter is not None else ()
+    draft_seconds = [seconds(propose, n) for n in requests]
+    return CostTable.measured(
+        target.source.name,
+        str(decoder.dtype).removeprefix("torch."),
+        machine_name(decoder.device),
+        config.batch_tokens,
+        target_seconds,
+        requests,
+        draft_seconds,
+        step_seconds=STEP_SECONDS,
+    )
+
+
+def profile_path(target: Target, drafter: str) -> Path:
+    """Where the profile that the engine takes by itself is kept."""
+    key = f"{target.source.name} {target.decoder.dtype} {drafter} {machine_name(target.decoder.device)}"
+    return cache_folder() / "profiles" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+
+def load_profile(path: Path, target: Target) -> CostTable:
+    """A stored profile. Raises ValueError if it is damaged or of another model, dtype or machine."""
+    table = read_json(CostTable, path)
+    table.check(
+        target.source.name, str(target.decoder.dtype).removeprefix("torch."), machine_name(target.decoder.device)
+    )
+    return table
+
+
+def cost_table(target: Target, drafter: Drafter | None, name: str) -> CostTable:
+    """The kept profile of this model, drafter and machine; taken now, in a few seconds, where there is none."""
+    path = profile_path(target, name)
+    if path.exists():
+        try:
+            return load_profile(path, target)
+        except ValueError:
+            path.unlink()  # ours and damaged: take it anew
+    table = measure_costs(target, drafter, QUICK)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(table, path)
+    return table
