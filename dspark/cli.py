@@ -44,7 +44,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("generate", run_generate, "answer one prompt, streaming", model, drafter_options(), sampling)
     sub.add_argument("prompt", help="the user's message; '-' reads it from standard input")
-    sub.add_argument("--json", action="store_true", help="print one JSON object instead of streaming text")
+    sub.add_argument("--json", action="store_true", help="print one JSON object an answer instead of streaming text")
+    sub.add_argument("--n", type=int, default=1, help="answers, each with a seed of its own (default 1)")
+    sub.add_argument("--deterministic", action="store_true", help="the same to the last bit in any batch")
+    sub.add_argument("--logprobs", type=int, metavar="K", help="log-probabilities of each token and the K likeliest")
 
     command("chat", run_chat, "talk to the model in the terminal", model, drafter_options(), sampling)
 
@@ -78,9 +81,65 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default 128)")
     sub.add_argument("--systems", default="transformers,plain,ngram,dspark", help="what to compare (default: all)")
     sub.add_argument("--json", action="store_true", help="print only the JSON line")
+    sub.usage = "dspark bench [OPTIONS]\n       dspark bench load [OPTIONS]"
+    add_bench_load(sub, model)
+
+    sub = command("calibrate", run_calibrate, "fit a drafter's confidence to what is really accepted", model)
+    sub.add_argument("--drafter", default="dspark", help="dspark (shipped) or a checkpoint folder")
+    sub.add_argument("--prompts", type=Path, help="JSON lines not trained on (default: 30 that come with dspark)")
+    sub.add_argument("--limit", type=int, help="use only N prompts, spread over the domains")
+    sub.add_argument("--temperatures", default="0,1", help="sampling temperatures to decode at (default 0,1)")
+    sub.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default 128)")
+    sub.add_argument("--streams", type=int, default=16, help="answers at once (default 16)")
+    sub.add_argument("--out", type=Path, help="side file to write (default: calibration.json beside the checkpoint)")
+    sub.add_argument("--plot", type=Path, metavar="PNG", help="draw the reliability diagram")
+    sub.add_argument("--json", action="store_true", help="print only the JSON line")
+
+    sub = command("profile", run_profile, "measure what a step costs on this machine", model)
+    sub.add_argument("--drafter", default="dspark", help="dspark (shipped), ngram, none or a checkpoint folder")
+    sub.add_argument("--context", type=int, default=192, help="tokens of a request in the cache (default 192)")
+    sub.add_argument("--repeats", type=int, default=9, help="timings of each size (default 9)")
+    sub.add_argument("--out", type=Path, help="file to write (default: where the engine looks for it)")
+    sub.add_argument("--json", action="store_true", help="print only the JSON line")
 
     command("demo", run_demo, "plain decoding and DSpark side by side, in about a minute", model, drafter_options())
     return parser
+
+
+def add_bench_load(bench: argparse.ArgumentParser, model: argparse.ArgumentParser) -> None:
+    """`bench load`, a command of its own inside `bench`; its options stand after the word `load`."""
+    summary = "policies of choosing verify lengths under rising load, in one interleaved run"
+    loads = bench.add_subparsers(title="another bench, with its own --help", metavar="COMMAND")
+    sub = loads.add_parser(
+        "load", help=summary, description=summary, parents=[model], prog="dspark bench load", usage="%(prog)s [OPTIONS]"
+    )
+    sub.set_defaults(run=run_bench_load)
+    sub.add_argument("--drafter", default="dspark", help="dspark (shipped), ngram, none or a checkpoint folder")
+    sub.add_argument("--prompts", type=Path, help="JSON lines of prompts (default: 30 that come with dspark)")
+    sub.add_argument("--limit", type=int, help="use only N prompts, spread over the domains")
+    sub.add_argument(
+        "--policies",
+        default="",
+        help="plain, fixed-1, fixed-2, ..., threshold, threshold-0.7, greedy, stale, foresight "
+        "(default: plain, every fixed length and the rest)",
+    )
+    sub.add_argument("--arrivals", default="closed", help="closed: always so many requests; poisson; both")
+    sub.add_argument("--streams", default="1,2,4,8,16,32,64", help="requests in flight; the largest bounds poisson too")
+    sub.add_argument("--rates", default="0.5,1,2,4", help="requests a second for poisson (default 0.5,1,2,4)")
+    sub.add_argument("--seconds", type=float, default=20.0, help="of each policy at each load (default 20)")
+    sub.add_argument(
+        "--precision",
+        type=float,
+        default=0.0,
+        help="closed loop: take up to 10 times --seconds until the standard error of every ratio to the best of "
+        "plain and fixed lengths is at most this, such as 0.01 (default 0: do not)",
+    )
+    sub.add_argument("--slice", type=float, default=1.0, help="seconds before the next policy's turn (default 1)")
+    sub.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default 128)")
+    sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default 0)")
+    sub.add_argument("--seed", type=int, default=0, help="of prompt order, turns and arrivals")
+    sub.add_argument("--json", action="store_true", help="print only the JSON line")
+    sub.add_argument("--plots", type=Path, metavar="FOLDER", help="write figures (PNG) there")
 
 
 def model_options() -> argparse.ArgumentParser:
@@ -98,7 +157,11 @@ def model_options() -> argparse.ArgumentParser:
 def drafter_options() -> argparse.ArgumentParser:
     parent = argparse.ArgumentParser(add_help=False)
     parent.add_argument("--drafter", default="dspark", help="dspark (shipped), ngram, none or a checkpoint folder")
-    parent.add_argument("--verify-length", type=int, help="draft tokens verified a round (default: the whole block)")
+    parent.add_argument(
+        "--policy",
+        help="how many draft tokens are verified: fixed-1, fixed-2, ..., threshold-0.7, greedy, stale or foresight "
+        "(default: foresight for trained drafters, which goes by confidence and this machine's costs)",
+    )
     return parent
 
 
@@ -108,8 +171,17 @@ def sampling_options() -> argparse.ArgumentParser:
     parent.add_argument("--top-p", type=float, default=1.0, help="keep the smallest set of this mass (default 1)")
     parent.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens (default 0: all)")
     parent.add_argument("--min-p", type=float, default=0.0, help="drop tokens below this share of the likeliest")
+    parent.add_argument("--presence-penalty", type=float, default=0.0, help="against tokens generated before, -2 to 2")
+    parent.add_argument("--frequency-penalty", type=float, default=0.0, help="the same, for each time, -2 to 2")
+    parent.add_argument("--repetition-penalty", type=float, default=1.0, help="the same, prompt included (1: off)")
+    parent.add_argument(
+        "--logit-bias", action="append", default=[], metavar="ID=BIAS", help="added to a token's logit; repeatable"
+    )
     parent.add_argument("--seed", type=int, help="the same seed gives the same answer (default: random)")
     parent.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (default 256)")
+    parent.add_argument("--min-new-tokens", type=int, default=0, help="no end before so many tokens (default 0)")
+    parent.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    parent.add_argument("--ignore-eos", action="store_true", help="go on after the model's end token")
     return parent
 
 
@@ -123,10 +195,28 @@ def sampling_params(args: argparse.Namespace) -> "SamplingParams":
         min_p=args.min_p,
         seed=args.seed,
         max_new_tokens=args.max_new_tokens,
+        min_new_tokens=args.min_new_tokens,
+        ignore_eos=args.ignore_eos,
+        stop=tuple(args.stop),
+        presence_penalty=args.presence_penalty,
+        frequency_penalty=args.frequency_penalty,
+        repetition_penalty=args.repetition_penalty,
+        logit_bias=dict(map(parse_bias, args.logit_bias)),
+        n=getattr(args, "n", 1),
+        logprobs=getattr(args, "logprobs", None),
     )
 
 
-def load(args: argparse.Namespace, drafter: str, **limits: int) -> "LLM":
+def parse_bias(text: str) -> tuple[int, float]:
+    """`ID=BIAS` -> token id and bias. Raises ValueError naming the option."""
+    try:
+        token, bias = text.split("=")
+        return int(token), float(bias)
+    except ValueError:
+        raise ValueError(f"--logit-bias must be a token id and a number as in 42=-5, not '{text}'") from None
+
+
+def load(args: argparse.Namespace, drafter: str, max_streams: int) -> "LLM":
     """The model and drafter that the options name; says on stderr what was loaded and its limits."""
     from dspark.engine.engine import EngineConfig
     from dspark.engine.llm import LLM
@@ -134,10 +224,11 @@ def load(args: argparse.Namespace, drafter: str, **limits: int) -> "LLM":
     llm = LLM(
         args.model,
         drafter,
-        verify_length=getattr(args, "verify_length", None),
+        policy=getattr(args, "policy", None),
+        deterministic=getattr(args, "deterministic", False),
         dtype=args.dtype,
         device=args.device,
-        config=EngineConfig(**limits),
+        config=EngineConfig(max_streams=max_streams),
     )
     print(f"{llm.target.describe()}; drafter {drafter}; {llm.engine.limits()}", file=sys.stderr)
     return llm
@@ -147,23 +238,29 @@ def run_generate(args: argparse.Namespace) -> None:
     import time
 
     params = sampling_params(args)
+    if not args.json and (params.n > 1 or params.logprobs is not None):
+        raise ValueError("--n and --logprobs need --json")
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not prompt.strip():
         raise ValueError("the prompt is empty")
-    llm = load(args, args.drafter, max_streams=1)
+    llm = load(args, args.drafter, max_streams=params.n)
     started = time.perf_counter()
     if args.json:
-        answer = llm.generate([prompt], params)[0]
+        answers = llm.generate([prompt], params)
         seconds = time.perf_counter() - started
-        row = {
-            "text": answer.text,
-            "token_ids": answer.token_ids,
-            "finish_reason": answer.finish_reason,
-            "accepted_length": round(answer.accepted_length, 3),
-            "seconds": round(seconds, 3),
-            "tokens_per_s": round(len(answer.token_ids) / seconds, 2),
-        }
-        print(json.dumps(row, ensure_ascii=False))
+        for answer in answers:
+            row = {
+                "text": answer.text,
+                "token_ids": answer.token_ids,
+                "finish_reason": answer.finish_reason,
+                "stopped_by": answer.stopped_by,
+                "accepted_length": round(answer.accepted_length, 3),
+                "seconds": round(seconds, 3),
+                "tokens_per_s": round(len(answer.token_ids) / seconds, 2),
+            }
+            if params.logprobs is not None:
+                row["logprobs"] = [{"logprob": own, "top": top} for own, top in answer.logprobs]
+            print(json.dumps(row, ensure_ascii=False))
         return
     sequence = print_stream(llm, prompt, params)
     seconds = time.perf_counter() - started
@@ -275,7 +372,7 @@ def run_bench(args: argparse.Namespace) -> None:
     config = BenchConfig(
         model=args.model,
         drafter=args.drafter,
-        verify_length=args.verify_length,
+        policy=args.policy,
         dtype=args.dtype,
         device=args.device,
         prompts=args.prompts,
@@ -288,10 +385,80 @@ def run_bench(args: argparse.Namespace) -> None:
     run_and_report(config, show_table=not args.json)
 
 
+def run_bench_load(args: argparse.Namespace) -> int:
+    from dspark.eval.load import LoadConfig, run_and_report
+
+    config = LoadConfig(
+        model=args.model,
+        drafter=args.drafter,
+        dtype=args.dtype,
+        device=args.device,
+        prompts=args.prompts,
+        limit=args.limit,
+        policies=tuple(p.strip() for p in args.policies.split(",") if p.strip()),
+        arrivals=args.arrivals,
+        streams=tuple(parse_list(args.streams, int, "streams")),
+        rates=tuple(parse_list(args.rates, float, "rates")),
+        seconds=args.seconds,
+        slice_seconds=args.slice,
+        precision=args.precision,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        seed=args.seed,
+        plots=args.plots,
+    )
+    return 0 if run_and_report(config, show_table=not args.json) else 130
+
+
+def run_calibrate(args: argparse.Namespace) -> None:
+    from dspark.eval.reliability import CalibrateConfig, run_and_report
+
+    config = CalibrateConfig(
+        model=args.model,
+        drafter=args.drafter,
+        dtype=args.dtype,
+        device=args.device,
+        prompts=args.prompts,
+        limit=args.limit,
+        temperatures=tuple(parse_list(args.temperatures, float, "temperatures")),
+        max_new_tokens=args.max_new_tokens,
+        streams=args.streams,
+        out=args.out,
+        plot=args.plot,
+    )
+    run_and_report(config, show_table=not args.json)
+
+
+def run_profile(args: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from dspark.config import write_json
+    from dspark.drafters.load import make_drafter
+    from dspark.engine.profile import ProfileConfig, measure_costs, profile_path
+    from dspark.eval.report import cost_tables
+    from dspark.models.loader import load_target
+
+    config = ProfileConfig(repeats=args.repeats, context=args.context)
+    target = load_target(args.model, args.dtype, args.device)
+    drafter = make_drafter(args.drafter, target.source.name, target.decoder)
+    with Console(stderr=True).status("measuring") as status:
+        table = measure_costs(target, drafter, config, lambda text: status.update(f"measured {text}"))
+    out = args.out or profile_path(target, args.drafter)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(table, out)
+    if not args.json:
+        for part in cost_tables(table):
+            Console().print(part)
+        print(f"written to '{out}'")
+    print(json.dumps({**asdict(table), "out": str(out)}))
+
+
 def run_demo(args: argparse.Namespace) -> None:
     from dspark.eval.demo import run_demo
 
-    run_demo(args.model, args.drafter, args.verify_length, args.dtype, args.device)
+    run_demo(args.model, args.drafter, args.policy, args.dtype, args.device)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,15 @@ def error_of(capsys, *argv: str) -> str:
         (["--top-p", "0"], "top_p"),
         (["--top-p", "1.5"], "top_p"),
         (["--max-new-tokens", "0"], "max_new_tokens"),
+        (["--min-new-tokens", "300"], "min_new_tokens"),
+        (["--presence-penalty", "3"], "presence_penalty"),
+        (["--repetition-penalty", "0"], "repetition_penalty"),
+        (["--logit-bias", "5"], "--logit-bias"),
+        (["--logit-bias", "5=1000"], "logit_bias"),
+        (["--stop", ""], "stop"),
+        (["--n", "0", "--json"], "n must"),
+        (["--n", "2"], "--json"),
+        (["--logprobs", "21", "--json"], "logprobs"),
     ],
 )
 def test_impossible_sampling_parameters(capsys, options, message):
@@ -78,3 +87,14 @@ def test_generate_prints_one_json_object(capsys):
 def test_a_prompt_longer_than_the_context(capsys):
     assert main(["generate", "word " * 9000]) == 2
     assert "do not fit the limit" in capsys.readouterr().err
+
+
+@pytest.mark.model
+def test_generate_with_stop_strings_bias_and_several_answers(capsys):
+    argv = ["generate", "Count from 1 to 9.", "--drafter", "ngram", "--json", "--stop", "7", "--logprobs", "2"]
+    assert main([*argv, "--n", "2", "--temperature", "0.5", "--seed", "1", "--presence-penalty", "0.1"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == 2
+    for row in rows:
+        assert "7" not in row["text"]
+        assert len(row["logprobs"]) == len(row["token_ids"])

@@ -10,15 +10,14 @@ from pathlib import Path
 
 import torch
 
-from dspark.drafters.load import make_drafter
 from dspark.engine.engine import Engine, EngineConfig
+from dspark.engine.policy import drafting
 from dspark.eval.identity import Difference, first_difference
 from dspark.eval.machine import provenance
 from dspark.eval.tasks import load_prompts
 from dspark.models.loader import Target, load_target
 from dspark.models.source import load_transformers
 from dspark.sampling import SamplingParams
-from dspark.spec.prefix_scheduler import FixedLength
 
 SYSTEMS = ("transformers", "plain", "ngram", "dspark")
 DRAFTERS = {"plain": "none", "ngram": "ngram"}  # dspark: the one the user names
@@ -30,7 +29,7 @@ class BenchConfig:
 
     model: str = "smollm2-135m"
     drafter: str = "dspark"
-    verify_length: int | None = None
+    policy: str | None = None
     dtype: str = "bf16"
     device: str = "cpu"
     prompts: Path | None = None
@@ -89,17 +88,20 @@ class Tally:
 class EngineSystem:
     """Our engine with one drafter, or none."""
 
-    def __init__(self, target: Target, drafter: str, verify_length: int | None, max_streams: int):
-        self.drafter = make_drafter(drafter, target.source.name, target.decoder)
-        config = EngineConfig(max_streams=max_streams)
-        length = self.drafter.block_size if self.drafter is not None else 0
-        self.verify_length = length if verify_length is None else min(length, verify_length)
-        scheduler = FixedLength(self.verify_length)
-        self.engine = Engine(target.decoder, self.drafter, scheduler, eos_ids=target.eos_ids, config=config)
+    def __init__(self, target: Target, drafter: str, policy: str | None, max_streams: int):
+        self.parts = drafting(target, drafter, policy)
+        self.engine = Engine(
+            target.decoder,
+            self.parts.drafter,
+            self.parts.scheduler,
+            eos_ids=target.eos_ids,
+            config=EngineConfig(max_streams=max_streams),
+            calibration=self.parts.calibration,
+        )
 
     @property
     def policy(self) -> str:
-        return f"fixed-{self.verify_length}" if self.drafter is not None else "plain"
+        return self.parts.policy
 
     def run(self, prompts: list[list[int]], params: list[SamplingParams], tally: Tally) -> list[list[int]]:
         before = (self.engine.times.rounds, self.engine.times.total, self.engine.times.draft)
@@ -207,7 +209,9 @@ def make_system(name: str, config: BenchConfig, target: Target) -> EngineSystem 
     if name == "transformers":
         system = TransformersSystem(target)
     else:
-        system = EngineSystem(target, DRAFTERS.get(name, config.drafter), config.verify_length, max(config.streams))
+        system = EngineSystem(
+            target, DRAFTERS.get(name, config.drafter), config.policy if name == "dspark" else None, max(config.streams)
+        )
     system.run([[1, 2, 3, 4]], [SamplingParams(max_new_tokens=4, ignore_eos=True)], Tally())
     return system
 

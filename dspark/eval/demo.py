@@ -9,7 +9,7 @@ from dspark.models.loader import load_target
 NUM_PROMPTS = 6  # two of each domain
 
 
-def run_demo(model: str, drafter: str, verify_length: int | None, dtype: str, device: str) -> None:
+def run_demo(model: str, drafter: str, policy: str | None, dtype: str, device: str) -> None:
     """Print the comparison. Raises ValueError if the model or its drafter cannot be loaded."""
     console = Console()
     target = load_target(model, dtype, device)
@@ -17,7 +17,7 @@ def run_demo(model: str, drafter: str, verify_length: int | None, dtype: str, de
     config = BenchConfig(
         model=model,
         drafter=drafter,
-        verify_length=verify_length,
+        policy=policy,
         dtype=dtype,
         device=device,
         limit=NUM_PROMPTS,

@@ -1,0 +1,280 @@
+"""`dspark bench load`: one model under rising load, several ways to choose verify lengths, in one interleaved run.
+
+Closed loop: so many requests are always in flight; short slices of all policies take turns. The requests go on
+under the next policy, so that all see the same batches; only plain decoding has an engine and requests of its own,
+since taking in context for a drafter that it does not use would be charged to it. Open loop: requests arrive
+at random (Poisson); every policy gets the same arrivals, from an empty engine until the last answer. Idle time is
+counted but not waited for.
+"""
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dspark.drafters.interface import Drafter
+from dspark.drafters.load import load_calibration, make_drafter
+from dspark.engine.engine import Engine, EngineConfig
+from dspark.engine.llm import encode_prompt
+from dspark.engine.policy import BY_COST, check_policy, make_policy
+from dspark.engine.profile import cost_table
+from dspark.eval.load_lane import Lane, poisson_arrivals
+from dspark.eval.load_stats import Tally, largest_error, summarise
+from dspark.eval.machine import provenance
+from dspark.eval.tasks import load_prompts
+from dspark.models.loader import Target, load_target
+from dspark.sampling import SamplingParams
+from dspark.spec.calibration import Calibrator
+from dspark.spec.cost_table import CostTable
+
+LEAD_IN = 2  # uncounted steps of a slice: caches are of the policy before, a stale budget looks two rounds back
+MIN_STEPS = 8  # counted steps of a slice, however long they take
+MOST_TIMES = 10  # --seconds that a load gets at most while its ratios are not precise enough
+TRACE_SECONDS = 10.0  # of arrivals in the open loop, before it drains
+
+
+@dataclass(frozen=True)
+class LoadConfig:
+    """What to run, under which loads, for how long. No policies: plain, every fixed length, and all scheduled ones."""
+
+    model: str = "smollm2-135m"
+    drafter: str = "dspark"
+    dtype: str = "bf16"
+    device: str = "cpu"
+    prompts: Path | None = None
+    limit: int | None = None
+    policies: tuple[str, ...] = ()
+    arrivals: str = "closed"  # closed, poisson or both
+    streams: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    rates: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)  # requests a second, for Poisson arrivals
+    seconds: float = 20.0  # of each policy at each load
+    slice_seconds: float = 1.0
+    precision: float = 0.0  # go on in the closed loop until no ratio's standard error is larger; 0: do not
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    seed: int = 0
+    plots: Path | None = None
+
+    def __post_init__(self) -> None:
+        for policy in self.policies:
+            if policy != "plain":
+                check_policy(policy)
+        if len(set(self.policies)) < len(self.policies):
+            raise ValueError("--policies names a policy twice")
+        if self.arrivals not in ("closed", "poisson", "both"):
+            raise ValueError(f"--arrivals is closed, poisson or both, not '{self.arrivals}'")
+        if not self.streams or min(self.streams) < 1:
+            raise ValueError("--streams must be numbers of at least 1")
+        if not self.rates or min(self.rates) <= 0:
+            raise ValueError("--rates must be numbers above 0")
+        if not self.seconds > 0 or not self.slice_seconds > 0:
+            raise ValueError("--seconds and --slice must be above 0")
+        if not self.precision >= 0:
+            raise ValueError("--precision must be at least 0")
+        if self.max_new_tokens < 1:
+            raise ValueError("--max-new-tokens must be at least 1")
+        if self.temperature < 0:
+            raise ValueError("--temperature must be at least 0")
+
+    @property
+    def traces(self) -> int:
+        """How many traces of arrivals the open loop replays to each policy."""
+        return max(1, round(self.seconds / TRACE_SECONDS))
+
+    @property
+    def loads(self) -> list[tuple[str, float]]:
+        """(arrivals, number of streams or rate), in the order they are run."""
+        closed = [("closed", n) for n in dict.fromkeys(self.streams)] if self.arrivals != "poisson" else []
+        return closed + ([("poisson", r) for r in dict.fromkeys(self.rates)] if self.arrivals != "closed" else [])
+
+
+class LoadBench:
+    """The lanes and policies of a run, and what has been measured so far: tallies[arrivals, load][policy]."""
+
+    def __init__(
+        self, config: LoadConfig, target: Target, drafter: Drafter | None, calibration: Calibrator | None = None
+    ):
+        """calibration: of the drafter's confidence.
+
+        Raises ValueError for policies that the drafter cannot serve and prompts that do not fit.
+        """
+        block_size = drafter.block_size if drafter is not None else 0
+        names = config.policies or default_policies(block_size)
+        self.costs: CostTable | None = None
+
+        def get_costs() -> CostTable:
+            self.costs = self.costs or cost_table(target, drafter, config.drafter)
+            return self.costs
+
+        speculative = [name for name in names if name != "plain"]
+        if speculative and drafter is None:
+            raise ValueError(f"policy '{speculative[0]}' needs a drafter; give one, or --policies plain")
+        self.config, self.names = config, names
+        # They live through all loads, as in a server: what they learn of the drafter does not depend on the load.
+        self.policies = {name: make_policy(name, block_size, get_costs) for name in speculative}
+        prompts = [encode_prompt(target.tokenizer, p.turns[0]) for p in load_prompts(config.prompts, config.limit)]
+        params = SamplingParams(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
+        self.lanes: dict[bool, Lane] = {}  # by whether it speculates
+        for speculates in sorted({name != "plain" for name in names}):
+            engine = make_engine(target, drafter if speculates else None, prompts, config, calibration)
+            self.lanes[speculates] = Lane(engine, prompts, params)
+        self.tallies: dict[tuple[str, float], dict[str, Tally]] = {}
+
+    def run(self, on_slice: Callable[[str, float], None] = lambda *_: None) -> None:
+        """Measure everything; on_slice(text, seconds that count) after each slice. What is booked survives Ctrl-C."""
+        for arrivals, load in self.config.loads:
+            tallies = self.tallies[arrivals, load] = {name: Tally() for name in self.names}
+            if arrivals == "closed":
+                self.closed_loop(int(load), tallies, on_slice)
+            else:
+                self.open_loop(load, tallies, on_slice)
+
+    @property
+    def planned_seconds(self) -> float:
+        return len(self.config.loads) * len(self.names) * self.config.seconds
+
+    def lane(self, policy: str) -> Lane:
+        """The lane that runs this policy, switched to it."""
+        lane = self.lanes[policy != "plain"]
+        if policy != "plain":
+            lane.engine.prefix_scheduler = self.policies[policy]
+        return lane
+
+    def closed_loop(self, streams: int, tallies: dict[str, Tally], on_slice: Callable[[str, float], None]) -> None:
+        for speculates, lane in self.lanes.items():
+            self.warm_up(lane, [n for n in self.names if (n != "plain") == speculates], streams)
+        order, shuffle = list(self.names), random.Random(self.config.seed).shuffle
+        while not self.enough(tallies):
+            shuffle(order)
+            for name in order:
+                seconds = self.run_slice(self.lane(name), tallies[name], streams)
+                on_slice(f"{streams} streams, slice {len(tallies[name].slices)}, {name}", seconds)
+
+    def enough(self, tallies: dict[str, Tally]) -> bool:
+        """Whether each policy had its time and, if a precision is asked for, ratios have it or never will."""
+        spent = min(tally.seconds for tally in tallies.values())
+        if spent < self.config.seconds or not self.config.precision:
+            return spent >= self.config.seconds
+        return spent >= MOST_TIMES * self.config.seconds or largest_error(tallies) <= self.config.precision
+
+    def warm_up(self, lane: Lane, names: list[str], streams: int) -> None:
+        """Until half of the first requests, cut to random lengths, have made room: positions are mixed by then."""
+        lane.restart(self.config.seed)
+        for _ in range(streams):
+            lane.submit(0.0, lane.random.randint(1, self.config.max_new_tokens))
+        steps = 0
+        while lane.finished < (streams + 1) // 2 or steps < LEAD_IN * len(names):
+            self.lane(names[steps // LEAD_IN % len(names)])
+            lane.step()
+            lane.refill(streams)
+            steps += 1
+
+    def run_slice(self, lane: Lane, tally: Tally, streams: int) -> float:
+        """One turn of a policy; returns the seconds that count."""
+        for _ in range(LEAD_IN):
+            lane.step()
+            lane.refill(streams)
+        tally.slices.append([0, 0.0])
+        steps, seconds = 0, 0.0
+        while seconds < self.config.slice_seconds or steps < MIN_STEPS:
+            seconds += lane.step(tally)
+            lane.refill(streams)
+            steps += 1
+        return seconds
+
+    def open_loop(self, rate: float, tallies: dict[str, Tally], on_slice: Callable[[str, float], None]) -> None:
+        seconds = self.config.seconds / self.config.traces
+        order, shuffle = list(self.names), random.Random(self.config.seed).shuffle
+        for number in range(self.config.traces):
+            arrivals = poisson_arrivals(rate, seconds, self.config.seed + number)
+            shuffle(order)
+            for name in order:
+                lane = self.lane(name)
+                lane.restart(self.config.seed + number)
+                lane.run_trace(tallies[name], arrivals)
+                on_slice(f"{rate:g} requests/s, trace {number + 1}/{self.config.traces}, {name}", seconds)
+
+    def rows(self) -> list[dict]:
+        """One row a load and policy that has been measured."""
+        rows = []
+        for (arrivals, load), tallies in self.tallies.items():
+            closed = arrivals == "closed"
+            where = {"arrivals": arrivals, "streams": load if closed else None, "rate": None if closed else load}
+            for policy, tally in tallies.items():
+                if tally.tokens_per_s:
+                    rows.append(where | {"policy": policy, "temperature": self.config.temperature} | tally.row())
+        return rows
+
+    def summary(self) -> dict:
+        """Scheduled policies against the best of the others, over the loads of the closed loop."""
+        return summarise({int(load): t for (arrivals, load), t in self.tallies.items() if arrivals == "closed"})
+
+
+def default_policies(block_size: int) -> tuple[str, ...]:
+    if not block_size:
+        return ("plain",)
+    return ("plain", *(f"fixed-{n}" for n in range(1, block_size + 1)), "threshold", *BY_COST)
+
+
+def make_engine(
+    target: Target,
+    drafter: Drafter | None,
+    prompts: list[list[int]],
+    config: LoadConfig,
+    calibration: Calibrator | None = None,
+) -> Engine:
+    """Room for the longest request, and no memory of prompts: they come again and again, which users' would not.
+
+    Raises ValueError if the model has no such room.
+    """
+    longest = max(map(len, prompts)) + config.max_new_tokens
+    limits = EngineConfig(max_streams=max(config.streams), max_model_len=longest, kv_gib=4.0, reuse_prefixes=False)
+    engine = Engine(target.decoder, drafter, eos_ids=target.eos_ids, config=limits, calibration=calibration)
+    if longest > engine.longest_request:
+        raise ValueError(
+            f"the longest prompt has {longest - config.max_new_tokens} tokens; with {config.max_new_tokens} new ones "
+            f"it does not fit the limit of {engine.longest_request}"
+        )
+    return engine
+
+
+def run_and_report(config: LoadConfig, show_table: bool) -> bool:
+    """The whole command: measure, print a table and the JSON line, draw the plots. False if it was interrupted."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from dspark.eval.plots import load_plots
+    from dspark.eval.report import load_table, summary_table
+
+    console = Console(stderr=True)
+    load_prompts(config.prompts, config.limit)  # complain before the model is loaded
+    if config.plots is not None:
+        config.plots.mkdir(parents=True, exist_ok=True)
+    with console.status("loading, and profiling where there is no profile"):
+        target = load_target(config.model, config.dtype, config.device)
+        drafter = make_drafter(config.drafter, target.source.name, target.decoder)
+        calibration = load_calibration(config.drafter, target.source.name)
+        bench = LoadBench(config, target, drafter, calibration)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    finished = False
+    try:
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task("warming up", total=bench.planned_seconds)
+            bench.run(lambda text, done: progress.update(task, description=text, advance=done))
+        finished = True
+    except KeyboardInterrupt:
+        console.print("interrupted; what was measured so far:")
+    rows, summary = bench.rows(), bench.summary()
+    plots = load_plots(rows, config.plots) if config.plots is not None else []
+    if show_table:
+        out = Console()
+        out.print(load_table(rows))
+        if summary["scheduled"]:
+            out.print(summary_table(summary))
+        for path in plots:
+            out.print(f"wrote {path}", markup=False, highlight=False)
+    costs = asdict(bench.costs) if bench.costs is not None else None
+    result = {"rows": rows, "summary": summary, "costs": costs, "interrupted": not finished}
+    print(json.dumps(result | provenance()))
+    return finished

@@ -1,0 +1,97 @@
+"""What the load bench drives: an engine with its requests in flight, and a clock of its own."""
+
+import random
+import time
+from collections import deque
+from dataclasses import dataclass, field, replace
+
+from dspark.engine.engine import Engine
+from dspark.engine.sequence import Sequence
+from dspark.eval.load_stats import Tally
+from dspark.sampling import SamplingParams
+
+
+@dataclass
+class Request:
+    """A request in flight; times are the lane's own clock."""
+
+    sequence: Sequence
+    arrived: float
+    started: bool = False  # has its first token
+
+
+@dataclass
+class Lane:
+    """An engine, the shuffled prompts it is fed with, and a clock that runs only while it works."""
+
+    engine: Engine
+    prompts: list[list[int]]
+    params: SamplingParams
+    clock: float = 0.0
+    finished: int = 0
+    live: dict[int, Request] = field(default_factory=dict)  # by request id
+
+    def restart(self, seed: int) -> None:
+        """Forget all requests; the same seed brings the same prompts again."""
+        for request in self.live.values():
+            self.engine.cancel(request.sequence)
+        self.live.clear()
+        self.random, self.deck = random.Random(seed), []
+        self.clock, self.finished, self.submitted = 0.0, 0, 0
+
+    def submit(self, arrived: float, max_new_tokens: int | None = None) -> None:
+        """Queue the next prompt of the shuffled cycle; None: as many new tokens as all have."""
+        if not self.deck:
+            self.deck = list(range(len(self.prompts)))
+            self.random.shuffle(self.deck)
+        limit = max_new_tokens or self.params.max_new_tokens
+        params = replace(self.params, seed=self.submitted, max_new_tokens=limit)
+        sequence = self.engine.add(self.prompts[self.deck.pop()], params)
+        self.live[sequence.request_id] = Request(sequence, arrived)
+        self.submitted += 1
+
+    def refill(self, streams: int) -> None:
+        while len(self.live) < streams:
+            self.submit(self.clock)
+
+    def step(self, tally: Tally | None = None) -> float:
+        """One step of the engine, booked to the tally if there is one; returns its seconds."""
+        before = replace(self.engine.times)
+        started = time.perf_counter()
+        new_tokens = self.engine.step()
+        seconds = time.perf_counter() - started
+        self.clock += seconds
+        counts = {new.sequence.request_id: len(new.token_ids) for new in new_tokens}
+        if tally is not None:
+            tally.add_step(sum(counts.values()), seconds, before, self.engine.times)
+        for request_id, request in list(self.live.items()):
+            if tally is not None and request.started:
+                tally.add_round(request_id, counts.get(request_id, 0), seconds)
+            elif tally is not None and request_id in counts:
+                tally.first_token_seconds.append(self.clock - request.arrived)
+            request.started |= request_id in counts
+            if request.sequence.finish_reason is not None:
+                del self.live[request_id]
+                self.finished += 1
+        return seconds
+
+    def run_trace(self, tally: Tally, arrivals: list[float]) -> None:
+        """Serve all arrivals until the last answer; the clock jumps over idle time."""
+        coming = deque(arrivals)
+        tally.slices.append([0, 0.0])
+        while coming or self.live:
+            if not self.live and coming[0] > self.clock:
+                tally.slices[-1][1] += coming[0] - self.clock
+                self.clock = coming[0]
+            while coming and coming[0] <= self.clock:
+                self.submit(coming.popleft())
+            self.step(tally)
+
+
+def poisson_arrivals(rate: float, seconds: float, seed: int) -> list[float]:
+    """Times of arrival before `seconds`, at least one; the same seed gives the same ones."""
+    draws = random.Random(seed)
+    times = [draws.expovariate(rate)]
+    while (following := times[-1] + draws.expovariate(rate)) < seconds:
+        times.append(following)
+    return times

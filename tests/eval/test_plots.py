@@ -1,0 +1,44 @@
+"""Figures: written as PNG, whatever is missing from the rows."""
+
+import math
+
+import pytest
+
+from dspark.eval.plots import ece, load_plots, reliability_diagram
+
+PNG = b"\x89PNG\r\n"
+
+
+def row(policy: str, streams: int | None = None, rate: float | None = None, **changes) -> dict:
+    figures = {
+        "tokens_per_s": 10.0,
+        "tokens_per_s_se": None,
+        "stream_tokens_per_s_p50": 5.0,
+        "first_token_s_p95": 0.1,
+        "verify_length": 2.0,
+    }
+    return {"policy": policy, "streams": streams, "rate": rate, **figures, **changes}
+
+
+def test_closed_and_open_loop_have_their_own_figures(tmp_path):
+    closed = [row(p, streams=n) for p in ("plain", "fixed-1", "greedy") for n in (1, 8)]
+    closed.append(row("stale", streams=8, tokens_per_s_se=0.5, verify_length=None))
+    opened = [row("plain", rate=0.5), row("greedy", rate=2.0, first_token_s_p95=None)]
+    assert [p.name for p in load_plots(closed, tmp_path)] == ["throughput_user_speed.png", "throughput_load.png"]
+    assert [p.name for p in load_plots(opened, tmp_path / "new")] == ["latency_rate.png"]
+    for path in tmp_path.rglob("*.png"):
+        assert path.read_bytes().startswith(PNG)
+    assert load_plots([], tmp_path) == []
+
+
+def test_reliability_diagram_with_an_empty_bin(tmp_path):
+    before = [[(0.2, 0.5, 10), (0.9, 0.6, 30), (math.nan, math.nan, 0)], [(0.4, 0.4, 5)]]
+    after = [[(0.5, 0.5, 40)], []]
+    assert reliability_diagram(before, after, tmp_path / "figure.png").read_bytes().startswith(PNG)
+    with pytest.raises(ValueError, match="same positions"):
+        reliability_diagram(before, after[:1], tmp_path / "other.png")
+
+
+def test_ece_weights_bins_by_their_samples():
+    assert ece([(0.2, 0.5, 10), (0.9, 0.6, 30)]) == pytest.approx(0.3)
+    assert ece([]) == 0
