@@ -43,7 +43,9 @@ class SamplingParams:
     top_k: int = 0  # 0: off
     top_p: float = 1.0
     min_p: float = 0.0
-    seed: int | None = None  # None: the engine picks one
+    seed: int | None = (
+        None  # given: the text depends on it alone, at some cost in accepted length; None: the engine picks
+    )
     max_new_tokens: int = 256
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()  # the token that stops is the answer's last

@@ -172,7 +172,8 @@ class OracleDrafter:
             anchor = len(prefix) - 1
             for slot in range(self.block_size):
                 rows.append(self.distribution(self.plain.probs(prefix, request.params), anchor, slot))
-                draw = torch.tensor([uniform(request.seed, len(prefix), Purpose.DRAFT, slot)])
+                key = (Purpose.TARGET,) if request.coupled else (Purpose.DRAFT, slot)
+                draw = torch.tensor([uniform(request.seed, len(prefix), *key)])
                 prefix.append(int(categorical(rows[-1][None], draw)))
             tokens += prefix[anchor + 1 :]
         shape = (len(requests), self.block_size)

@@ -5,6 +5,7 @@ Shapes: R requests, G slots, N = R*G block tokens, M candidates, C width, V' dra
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -145,11 +146,10 @@ class DSparkDrafter:
     def sample(self, logits: Tensor, settings: list[Tensor], draws: Tensor) -> Slot:
         """Logits [R, V'] -> one token a row, from its likeliest candidates under the request's own parameters."""
         logits, candidates = logits.topk(min(NUM_CANDIDATES, logits.shape[-1]))
-        if self.target.deterministic:  # in the target's order the same draw lands in the same place, mostly
-            candidates, order = candidates.sort(-1)
-            logits = logits.gather(-1, order)
+        candidates, order = candidates.sort(-1)  # in the target's order a shared draw lands in the same place, mostly
+        logits = logits.gather(-1, order)
         support = self.d2t[candidates]
-        draft_probs = truncated_probs(logits, *settings)
+        draft_probs = truncated_probs(logits.nan_to_num(), *settings)  # a broken drafter costs time, not the engine
         index = categorical(draft_probs, draws)[:, None]
         return Slot(support.gather(1, index).squeeze(1), support, draft_probs)
 
@@ -164,10 +164,10 @@ class DSparkDrafter:
         slots = range(self.block_size)
         seeds = [[q.seed] for q in requests]
         positions = [[len(q.token_ids) + k for k in slots] for q in requests]
-        if self.target.deterministic:  # the target's own draw for the position: a good guess is then the same token
-            draws = uniforms(seeds, positions, Purpose.TARGET)
-        else:
-            draws = uniforms(seeds, positions, Purpose.DRAFT, list(slots))
+        draws = uniforms(seeds, positions, Purpose.DRAFT, list(slots))
+        coupled = np.array([[q.coupled] for q in requests])
+        if coupled.any():  # the target's own draw for the position
+            draws = np.where(coupled, uniforms(seeds, positions, Purpose.TARGET), draws)
         return torch.from_numpy(draws).to(self.d2t.device)
 
 

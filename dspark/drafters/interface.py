@@ -21,6 +21,11 @@ class DraftRequest(Protocol):
     @property
     def seed(self) -> int: ...
     @property
+    def coupled(self) -> bool:
+        """Whether the target's token at each position is fixed by its own draw: a draft should use the same one."""
+        ...
+
+    @property
     def first_slot(self) -> int:
         """Slot of position 0 in per-token storage; position i lives at first_slot + i."""
         ...

@@ -14,7 +14,7 @@ from dspark.engine.runner import Outcome, Runner
 from dspark.engine.scheduler import Scheduler, StepPlan
 from dspark.engine.sequence import Sequence
 from dspark.models.decoder import Decoder
-from dspark.sampling import SamplingParams
+from dspark.sampling import SamplingParams, sample_seed
 from dspark.spec.calibration import Calibration, Calibrator
 from dspark.spec.draft import Draft
 from dspark.spec.prefix_scheduler import FixedLength, Load, PrefixScheduler
@@ -26,6 +26,7 @@ class EngineConfig:
 
     kv_gib bounds the KV cache of target and drafter together; prefill_tokens the prompt tokens of a step.
     reuse_prefixes: copy the KV of leading tokens that another request computed instead of computing it again.
+    seed: of requests that bring none, with their number; None: another one each time.
     """
 
     max_streams: int = 64
@@ -33,6 +34,7 @@ class EngineConfig:
     kv_gib: float = 2.0
     prefill_tokens: int = 256
     reuse_prefixes: bool = True
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_streams", "max_model_len", "kv_gib", "prefill_tokens"):
@@ -101,6 +103,7 @@ class Engine:
         self.times = StepTimes()
         self.counters = self.scheduler.counters
         self._ids = itertools.count()
+        self._seed = config.seed if config.seed is not None else random.SystemRandom().getrandbits(62)
 
     @property
     def longest_request(self) -> int:
@@ -128,12 +131,14 @@ class Engine:
                 f"a prompt of {len(prompt_ids)} tokens and {params.max_new_tokens} new ones do not fit the limit of "
                 f"{self.longest_request} tokens; shorten the prompt or ask for fewer new tokens"
             )
-        seed = params.seed if params.seed is not None else random.SystemRandom().getrandbits(62)
+        request_id = next(self._ids)
+        seed = params.seed if params.seed is not None else sample_seed(self._seed, 1 + request_id)
+        coupled = params.seed is not None or self.target.deterministic
         end_ids = self.end_ids(params)
         if params.stop and decode is None:
             raise ValueError("stop strings need a tokenizer: pass `decode`, or use LLM")
         text = AnswerText(decode, params.stop) if params.stop and decode is not None else None
-        sequence = Sequence(next(self._ids), list(prompt_ids), params, seed, end_ids, text)
+        sequence = Sequence(request_id, list(prompt_ids), params, seed, end_ids, text, coupled=coupled)
         self.scheduler.add(sequence)
         return sequence
 
@@ -163,9 +168,9 @@ class Engine:
         started = time.perf_counter()
         plan = self.scheduler.schedule()
         planned = time.perf_counter()
-        wanted = self.should_draft(plan)
+        wanted = self.requests_to_draft(plan)
         decided = time.perf_counter()
-        draft = self.draft(plan) if wanted else None
+        draft = self.draft(plan, wanted) if wanted else None
         drafted = time.perf_counter()
         verify_lengths = self.choose(plan, draft)
         chosen = time.perf_counter()
@@ -187,14 +192,16 @@ class Engine:
         self.times.verified += int(verify_lengths.sum())
         return new_tokens
 
-    def should_draft(self, plan: StepPlan) -> bool:
-        """False where nothing decodes, nothing drafts or it would not pay."""
-        return self.drafter is not None and bool(plan.decoding) and self.prefix_scheduler.should_draft(load_of(plan))
+    def requests_to_draft(self, plan: StepPlan) -> int:
+        """How many decoding sequences to draft for: 0 where nothing decodes, nothing drafts or it would not pay."""
+        if self.drafter is None or not plan.decoding:
+            return 0
+        return self.prefix_scheduler.requests_to_draft(load_of(plan))
 
-    def draft(self, plan: StepPlan) -> Draft:
-        """Proposals for all decoding sequences."""
+    def draft(self, plan: StepPlan, count: int) -> Draft:
+        """Proposals for the first `count` decoding sequences, empty ones for the others."""
         assert self.drafter is not None
-        return self.drafter.propose([chunk.sequence for chunk in plan.decoding])
+        return self.drafter.propose([chunk.sequence for chunk in plan.decoding[:count]]).padded(len(plan.decoding))
 
     def choose(self, plan: StepPlan, draft: Draft | None) -> torch.Tensor:
         """Verify lengths [R] of the decoding sequences, none past what the request may still emit."""

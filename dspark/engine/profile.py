@@ -50,6 +50,7 @@ class ProbeRequest:
     first_slot: int
     params: SamplingParams = SamplingParams()
     seed: int = 0
+    coupled: bool = False
 
 
 def measure_costs(

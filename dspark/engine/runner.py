@@ -62,7 +62,12 @@ class Runner:
         return Outcome(batch, verdict, logprobs, time.perf_counter() - started), output
 
     def judge(self, logits: Tensor, sequences: list[Sequence], draft: Draft, verify_lengths: Tensor) -> Verdict:
-        """Adjusted logits [L, V] of R sequences -> accepted and next tokens, each by its own sampling parameters."""
+        """Adjusted logits [L, V] of R sequences -> accepted and next tokens, each by its own sampling parameters.
+
+        The token of a coupled sequence is drawn at each position as plain decoding draws it, and verified like a
+        greedy one. So its text depends on its seed alone: not on the drafter, the verify lengths or the company. Other
+        sequences accept more, by rejection sampling, but which draw gives a token depends on what was verified.
+        """
         lengths = torch.nn.functional.pad(verify_lengths, (0, len(sequences) - len(verify_lengths)))
         if all(s.params.greedy for s in sequences):
             return verify_greedy(logits.argmax(-1), draft.tokens, lengths)
@@ -87,11 +92,13 @@ class Runner:
         seeds = [[s.seed] for s in sequences]
         positions = np.array([[len(s.token_ids)] for s in sequences]) + np.arange(g + 1)  # [R, G+1]
         bonus = torch.from_numpy(uniforms(seeds, positions, Purpose.TARGET))
-        if self.target.deterministic:
-            # The token that plain decoding draws at each position is fixed by its seed; drafts only guess it.
+        coupled = torch.tensor([s.coupled for s in sequences])[request[:rows]].nonzero().squeeze(-1)
+        if len(coupled):
             slot = torch.cat([torch.arange(n + 1) for n in lengths.tolist()])
-            drawn = categorical(target_probs, bonus[request[:rows], slot].to(logits.device))
-            return verify_greedy(drawn, draft.tokens, lengths)
+            draws = bonus[request[coupled], slot[coupled]].to(logits.device)
+            drawn = categorical(target_probs[coupled], draws)
+            target_probs[coupled] = 0.0
+            target_probs[coupled, drawn] = 1.0
         accept = torch.from_numpy(uniforms(seeds, positions[:, :g], Purpose.ACCEPT))
         return verify(target_probs, draft, lengths, accept.to(logits.device), bonus.to(logits.device))
 
@@ -101,20 +108,7 @@ class Runner:
             shape = (len(sequences), 0)
             tokens = torch.empty(shape, dtype=torch.int64)
             return Draft.unsampled(tokens, torch.empty(shape), torch.zeros(len(sequences), dtype=torch.int64))
-        more = len(sequences) - len(plan.decoding)
-        if not more:
-            return draft
-
-        def grow(t: Tensor) -> Tensor:
-            return torch.cat([t, t.new_zeros(more, *t.shape[1:])])
-
-        return Draft(
-            grow(draft.tokens),
-            grow(draft.support),
-            grow(draft.draft_probs),
-            grow(draft.confidence_logits),
-            grow(draft.lengths),
-        )
+        return draft.padded(len(sequences))
 
     @torch.inference_mode()
     def extend_drafter(self, batch: Batch, output: DecoderOutput, accepted: list[int]) -> None:

@@ -50,9 +50,9 @@ class Scheduler:
     head of the queue is admitted, only the youngest running request is preempted, and it returns to the head.
 
     Every request ends. A step preempts only for the growth of a request older than the victim, or the victim's
-    own, so nothing takes memory from the oldest request; if it needs more than is free, all others are preempted in turn
-    until it has the arena alone, where it fits (`Engine.longest_request`). So it advances in every step, decoding or
-    first in line for the prefill budget, and ends; then the next one is the oldest. A preempted request may have
+    own, so nothing takes memory from the oldest request; if it needs more than is free, all others are preempted in
+    turn until it has the arena alone, where it fits (`Engine.longest_request`). So it advances in every step, decoding
+    or first in line for the prefill budget, and ends; then the next one is the oldest. A preempted request may have
     to compute again what it had, but never more often than older requests grow.
     """
 

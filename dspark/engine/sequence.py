@@ -21,6 +21,7 @@ class Sequence:
     token_ids: list[int]
     params: SamplingParams
     seed: int
+    coupled: bool = field(default=False, kw_only=True)  # see `Runner.judge`
     prompt_length: int = field(init=False)
     end_ids: frozenset[int] = frozenset()  # tokens that end the answer: the model's own unless ignored, and stop ids
     text: AnswerText | None = None  # only for a request with stop strings

@@ -95,7 +95,7 @@ class EngineSystem:
             self.parts.drafter,
             self.parts.scheduler,
             eos_ids=target.eos_ids,
-            config=EngineConfig(max_streams=max_streams),
+            config=EngineConfig(max_streams=max_streams, seed=0),
             calibration=self.parts.calibration,
         )
 
@@ -186,8 +186,7 @@ def run_bench(config: BenchConfig, target: Target, on_batch=lambda _: None) -> B
                         f"{streams} streams, temperature {temperature:g}: batch {number + 1}/{len(batches)} {name}"
                     )
                     params = [
-                        SamplingParams(temperature=temperature, seed=k, max_new_tokens=config.max_new_tokens)
-                        for k in batch
+                        SamplingParams(temperature=temperature, max_new_tokens=config.max_new_tokens) for k in batch
                     ]
                     run_batch(
                         systems[name],

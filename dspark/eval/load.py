@@ -229,7 +229,9 @@ def make_engine(
     Raises ValueError if the model has no such room.
     """
     longest = max(map(len, prompts)) + config.max_new_tokens
-    limits = EngineConfig(max_streams=max(config.streams), max_model_len=longest, kv_gib=4.0, reuse_prefixes=False)
+    limits = EngineConfig(
+        max_streams=max(config.streams), max_model_len=longest, kv_gib=4.0, reuse_prefixes=False, seed=0
+    )
     engine = Engine(target.decoder, drafter, eos_ids=target.eos_ids, config=limits, calibration=calibration)
     if longest > engine.longest_request:
         raise ValueError(

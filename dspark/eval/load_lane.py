@@ -45,7 +45,7 @@ class Lane:
             self.deck = list(range(len(self.prompts)))
             self.random.shuffle(self.deck)
         limit = max_new_tokens or self.params.max_new_tokens
-        params = replace(self.params, seed=self.submitted, max_new_tokens=limit)
+        params = replace(self.params, max_new_tokens=limit)
         sequence = self.engine.add(self.prompts[self.deck.pop()], params)
         self.live[sequence.request_id] = Request(sequence, arrived)
         self.submitted += 1

@@ -77,12 +77,12 @@ def collect_rounds(
         drafter,
         FixedLength(drafter.block_size),
         eos_ids=target.eos_ids,
-        config=EngineConfig(max_streams=streams),
+        config=EngineConfig(max_streams=streams, seed=0),
         calibration=recorder,
     )
     for temperature in temperatures:
-        for i, prompt in enumerate(prompts):
-            engine.add(prompt, SamplingParams(temperature=temperature, seed=i, max_new_tokens=max_new_tokens))
+        for prompt in prompts:
+            engine.add(prompt, SamplingParams(temperature=temperature, max_new_tokens=max_new_tokens))
     while engine.has_work:
         for new in engine.step():
             if new.sequence.finish_reason is not None:

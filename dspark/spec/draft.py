@@ -29,3 +29,11 @@ class Draft:
         """A draft chosen without randomness, greedily or by n-gram lookup: each distribution is a one-hot."""
         support = tokens[..., None]
         return cls(tokens, support, torch.ones_like(support, dtype=torch.float32), confidence_logits, lengths)
+
+    def padded(self, requests: int) -> "Draft":
+        """The same with empty rows appended, for requests that nothing was drafted for."""
+        more = requests - len(self.lengths)
+        if not more:
+            return self
+        fields = (self.tokens, self.support, self.draft_probs, self.confidence_logits, self.lengths)
+        return Draft(*(torch.cat([t, t.new_zeros(more, *t.shape[1:])]) for t in fields))

@@ -53,8 +53,8 @@ class Load:
 class PrefixScheduler(Protocol):
     """Chooses verify lengths, once a round and in the order of rounds: it may remember what it saw."""
 
-    def should_draft(self, load: Load) -> bool:
-        """Whether to draft at all in this round; if not, `choose` is not called."""
+    def requests_to_draft(self, load: Load) -> int:
+        """For how many of the decoding requests, the oldest first, to draft this round; asked before drafting."""
         ...
 
     def choose(self, confidence: Tensor, lengths: Tensor, load: Load) -> Tensor:
@@ -147,11 +147,16 @@ def foresight(values: Floats, budget: int, costs: CostTable, load: Load) -> int:
 # ---- what past rounds tell
 
 
+KEPT_ROWS = 128  # blocks that stand for the mix of easy and hard ones
+PROBES = 4  # requests drafted for, now and then, while drafting does not pay
+
+
 class SurvivalMeans:
-    """Running means of survival by position, over past rounds, older ones exponentially forgotten."""
+    """Survival in past rounds: running means by position, older ones exponentially forgotten, and the last blocks."""
 
     def __init__(self, decay: float = 0.98):
         self.decay = decay
+        self.recent: Floats = np.zeros((0, 0))  # [<= KEPT_ROWS, G]: the last whole blocks
         self.totals: Floats = np.zeros(0)  # [G]
         self.counts: Floats = np.zeros(0)  # [G]
 
@@ -162,6 +167,8 @@ class SurvivalMeans:
             self.totals, self.counts = np.zeros((2, values.shape[1]))
         self.totals = self.decay * self.totals + values.sum(0)
         self.counts = self.decay * self.counts + valid.sum(0)
+        whole = values[valid.all(1)]
+        self.recent = np.concatenate([self.recent.reshape(-1, values.shape[1]), whole])[-KEPT_ROWS:]
 
     @property
     def samples(self) -> float:
@@ -172,6 +179,11 @@ class SurvivalMeans:
         """[G], never rising; 0 where nothing was seen yet."""
         means = np.divide(self.totals, self.counts, out=np.zeros_like(self.totals), where=self.counts > 0)
         return np.minimum.accumulate(means) if len(means) else means
+
+    def sample(self, requests: int) -> Floats:
+        """Survivals of `requests` blocks like the last ones, in descending order: [requests * G]."""
+        recent = self.recent if len(self.recent) else self.means[None]
+        return np.sort(np.resize(recent, (requests, recent.shape[1])), axis=None)[::-1]
 
     def predict(self, first: Floats) -> Floats:
         """Survival [R, G] of today's slots from that of the first [R]: scaled as the means fall off."""
@@ -192,8 +204,8 @@ class FixedLength:
         if self.length < 0:
             raise ValueError(f"a verify length cannot be negative: {self.length}")
 
-    def should_draft(self, load: Load) -> bool:
-        return self.length > 0
+    def requests_to_draft(self, load: Load) -> int:
+        return load.requests if self.length else 0
 
     def choose(self, confidence: Tensor, lengths: Tensor, load: Load) -> Tensor:
         return torch.clamp(lengths, max=self.length)
@@ -209,8 +221,8 @@ class Threshold:
         if not 0 < self.threshold <= 1:
             raise ValueError(f"the threshold must be above 0 and at most 1, got {self.threshold}")
 
-    def should_draft(self, load: Load) -> bool:
-        return True
+    def requests_to_draft(self, load: Load) -> int:
+        return load.requests
 
     def choose(self, confidence: Tensor, lengths: Tensor, load: Load) -> Tensor:
         return torch.from_numpy((survival(confidence, lengths) >= self.threshold).sum(1))
@@ -225,16 +237,18 @@ class _CostBased:
         self.history = SurvivalMeans(decay)
         self.rounds_without = 0
 
-    def should_draft(self, load: Load) -> bool:
-        """Whether drafting is expected to give more tokens a second than a plain step, going by past rounds."""
-        if self.history.samples >= self.warm_up and self.rounds_without + 1 < self.retry_every:
-            values = np.repeat(self.history.means, load.requests)  # descending: every request has the mean survivals
+    def requests_to_draft(self, load: Load) -> int:
+        """All, if rounds like the past ones are expected to give more tokens a second than a plain step.
+
+        Else none, and every `retry_every`-th round a few.
+        """
+        if self.history.samples >= self.warm_up:
             plain = load.requests / self.costs.seconds(load.requests + load.other_tokens)
-            if rates(values, self.costs, load).max() <= plain:
+            if rates(self.history.sample(load.requests), self.costs, load).max() <= plain:
                 self.rounds_without += 1
-                return False
+                return min(PROBES, load.requests) if self.rounds_without % self.retry_every == 0 else 0
         self.rounds_without = 0
-        return True
+        return load.requests
 
     def choose(self, confidence: Tensor, lengths: Tensor, load: Load) -> Tensor:
         today = survival(confidence, lengths)  # [R, G]

@@ -27,6 +27,7 @@ class Request:
     token_ids: list[int]
     params: SamplingParams = GREEDY
     seed: int = 5
+    coupled: bool = False
     first_slot: int = 0
 
 

@@ -2,6 +2,7 @@
 
 import random
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def expected(index: int, num_tokens: int = NEW_TOKENS) -> list[int]:
     return plain_greedy(TARGET, prompt(index), num_tokens)
 
 
-def make_engine(drafter: Drafter | None, **limits: int) -> Engine:
+def make_engine(drafter: Drafter | None, **limits: Any) -> Engine:
     return Engine(TARGET, drafter, config=EngineConfig(**{"max_streams": 8, "max_model_len": 96, **limits}))
 
 

@@ -101,19 +101,19 @@ def test_a_preempted_request_goes_on_as_if_nothing_had_been(drafter: str, params
         assert engine.counters.computed_prompt_tokens > 3 * len(prompt)
 
 
-@pytest.mark.parametrize(("drafter", "count"), [("none", 200), ("random", 200), ("adversarial", 30)])
-def test_many_requests_through_a_tiny_arena(drafter: str, count: int):
-    """An arena for about two; the bound holds at every moment and each gets what it gets alone."""
+@pytest.mark.parametrize("drafter", ["none", "random"])
+def test_many_requests_through_a_tiny_arena(drafter: str):
+    """200 requests, an arena for about two; the bound holds at every moment and each gets what it gets alone."""
     rng = random.Random(1)
     engine = make_engine(drafter, 60, max_streams=5, prefill_tokens=16)
     assert engine.cache.num_slots == 60
     requests: list[tuple[list[int], SamplingParams]] = []
-    for i in range(count):
+    for i in range(200):
         prompt = rng.choice([[], [3] * 17, [3] * 20]) + [rng.randrange(64) for _ in range(rng.randrange(1, 14))]
         params = SamplingParams(rng.choice([0.0, 0.8]), seed=i, max_new_tokens=rng.randrange(1, 20))
         requests.append((prompt, params))
     sequences: list[Sequence] = []
-    while engine.has_work or len(sequences) < count:
+    while engine.has_work or len(sequences) < 200:
         for prompt, params in requests[len(sequences) : len(sequences) + rng.randrange(4)]:
             sequences.append(engine.add(prompt, params))
         if engine.has_work:

@@ -6,7 +6,7 @@ import pytest
 
 from dspark.engine.engine import Engine, EngineConfig
 from dspark.sampling import SamplingParams
-from dspark.spec.prefix_scheduler import FixedLength
+from dspark.spec.prefix_scheduler import FixedLength, PrefixScheduler, Threshold
 from tests.tiny import AdversarialDrafter, tiny_drafter, tiny_target
 
 TARGET = tiny_target()
@@ -53,3 +53,13 @@ def test_a_seeded_request_is_the_same_alone_and_among_31_others(drafter: str):
     for index in range(10):
         assert answers(drafter, [index])[index] == together[index]
     assert len({tuple(tokens) for tokens in together.values()}) == 32
+
+
+@pytest.mark.parametrize("policy", [FixedLength(1), FixedLength(4), Threshold(0.2)])
+def test_a_seeded_text_does_not_depend_on_drafter_or_policy(policy: PrefixScheduler):
+    """Under rejection sampling it would: what was verified decides which draw gives a token."""
+    engine = Engine(TARGET, tiny_drafter(TARGET), policy, config=EngineConfig(32, 64))
+    sequences = [engine.add(*request(index)) for index in range(32)]
+    while engine.has_work:
+        engine.step()
+    assert {i: s.output_ids for i, s in enumerate(sequences)} == answers("none", list(range(32)))

@@ -64,9 +64,9 @@ def p_value(
     drafter: Drafter | None, filters: dict[str, Any] = ALIVE, scheduler: PrefixScheduler | None = None
 ) -> float:
     """Of the outputs of REQUESTS requests against the joint law; rare outputs are counted together."""
-    engine = Engine(TARGET, drafter, scheduler, END, EngineConfig(STREAMS, 32))
+    engine = Engine(TARGET, drafter, scheduler, END, EngineConfig(STREAMS, 32, seed=0))
     sequences = [
-        engine.add(list(PROMPT), SamplingParams(1.0, seed=i, max_new_tokens=OUTPUT, **filters)) for i in range(REQUESTS)
+        engine.add(list(PROMPT), SamplingParams(1.0, max_new_tokens=OUTPUT, **filters)) for _ in range(REQUESTS)
     ]
     while engine.has_work:
         engine.step()
@@ -149,7 +149,7 @@ def test_a_forgotten_residual_is_caught(drafter: str, filters: str, monkeypatch:
 
 
 class Untruncated(DSparkDrafter):
-    """Samples from the NUM_CANDIDATES best tokens but reports the distribution over the whole vocabulary."""
+    """Samples as it should but reports the distribution before the request's filters and before NUM_CANDIDATES."""
 
     def decode_block(self, requests: list[DraftRequest], hidden: Tensor) -> Draft:
         draft = super().decode_block(requests, hidden)
@@ -161,8 +161,16 @@ class Untruncated(DSparkDrafter):
         return draft
 
 
-@pytest.mark.parametrize("filters", ["everything", "all three", "penalties"])
-def test_untruncated_draft_probs_are_caught(filters: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("filters", [{"top_p": 0.5}, {"min_p": 0.5}], ids=str)
+def test_draft_probs_from_before_the_filters_are_caught(filters: dict[str, Any]):
+    drafter = tiny_drafter(TARGET, 1, block_size=2, num_layers=1)
+    assert p_value(drafter, {**filters, **ALIVE}) > 1e-3
+    drafter.__class__ = Untruncated
+    assert p_value(drafter, {**filters, **ALIVE}) < 1e-6
+
+
+@pytest.mark.parametrize("filters", ["everything", "penalties"])
+def test_draft_probs_of_tokens_that_were_no_candidates_are_caught(filters: str, monkeypatch: pytest.MonkeyPatch):
     """The same drafter is right where it may sample from all that it reports."""
     drafter = tiny_drafter(TARGET, 1, block_size=2, num_layers=1)
     drafter.__class__ = Untruncated

@@ -171,7 +171,8 @@ def test_a_stop_string_comes_before_an_end_token_and_the_limit():
 @pytest.fixture
 def llm(monkeypatch: pytest.MonkeyPatch) -> LLM:
     tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: decode(ids))
-    target = SimpleNamespace(decoder=TARGET, tokenizer=tokenizer, eos_ids=EOS)
+    source = SimpleNamespace(name="tiny")
+    target = SimpleNamespace(source=source, decoder=TARGET, tokenizer=tokenizer, eos_ids=EOS)
     monkeypatch.setattr(llm_module, "load_target", lambda *args: cast(Any, target))
     return LLM("tiny", "ngram", config=EngineConfig(max_streams=8, max_model_len=96))
 

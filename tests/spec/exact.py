@@ -297,7 +297,7 @@ def scheduled(
     def play(state: "_State", confidences: Confidences, accepted: tuple[int, ...] | None) -> tuple[int, ...]:
         """One round; it goes into the calibrator's state once it is known what was accepted."""
         load = Load(len(confidences), other_tokens)
-        if not state.scheduler.should_draft(load):
+        if not state.scheduler.requests_to_draft(load):
             return (0,) * len(confidences)
         confidence = torch.tensor(confidences, dtype=torch.float64)
         logits = confidence.logit()

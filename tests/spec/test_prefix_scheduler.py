@@ -69,7 +69,7 @@ def test_survival_of_anything() -> None:
 
 def test_fixed_length() -> None:
     assert choose(FixedLength(2), [[0.1] * 3] * 2, [3, 1]) == [2, 1]
-    assert FixedLength(1).should_draft(Load(1)) and not FixedLength(0).should_draft(Load(1))
+    assert FixedLength(1).requests_to_draft(Load(3)) == 3 and FixedLength(0).requests_to_draft(Load(3)) == 0
     with pytest.raises(ValueError, match="cannot be negative"):
         FixedLength(-1)
 
@@ -157,7 +157,7 @@ def test_drafting_stops_where_it_does_not_pay(make: Callable[..., PrefixSchedule
         scheduler = make(costs, warm_up=4, retry_every=10)
         decisions = []
         for _ in range(40):
-            decisions.append(scheduler.should_draft(Load(1)))
+            decisions.append(bool(scheduler.requests_to_draft(Load(1))))
             if decisions[-1]:
                 choose(scheduler, [[confidence] * 2])
         assert all(decisions[:4])
@@ -172,9 +172,9 @@ def test_load_decides_whether_drafting_pays() -> None:
     costs = cost_table([1.0, 1.0, 1.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0], draft_seconds=0.2)
     scheduler = Foresight(costs, warm_up=1)
     choose(scheduler, [[0.9, 0.9]])
-    assert scheduler.should_draft(Load(1))
-    assert not scheduler.should_draft(Load(8))
-    assert scheduler.should_draft(Load(1, other_tokens=7))  # that step is long anyway: 1.9 / 6.2 against 1 / 5
+    assert scheduler.requests_to_draft(Load(1)) == 1
+    assert scheduler.requests_to_draft(Load(8)) == 0
+    assert scheduler.requests_to_draft(Load(1, other_tokens=7))  # that step is long anyway: 1.9 / 6.2 against 1 / 5
 
 
 # ---- properties
