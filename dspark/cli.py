@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("train", run_train, "train a DSpark drafter on answers that 'dspark data' wrote", model)
     sub.add_argument("--data", type=Path, required=True, nargs="+", help="JSON lines from 'dspark data'")
     sub.add_argument("--out", type=Path, required=True, help="checkpoint folder; a run found there is resumed")
+    sub.add_argument("--initial", type=Path, metavar="FOLDER", help="a trained drafter to start from, shape included")
     sub.add_argument("--minutes", type=float, default=60.0, help="training time, the schedule follows it (default 60)")
     sub.add_argument("--block-size", type=int, default=4, help="draft tokens a round (default 4)")
     sub.add_argument("--draft-layers", type=int, default=2, help="layers copied from the target's end (default 2)")
@@ -351,6 +352,7 @@ def run_train(args: argparse.Namespace) -> int:
         device=args.device,
         block_size=args.block_size,
         draft_layers=args.draft_layers,
+        initial=args.initial,
         max_length=args.max_length,
         heldout=args.heldout,
         train=config,

@@ -1,0 +1,37 @@
+"""A run from files: from the target, from a trained drafter, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dspark.drafters.checkpoint import load_drafter, save_drafter
+from dspark.models.loader import Target
+from dspark.train.run import TrainRun, make_trainer
+from tests.tiny import tiny_model, tiny_target
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "answers.jsonl"
+    rows = [{"prompt_ids": [1, 2, 3], "answer_ids": [5 + i % 40, 7, 9, 11, 13, 4]} for i in range(12)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_starts_from_a_trained_drafter(tmp_path: Path, data: Path):
+    decoder = tiny_target()
+    save_drafter(tiny_model(decoder.config, seed=4), tmp_path / "trained")
+    run = TrainRun((data,), tmp_path / "out", initial=tmp_path / "trained", heldout=3)
+    trainer = make_trainer(run, Target(None, decoder, None, frozenset()))  # pyright: ignore
+    trained = load_drafter(tmp_path / "trained").state_dict()
+    assert all(torch.equal(t, trained[name]) for name, t in trainer.model.state_dict().items())
+    assert trainer.step([0, 1]).slots > 0
+
+
+def test_a_drafter_of_another_model_is_refused(tmp_path: Path, data: Path):
+    save_drafter(tiny_model(tiny_target(vocab_size=70).config), tmp_path / "other")
+    run = TrainRun((data,), tmp_path / "out", initial=tmp_path / "other", heldout=3)
+    with pytest.raises(ValueError, match="vocabulary 70, this target has 64"):
+        make_trainer(run, Target(None, tiny_target(), None, frozenset()))  # pyright: ignore
