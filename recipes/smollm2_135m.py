@@ -33,7 +33,7 @@ def dspark() -> TrainRun:
 
 
 def continued() -> TrainRun:
-    """On from a trained drafter, with a schedule of its own: what its first minutes lose the last ones more than regain."""
+    """On from a trained drafter, with a schedule of its own: what its first minutes lose the last ones regain."""
     return TrainRun(
         data=(Path("runs/answers.jsonl"),),
         out=Path("runs/smollm2-135m-continued"),
