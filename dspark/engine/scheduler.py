@@ -53,7 +53,7 @@ class Scheduler:
     own, so nothing takes memory from the oldest request; if it needs more than is free, all others are preempted in
     turn until it has the arena alone, where it fits (`Engine.longest_request`). So it advances in every step, decoding
     or first in line for the prefill budget, and ends; then the next one is the oldest. A preempted request may have
-    to compute again what it had, but never more often than older requests grow.
+    to compute again what it had, but once for a growth at most, and the growths of all requests are limited.
     """
 
     def __init__(self, cache: KVCache, max_streams: int, prefill_tokens: int, draft_slots: int, growth: int = 64):

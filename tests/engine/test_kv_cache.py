@@ -11,7 +11,6 @@ from dspark.models.attention import copy_slots
 from tests.tiny import tiny_config
 
 CONFIG = tiny_config(num_layers=1)
-MOST_TOKENS = 60
 # A shared prefix of 0, 20 or 25 tokens, then other ones.
 contents = st.builds(
     lambda shared, rest: ([1] * 20 + [2] * 5)[:shared] + rest,
@@ -37,7 +36,6 @@ class Account(RuleBasedStateMachine):
     def start(self, num_slots: int, reuse: bool) -> None:
         self.cache = make_cache(num_slots, reuse)
         self.live: list[Region] = []
-        self.limits: dict[int, int] = {}
 
     def longest_gap(self, moving: Region | None = None) -> int:
         """Slots in a row that no live region but `moving` owns."""
@@ -48,8 +46,8 @@ class Account(RuleBasedStateMachine):
             longest = max(longest, gap)
         return longest
 
-    @rule(target=regions, tokens=contents, more=st.integers(0, 10), later=st.integers(0, 30))
-    def reserve(self, tokens: list[int], more: int, later: int):
+    @rule(target=regions, tokens=contents, more=st.integers(0, 10), later=st.integers(0, 30), computed=st.booleans())
+    def reserve(self, tokens: list[int], more: int, later: int, computed: bool):
         capacity, gap = len(tokens) + more, self.longest_gap()
         region = self.cache.reserve(list(tokens), capacity, capacity + later)
         assert (region is not None) == (gap >= capacity)
@@ -58,7 +56,9 @@ class Account(RuleBasedStateMachine):
         assert region.capacity == capacity
         assert region.length == 0 or MIN_REUSED <= region.length < len(tokens)
         self.live.append(region)
-        self.limits[id(region)] = capacity + later
+        self.every_slot_holds_its_token()
+        if computed:
+            self.compute_or_truncate(region, 1.0)
         return region
 
     @rule(region=regions, share=st.floats(0, 1))
