@@ -172,8 +172,8 @@ class OracleDrafter:
             anchor = len(prefix) - 1
             for slot in range(self.block_size):
                 rows.append(self.distribution(self.plain.probs(prefix, request.params), anchor, slot))
-                key = (Purpose.TARGET,) if request.coupled else (Purpose.DRAFT, slot)
-                draw = torch.tensor([uniform(request.seed, len(prefix), *key)])
+                purpose, index = (Purpose.TARGET, 0) if request.coupled else (Purpose.DRAFT, slot)
+                draw = torch.tensor([uniform(request.seed, len(prefix), purpose, index)])
                 prefix.append(int(categorical(rows[-1][None], draw)))
             tokens += prefix[anchor + 1 :]
         shape = (len(requests), self.block_size)

@@ -4,6 +4,7 @@ Shapes: N rounds, G slots of a block.
 """
 
 import json
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,6 +165,7 @@ def run_and_report(config: CalibrateConfig, show_table: bool) -> None:
         raise ValueError(f"{len(prompts)} prompts are too few: every third is kept for measuring")
     target = load_target(config.model, config.dtype, config.device)
     ids = [encode_prompt(target.tokenizer, p.turns[0]) for p in prompts]
+    random.Random(0).shuffle(ids)  # prompts come round and round from the domains: every third would be of one
     parts = {"fitting": [p for i, p in enumerate(ids) if i % 3 != 2], "measuring": ids[2::3]}
     rounds = {}
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
