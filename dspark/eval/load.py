@@ -9,6 +9,7 @@ counted but not waited for.
 
 import json
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -270,7 +271,7 @@ def run_and_report(config: LoadConfig, show_table: bool) -> bool:
     rows, summary = bench.rows(), bench.summary()
     plots = load_plots(rows, config.plots) if config.plots is not None else []
     if show_table:
-        out = Console()
+        out = Console(width=None if sys.stdout.isatty() else 170)
         out.print(load_table(rows))
         if summary["scheduled"]:
             out.print(summary_table(summary))

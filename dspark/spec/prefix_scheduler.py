@@ -148,6 +148,7 @@ def foresight(values: Floats, budget: int, costs: CostTable, load: Load) -> int:
 
 
 KEPT_ROWS = 128  # blocks that stand for the mix of easy and hard ones
+ASK_EVERY = 8  # rounds of the same load that one answer to "does drafting pay" holds for
 PROBES = 4  # requests drafted for, now and then, while drafting does not pay
 
 
@@ -180,10 +181,11 @@ class SurvivalMeans:
         means = np.divide(self.totals, self.counts, out=np.zeros_like(self.totals), where=self.counts > 0)
         return np.minimum.accumulate(means) if len(means) else means
 
-    def sample(self, requests: int) -> Floats:
-        """Survivals of `requests` blocks like the last ones, in descending order: [requests * G]."""
+    def samples_of(self, requests: int) -> Floats:
+        """Survivals of past blocks as rounds of `requests` of them, descending in each: [rounds, requests * G]."""
         recent = self.recent if len(self.recent) else self.means[None]
-        return np.sort(np.resize(recent, (requests, recent.shape[1])), axis=None)[::-1]
+        rounds = max(1, len(recent) // requests)
+        return -np.sort(-np.resize(recent, (rounds, requests * recent.shape[1])), axis=1)
 
     def predict(self, first: Floats) -> Floats:
         """Survival [R, G] of today's slots from that of the first [R]: scaled as the means fall off."""
@@ -235,7 +237,8 @@ class _CostBased:
         """Drafts until about `warm_up` requests were seen, and at least every `retry_every`-th round from then on."""
         self.costs, self.warm_up, self.retry_every = costs, warm_up, retry_every
         self.history = SurvivalMeans(decay)
-        self.rounds_without = 0
+        self.rounds_without = self.rounds_asked = 0
+        self.asked, self.pays = Load(0), True
 
     def requests_to_draft(self, load: Load) -> int:
         """All, if rounds like the past ones are expected to give more tokens a second than a plain step.
@@ -243,12 +246,24 @@ class _CostBased:
         Else none, and every `retry_every`-th round a few.
         """
         if self.history.samples >= self.warm_up:
-            plain = load.requests / self.costs.seconds(load.requests + load.other_tokens)
-            if rates(self.history.sample(load.requests), self.costs, load).max() <= plain:
+            if self.rounds_asked % ASK_EVERY == 0 or load != self.asked:
+                plain = load.requests / self.costs.seconds(load.requests + load.other_tokens)
+                self.asked, self.pays = load, self.expected_rate(load) > plain
+            self.rounds_asked += 1
+            if not self.pays:
                 self.rounds_without += 1
                 return min(PROBES, load.requests) if self.rounds_without % self.retry_every == 0 else 0
         self.rounds_without = 0
         return load.requests
+
+    def expected_rate(self, load: Load) -> float:
+        """Tokens a second over rounds like the past ones, each with its best budget."""
+        values = self.history.samples_of(load.requests)  # [S, n]
+        tau = load.requests + np.cumsum(np.pad(values, ((0, 0), (1, 0))), axis=1)  # [S, n + 1]
+        batch = load.requests + load.other_tokens + np.arange(tau.shape[1])
+        seconds = self.costs.seconds(batch, load.requests)
+        best = (tau / seconds).argmax(1)
+        return float(tau[np.arange(len(tau)), best].sum() / seconds[best].sum())
 
     def choose(self, confidence: Tensor, lengths: Tensor, load: Load) -> Tensor:
         today = survival(confidence, lengths)  # [R, G]

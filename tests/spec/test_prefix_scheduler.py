@@ -284,3 +284,15 @@ def test_foresight_beats_algorithm_1_on_a_jagged_curve() -> None:
         assert speed["Foresight"] >= 0.999 * speed["ThroughputGreedy"]
         if requests in (8, 24):  # where the anchors alone fill whole tiles, Algorithm 1 never enters the next
             assert speed["Foresight"] > 1.05 * speed["ThroughputGreedy"]
+
+
+def test_a_hard_block_does_not_end_drafting_for_good() -> None:
+    """Whether drafting pays was once asked of one past block alone: after a hard one nothing was drafted any more."""
+    costs = cost_table([1.0, 1.1, 1.2, 1.3], draft_seconds=0.1)
+    scheduler = Foresight(costs, warm_up=4)
+    drafted = 0
+    for i in range(300):
+        if scheduler.requests_to_draft(Load(1)):
+            drafted += 1
+            choose(scheduler, [[0.05, 0.05] if i % 4 == 0 else [0.9, 0.8]])
+    assert drafted == 300
