@@ -5,6 +5,7 @@ Shapes: B batch tokens of a target forward, R requests of a draft pass.
 
 import hashlib
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -141,6 +142,7 @@ def cost_table(target: Target, drafter: Drafter | None, name: str) -> CostTable:
             return load_profile(path, target)
         except ValueError:
             path.unlink()  # ours and damaged: take it anew
+    print("measuring what a step costs on this machine (once, a few seconds) ...", file=sys.stderr)
     table = measure_costs(target, drafter, QUICK)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(table, path)

@@ -1,0 +1,60 @@
+"""The cost table: measured, kept, and refused where it does not belong; names become prefix schedulers."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from dspark.config import write_json
+from dspark.engine import profile
+from dspark.engine.policy import make_policy
+from dspark.engine.profile import ProfileConfig, cost_table, load_profile, measure_costs
+from dspark.models.loader import Target
+from dspark.spec.prefix_scheduler import FixedLength, Foresight, StaleBudget, Threshold, ThroughputGreedy
+from tests.tiny import tiny_drafter, tiny_target
+
+SMALL = ProfileConfig((1, 2, 5), (1, 3), repeats=1, context=6)
+
+
+@pytest.fixture
+def target() -> Target:
+    return cast(Target, SimpleNamespace(source=SimpleNamespace(name="tiny"), decoder=tiny_target()))
+
+
+def test_measures_target_and_drafter(target: Target):
+    table = measure_costs(target, tiny_drafter(target.decoder), SMALL)
+    assert (table.batch_tokens, table.requests) == ((1, 2, 5), (1, 3))
+    assert table.target_seconds == tuple(sorted(table.target_seconds)) and table.target_seconds[0] > 0
+    assert measure_costs(target, None, SMALL).requests == ()
+
+
+def test_is_measured_once_and_kept(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DSPARK_CACHE", str(tmp_path))
+    monkeypatch.setattr(profile, "QUICK", SMALL)
+    drafter = tiny_drafter(target.decoder)
+    table = cost_table(target, drafter, "mine")
+    assert cost_table(target, drafter, "mine") == table
+    path = profile.profile_path(target, "mine")
+    path.write_text("{")
+    assert cost_table(target, drafter, "mine").batch_tokens == table.batch_tokens  # damaged: measured anew
+
+
+def test_of_another_machine_is_refused(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "profile.json"
+    write_json(measure_costs(target, None, SMALL), path)
+    assert load_profile(path, target).model == "tiny"
+    monkeypatch.setattr(profile, "machine_name", lambda device: "another one")
+    with pytest.raises(ValueError, match="dspark profile"):
+        load_profile(path, target)
+
+
+def test_names_of_policies():
+    table: Any = SimpleNamespace(seconds=None)
+    assert make_policy("fixed-3", 4, lambda: table) == FixedLength(3)
+    assert make_policy("threshold-0.7", 4, lambda: table) == Threshold(0.7)
+    for name, kind in (("greedy", ThroughputGreedy), ("stale", StaleBudget), ("foresight", Foresight)):
+        assert isinstance(make_policy(name, 4, lambda: table), kind)
+    for name in ("fixed-5", "fixed-0", "best", "threshold-2"):
+        with pytest.raises(ValueError, match=r"policy|block"):
+            make_policy(name, 4, lambda: table)
