@@ -90,8 +90,8 @@ class Emitter:
     def constant(self, value: float) -> Value:
         return ir.Constant(self.vector, [value] * self.lanes)
 
-    def load(self, pointer: Value, index: Value, aligned_to: int = 4) -> Value:
-        return self.b.load(self.b.bitcast(self.b.gep(pointer, [index]), self.vector.as_pointer()), align=aligned_to)
+    def load(self, pointer: Value, index: Value) -> Value:
+        return self.b.load(self.b.bitcast(self.b.gep(pointer, [index]), self.vector.as_pointer()), align=4)
 
     def store(self, value: Value, pointer: Value, index: Value) -> None:
         self.b.store(value, self.b.bitcast(self.b.gep(pointer, [index]), value.type.as_pointer()), align=4)

