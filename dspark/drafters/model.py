@@ -44,7 +44,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x.to(self.weight.dtype), self.weight, self.eps)  # autocast hands bf16 products in
 
 
 class DraftAttention(nn.Module):

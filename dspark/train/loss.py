@@ -59,11 +59,13 @@ class DistributionLoss(torch.autograd.Function):
             torch.zeros_like(w2),
         )
         row_loss, l1 = torch.empty_like(target_logsumexp), torch.empty_like(target_logsumexp)
+        # Products run in the precision of the frozen head, everything else in fp32.
+        hidden, markov, w2, target_hidden = (t.to(head.dtype) for t in (hidden, markov, w2, target_hidden))
         for rows in torch.arange(len(hidden), device=hidden.device).split(CHUNK_ROWS):
             i = slice(int(rows[0]), int(rows[-1]) + 1)
             target_probs = (target_hidden[i] @ head.T).float().sub_(target_logsumexp[i, None]).exp_()  # [n, V']
             inside = target_probs.sum(-1)
-            draft_logits = (hidden[i] @ head.T).addmm_(markov[i], w2.T).float()
+            draft_logits = (hidden[i] @ head.T).float().add_(markov[i] @ w2.T)
             label = labels[i, None].clamp(min=0)
             in_vocab = (labels[i] >= 0).float()
             draft_logsumexp = draft_logits.logsumexp(-1)
@@ -84,7 +86,7 @@ class DistributionLoss(torch.autograd.Function):
             grad = grad.to(head.dtype)
             grad_hidden[i] = grad @ head
             grad_markov[i] = grad @ w2
-            grad_w2.addmm_(grad.T, markov[i])
+            grad_w2.add_(grad.T @ markov[i])
         ctx.save_for_backward(grad_hidden, grad_markov, grad_w2)
         ctx.mark_non_differentiable(l1)
         return (row_weights * row_loss).sum(), l1

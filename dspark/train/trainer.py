@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dspark.drafters.model import DSparkModel
 from dspark.models.decoder import Decoder
+from dspark.models.layers import has_bf16_products
 from dspark.train.blocks import sample_blocks
 from dspark.train.checkpoint import Progress, save_training
 from dspark.train.data import Example
@@ -92,7 +93,7 @@ class Trainer:
     def bind_draft_vocabulary(self) -> None:
         """Derive the pruned LM head and the map to draft ids from the model's `d2t`."""
         target, model = self.target, self.model
-        self.head = target.lm_head_weight[model.d2t].clone()  # [V', C]
+        self.head = target.lm_head_weight[model.d2t].to(self.product_dtype)  # [V', C]
         t2d = torch.full((target.config.vocab_size,), -1)
         t2d[model.d2t] = torch.arange(len(model.d2t))
         self.t2d = t2d
@@ -117,7 +118,8 @@ class Trainer:
         model = self.model
         blocks = sample_blocks(batch.loss_mask, model.config.block_size, self.config.anchors_per_sequence, generator)
         anchor_embeddings = self.target.embed(batch.tokens.gather(1, blocks.anchors)).float()
-        hidden = model(batch.taps.float(), blocks.anchors, anchor_embeddings, self.mask_embedding)
+        with self.autocast():
+            hidden = model(batch.taps.float(), blocks.anchors, anchor_embeddings, self.mask_embedding).float()
         sequence, _, slots = blocks.supervised.nonzero(as_tuple=True)  # [N] each
         positions = blocks.positions()[blocks.supervised]
         hidden = hidden[blocks.supervised]  # [N, C]
@@ -139,6 +141,17 @@ class Trainer:
             self.config.loss,
         )
         return loss, acceptance, slots
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """bf16 for a bf16 target where the device multiplies that fast; weights, norms and softmaxes stay fp32."""
+        target = self.target
+        fast = target.dtype is torch.bfloat16 and has_bf16_products(target.device)
+        return torch.bfloat16 if fast else torch.float32
+
+    def autocast(self) -> torch.autocast:
+        fast = self.product_dtype is torch.bfloat16
+        return torch.autocast(self.target.device.type, torch.bfloat16, enabled=fast)
 
     def collate(self, indices: list[int], examples: list[Example]) -> Batch:
         """Examples padded to the longest; padding lies behind every anchor, so no block sees it."""

@@ -10,8 +10,8 @@ from dspark.train.trainer import TrainConfig, Trainer
 from tests.tiny import tiny_model, tiny_target
 
 
-def make_trainer(minutes: float = 60.0, steps_seconds: float | None = None) -> Trainer:
-    target = tiny_target()
+def make_trainer(minutes: float = 60.0, dtype: torch.dtype = torch.float32) -> Trainer:
+    target = tiny_target(dtype)
     model = tiny_model(target.config, draft_vocab_size=40)
     generator = torch.Generator().manual_seed(1)
     examples = [
@@ -35,6 +35,15 @@ def run_steps(trainer: Trainer, folder, steps: int) -> list[float]:
 
 def test_the_loss_falls(tmp_path):
     losses = run_steps(make_trainer(), tmp_path, 60)
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+def test_products_in_bf16_learn_too_and_leave_weights_in_fp32(tmp_path, monkeypatch):
+    monkeypatch.setattr("dspark.train.trainer.has_bf16_products", lambda device: True)
+    trainer = make_trainer(dtype=torch.bfloat16)
+    losses = run_steps(trainer, tmp_path, 60)
+    assert trainer.head.dtype is torch.bfloat16
+    assert all(p.dtype is torch.float32 for p in trainer.model.parameters())
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
 
 
