@@ -1,9 +1,10 @@
 """Operations of the decoder compiled at first use for the CPU they run on, in fp32.
 
 Decoding a token is bound by reading the weights and, once those are read fast, by the cost of starting hundreds of
-small operations. Here weights are read in bf16 and widened in registers (a CPU without bf16 instructions would
-have to keep them in fp32, twice the bytes), and each operation is one call. Threads are those of PyTorch's own OpenMP.
-A row's result is the same to the last bit whatever rows stand beside it: the base of the batch-invariant mode.
+small operations. Here weights are read in bf16 and multiplied by the CPU's bf16 dot products or, where it has none,
+widened in registers (other libraries would keep them in fp32, twice the bytes), and each operation is one call.
+Threads are those of PyTorch's own OpenMP. A row's result is the same to the last bit whatever rows stand beside it:
+the base of the batch-invariant mode.
 Shapes: N rows, K inputs, M outputs, H query heads, KV key-value heads, D head width.
 """
 
@@ -40,7 +41,8 @@ class _Compiler:
         names = ("omp_get_thread_num", "omp_get_num_threads")
         addresses = [ctypes.cast(getattr(openmp, name), ctypes.c_void_p).value or 0 for name in names]
         wide = bool(features.get("avx512f"))
-        self.machine = Machine(16 if wide else 8, 32 if wide else 16, *addresses)
+        dots = bool(features.get("avx512bf16"))
+        self.machine = Machine(16 if wide else 8, 32 if wide else 16, dots, *addresses)
         self._engines = []
 
     def compile(self, module: ir.Module) -> Callable[[bool, int], None]:
@@ -93,27 +95,35 @@ def _call(kernel: Callable[[bool, int], None], work: int, *arguments: int) -> No
 
 
 class CompiledLinear:
-    """Bias-free linear map: x [N, K] fp32 -> [N, M] fp32, weights in bf16 or fp32."""
+    """Bias-free linear map: x [N, K] fp32 -> [N, M] fp32, weights in bf16 or fp32.
+
+    With bf16 weights on a CPU with AVX512-BF16, x is rounded to bf16 too where K is a multiple of 16.
+    """
 
     def __init__(self, weight: Tensor):
         """weight [M, K] in the dtype to keep it in. Raises RuntimeError where kernels are not available."""
-        bits = weight.dtype.itemsize * 8
-        self._kernel, self.outputs = _kernel("linear", bits), weight.shape[0]
         compiler = _compiler()
-        assert compiler is not None
-        tile = VECTORS * compiler.machine.lanes
+        if compiler is None:
+            raise RuntimeError("compiled operations are not available on this machine")
+        self.outputs, self.inputs = weight.shape
+        in_bf16, lanes = weight.dtype is torch.bfloat16, compiler.machine.lanes
+        self.rounds_inputs = in_bf16 and compiler.machine.bf16_dots and self.inputs % lanes == 0
+        self._kernel = _kernel("linear", "dots" if self.rounds_inputs else "widened" if in_bf16 else "fp32")
+        step, tile = 2 if self.rounds_inputs else 1, VECTORS * lanes
         padded = F.pad(weight, (0, 0, 0, -self.outputs % tile))
-        # [M / tile, K, tile]: a tile's weights are read as one stream
-        self.weight = padded.view(-1, tile, weight.shape[1]).transpose(1, 2).contiguous()
+        self._tiles, self._padded = len(padded) // tile, len(padded)
+        # [M / tile, K / step, tile, step]: a tile's weights are read as one stream
+        self.weight = padded.view(self._tiles, tile, -1, step).transpose(1, 2).contiguous()
         self._pointer = self.weight.data_ptr()
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.contiguous()
-        rows, (tiles, inputs, tile) = x.shape[0], self.weight.shape
-        y = x.new_empty(rows, tiles * tile)
-        work = rows * tiles * inputs * tile
-        _call(self._kernel, work, x.data_ptr(), self._pointer, y.data_ptr(), rows, inputs, tiles)
-        return y if y.shape[1] == self.outputs else y[:, : self.outputs].contiguous()
+        rows = x.shape[0]
+        y = x.new_empty(rows, self._padded)
+        scratch = x.new_empty(torch.get_num_threads() * x.numel() // 2 if self.rounds_inputs else 0)
+        pointers = x.data_ptr(), self._pointer, y.data_ptr(), scratch.data_ptr()
+        _call(self._kernel, rows * self._padded * self.inputs, *pointers, rows, self.inputs, self._tiles)
+        return y if self._padded == self.outputs else y[:, : self.outputs].contiguous()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -24,9 +24,9 @@ def has_bf16_products(device: torch.device) -> bool:
 def storage_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype in which a model of precision `dtype` keeps its activations on `device`.
 
-    On a CPU a bf16 model keeps bf16 weights and computes in fp32: the compiled operations decode 1.5 times faster
-    so than oneDNN in bf16, and exact ties between bf16 logits do not occur. Only a CPU that has bf16 instructions
-    but cannot run the compiled operations computes in bf16.
+    On a CPU a bf16 model keeps bf16 weights and fp32 activations: the compiled operations decode 1.5 times faster
+    than oneDNN in bf16, a row's result does not depend on its batch, and exact ties between logits are rare. Only
+    a CPU that has bf16 instructions but cannot run the compiled operations keeps bf16 activations.
     """
     if dtype is torch.bfloat16 and device.type == "cpu" and (cpu_ops.available() or not has_bf16_products(device)):
         return torch.float32

@@ -24,7 +24,7 @@ class Target:
     def describe(self) -> str:
         """One line for humans: model, precision and what it is computed in."""
         held, computed = (str(d).removeprefix("torch.") for d in (self.decoder.dtype, self.decoder.compute_dtype))
-        note = "" if held == computed else f" weights, {computed} arithmetic (this CPU has no bf16 matrix instructions)"
+        note = "" if held == computed else f" weights, {computed} sums and activations"
         return f"model {self.source.name}: {self.decoder.config.num_layers} layers, {held}{note}"
 
 
