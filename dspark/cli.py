@@ -85,6 +85,15 @@ def build_parser() -> argparse.ArgumentParser:
     sub.usage = "dspark bench [OPTIONS]\n       dspark bench load [OPTIONS]"
     add_bench_load(sub, model)
 
+    sub = command("eval", run_eval, "measure how many draft tokens live decoding accepts", model)
+    sub.add_argument("--drafter", default="dspark", help="dspark (shipped), ngram or a checkpoint folder")
+    sub.add_argument("--prompts", type=Path, help="JSON lines not trained on (default: 30 that come with dspark)")
+    sub.add_argument("--limit", type=int, help="use only N prompts, spread over the domains")
+    sub.add_argument("--temperatures", default="0,1", help="sampling temperatures to decode at (default 0,1)")
+    sub.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default 128)")
+    sub.add_argument("--streams", type=int, default=16, help="answers at once (default 16)")
+    sub.add_argument("--json", action="store_true", help="print only the JSON line")
+
     sub = command("calibrate", run_calibrate, "fit a drafter's confidence to what is really accepted", model)
     sub.add_argument("--drafter", default="dspark", help="dspark (shipped) or a checkpoint folder")
     sub.add_argument("--prompts", type=Path, help="JSON lines not trained on (default: 30 that come with dspark)")
@@ -410,6 +419,23 @@ def run_bench_load(args: argparse.Namespace) -> int:
         plots=args.plots,
     )
     return 0 if run_and_report(config, show_table=not args.json) else 130
+
+
+def run_eval(args: argparse.Namespace) -> None:
+    from dspark.eval.acceptance import EvalConfig, run_and_report
+
+    config = EvalConfig(
+        model=args.model,
+        drafter=args.drafter,
+        dtype=args.dtype,
+        device=args.device,
+        prompts=args.prompts,
+        limit=args.limit,
+        temperatures=tuple(parse_list(args.temperatures, float, "temperatures")),
+        max_new_tokens=args.max_new_tokens,
+        streams=args.streams,
+    )
+    run_and_report(config, show_table=not args.json)
 
 
 def run_calibrate(args: argparse.Namespace) -> None:

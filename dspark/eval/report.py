@@ -96,6 +96,21 @@ def reliability_table(calibration: Calibration, before: dict, after: dict) -> Ta
     return table
 
 
+def acceptance_table(rows: list[dict]) -> Table:
+    """One line a temperature and domain; columns of slots hold the acceptance given that all before were accepted."""
+    table = Table(title="accepted in live decoding, every draft token verified")
+    for column in ("temperature", "domain", "rounds", "accepted length"):
+        table.add_column(column, justify="left" if column == "domain" else "right")
+    for k in range(len(rows[0]["conditional"])):
+        table.add_column(f"slot {k}", justify="right")
+    for row in rows:
+        slots = ["" if c is None else f"{c:.3f}" for c in row["conditional"]]
+        table.add_row(
+            f"{row['temperature']:g}", row["domain"], str(row["rounds"]), f"{row['accepted_length']:.2f}", *slots
+        )
+    return table
+
+
 SCORES = (("ece", ".2%"), ("roc_auc", ".3f"), ("brier", ".4f"))
 
 
