@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-SUPPORTED_FAMILIES = ("llama",)
+SUPPORTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class DecoderConfig:
     rms_norm_eps: float = 1e-6
     tie_embeddings: bool = True
     max_position_embeddings: int = 2048
+    qkv_bias: bool = False  # Qwen2
+    qk_norm: bool = False  # Qwen3: queries and keys are normed head by head before they are rotated
 
     @property
     def group_size(self) -> int:
@@ -53,6 +55,9 @@ class DecoderConfig:
             raise ValueError("models with attention or MLP biases are not supported")
         if config.hidden_act != "silu":
             raise ValueError(f"activation '{config.hidden_act}' is not supported; only 'silu' is")
+        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        if window is not None and window < config.max_position_embeddings:
+            raise ValueError(f"attention in a sliding window of {window} tokens is not supported")
         return cls(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
@@ -65,4 +70,6 @@ class DecoderConfig:
             rms_norm_eps=config.rms_norm_eps,
             tie_embeddings=config.tie_word_embeddings,
             max_position_embeddings=config.max_position_embeddings,
+            qkv_bias=config.model_type == "qwen2",
+            qk_norm=config.model_type == "qwen3",
         )

@@ -25,7 +25,7 @@ class Attention(Protocol):
 
 
 class DecoderLayer:
-    """One pre-norm layer of the Llama family: fused QKV and gate/up, weights packed for inference."""
+    """One pre-norm layer of the Llama, Mistral or Qwen family: fused QKV and gate/up, weights packed for inference."""
 
     def __init__(
         self, config: DecoderConfig, weights: dict[str, Tensor], dtype: torch.dtype, deterministic: bool = False
@@ -41,13 +41,21 @@ class DecoderLayer:
         self.o_proj = linear("self_attn.o_proj")
         self.gate_up_proj = linear("mlp.gate_proj", "mlp.up_proj")
         self.down_proj = linear("mlp.down_proj")
+        names = [f"self_attn.{n}_proj.bias" for n in "qkv"]
+        self.qkv_bias = torch.cat([weights[n] for n in names]) if config.qkv_bias else None
+        self.qk_norms = [weights[f"self_attn.{n}_norm.weight"] for n in "qk"] if config.qk_norm else None
         self.input_norm = weights["input_layernorm.weight"]
         self.post_attention_norm = weights["post_attention_layernorm.weight"]
 
     def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Normed input [N, C] -> rotated q [N, H, D] and kv [N, 2, K, D], views of one product."""
         c = self.config
-        heads = self.qkv_proj(x).view(-1, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
+        product = self.qkv_proj(x) if self.qkv_bias is None else self.qkv_proj(x) + self.qkv_bias
+        heads = product.view(-1, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
+        if self.qk_norms is not None:
+            parts = heads[:, : c.num_heads], heads[:, c.num_heads : c.num_heads + c.num_kv_heads]
+            for part, weight in zip(parts, self.qk_norms, strict=True):
+                part.copy_(rms_norm(part.reshape(-1, c.head_dim), weight, c.rms_norm_eps).view(part.shape))
         rotate_(heads, c.num_heads + c.num_kv_heads, cos, sin)
         kv = heads[:, c.num_heads :].view(-1, 2, c.num_kv_heads, c.head_dim)
         return heads[:, : c.num_heads], kv
@@ -150,7 +158,7 @@ class Decoder:
 def layer_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Name below `model.layers.N.` -> shape, for one layer."""
     c = config
-    return {
+    shapes: dict[str, tuple[int, ...]] = {
         "self_attn.q_proj.weight": (c.q_size, c.hidden_size),
         "self_attn.k_proj.weight": (c.kv_size, c.hidden_size),
         "self_attn.v_proj.weight": (c.kv_size, c.hidden_size),
@@ -161,6 +169,11 @@ def layer_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
         "input_layernorm.weight": (c.hidden_size,),
         "post_attention_layernorm.weight": (c.hidden_size,),
     }
+    if c.qkv_bias:
+        shapes |= {f"self_attn.{n}_proj.bias": (c.q_size if n == "q" else c.kv_size,) for n in "qkv"}
+    if c.qk_norm:
+        shapes |= {f"self_attn.{n}_norm.weight": (c.head_dim,) for n in "qk"}
+    return shapes
 
 
 def check_shapes(config: DecoderConfig, state_dict: dict[str, Tensor]) -> None:

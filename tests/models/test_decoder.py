@@ -1,10 +1,11 @@
 """The decoder computes what Transformers computes, whole or in chunks, and refuses what it cannot compute."""
 
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from dspark.engine.engine import Engine, EngineConfig
 from dspark.models.config import DecoderConfig
@@ -16,30 +17,39 @@ from tests.tiny import PlainAttention, plain_logits, tiny_config, tiny_state_dic
 TOKENS = torch.randint(0, 64, (40,), generator=torch.Generator().manual_seed(1))
 
 
-def tiny_llama(tied: bool, **changes) -> LlamaForCausalLM:
-    """A random model of Transformers with weights that are large enough to matter."""
+def random_model(family: str, tied: bool = False, **changes) -> PreTrainedModel:
+    """A model of Transformers with weights, norms and biases that are large enough to matter."""
     torch.manual_seed(0)
-    shape = dict(
+    shape: dict[str, Any] = dict(
         hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2
     )
-    config = LlamaConfig(
-        vocab_size=64, **shape, initializer_range=0.2, tie_word_embeddings=tied, max_position_embeddings=256, **changes
-    )
-    return LlamaForCausalLM(config).eval()
+    shape |= {"vocab_size": 64, "max_position_embeddings": 256, "tie_word_embeddings": tied, "initializer_range": 0.2}
+    if family == "mistral":
+        shape["sliding_window"] = None
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape | changes)).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=0.0 if name.endswith("bias") else 1.0, std=0.3)
+    return model
 
 
 @pytest.mark.parametrize(
-    ("tied", "changes"),
+    ("family", "changes"),
     [
-        (True, {}),
-        (False, {}),
-        (False, {"rope_theta": 500.0}),
-        (False, {"head_dim": 16}),
-        (False, {"rms_norm_eps": 1e-2}),
+        ("llama", {"tie_word_embeddings": True}),
+        ("llama", {}),
+        ("llama", {"rope_theta": 500.0}),
+        ("llama", {"head_dim": 16}),
+        ("llama", {"rms_norm_eps": 1e-2}),
+        ("mistral", {"head_dim": 16}),
+        ("qwen2", {}),
+        ("qwen2", {"tie_word_embeddings": True}),
+        ("qwen3", {"head_dim": 16}),
+        ("qwen3", {"head_dim": 8, "rms_norm_eps": 1e-3}),
     ],
 )
-def test_logits_and_taps_equal_those_of_transformers(tied: bool, changes: dict):
-    model = tiny_llama(tied, **changes)
+def test_logits_and_taps_equal_those_of_transformers(family: str, changes: dict):
+    model = random_model(family, **changes)
     decoder = Decoder(DecoderConfig.from_hf(model.config), model.state_dict(), dtype=torch.float32)
     with torch.no_grad():
         theirs = model(TOKENS[None], output_hidden_states=True)
@@ -50,7 +60,7 @@ def test_logits_and_taps_equal_those_of_transformers(tied: bool, changes: dict):
 
 
 def test_from_hf_reads_every_field():
-    model = tiny_llama(False, rope_theta=500.0, head_dim=16, rms_norm_eps=1e-3)
+    model = random_model("llama", rope_theta=500.0, head_dim=16, rms_norm_eps=1e-3)
     assert DecoderConfig.from_hf(model.config) == DecoderConfig(
         vocab_size=64,
         hidden_size=32,
@@ -141,6 +151,29 @@ def test_what_the_decoder_does_not_compute_is_refused(changes: dict, message: st
         DecoderConfig.from_hf(config)
 
 
+def test_a_sliding_window_is_refused_where_it_would_matter():
+    config = AutoConfig.for_model("mistral", sliding_window=16, max_position_embeddings=64)
+    with pytest.raises(ValueError, match="sliding window of 16"):
+        DecoderConfig.from_hf(config)
+    config.sliding_window = 64
+    assert not DecoderConfig.from_hf(config).qkv_bias
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral"])
+def test_every_family_decodes_as_it_does_alone(family: str):
+    """Through the engine: chunks, cache and all."""
+    model = random_model(family)
+    target = Decoder(DecoderConfig.from_hf(model.config), model.state_dict(), dtype=torch.float32)
+    engine = Engine(target, config=EngineConfig(2, 64, prefill_tokens=7))
+    sequences = [engine.add(TOKENS[:n].tolist(), SamplingParams(max_new_tokens=8)) for n in (20, 11)]
+    while engine.has_work:
+        engine.step()
+    for sequence, n in zip(sequences, (20, 11)):
+        prompt = TOKENS[None, :n]
+        theirs = model.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=None)  # pyright: ignore
+        assert sequence.output_ids == theirs[0, n:].tolist()
+
+
 # ---- the default model
 
 PROMPTS = (
@@ -158,7 +191,7 @@ PROMPTS = (
 
 
 @cache
-def smollm2() -> tuple[LlamaForCausalLM, Decoder, list[list[int]]]:
+def smollm2() -> tuple[PreTrainedModel, Decoder, list[list[int]]]:
     """The model in Transformers and in dspark, both fp32, and the prompts as ids."""
     from dspark.models.source import load_state_dict, load_tokenizer, load_transformers, resolve_model
 
