@@ -41,6 +41,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in args:
             return None
         return _convert(next(a for a in args if a is not type(None)), value, where)
+    if origin is typing.Literal:
+        if value not in args:
+            raise ValueError(f"{where} must be one of {', '.join(map(str, args))}, not '{value}'")
+        return value
     if origin in (tuple, list):
         if not isinstance(value, list):
             raise ValueError(f"{where} must be a list, not {type(value).__name__}")
@@ -54,11 +58,15 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 def read_json(cls: type[T], path: Path) -> T:
     """Read `cls` from a file. Raises ValueError that names the file."""
+    return from_dict(cls, parse_json(path), f"'{path}'")
+
+
+def parse_json(path: Path) -> Any:
+    """Raises ValueError that names the file."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"'{path}' cannot be read: {error}") from None
-    return from_dict(cls, data, f"'{path}'")
 
 
 def write_json(value: Any, path: Path) -> None:

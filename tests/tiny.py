@@ -66,14 +66,20 @@ def tiny_target(
 
 
 def tiny_model(
-    config: DecoderConfig, seed: int = 0, block_size: int = 4, draft_vocab_size: int = 0, num_layers: int = 2
+    config: DecoderConfig,
+    seed: int = 0,
+    block_size: int = 4,
+    draft_vocab_size: int = 0,
+    num_layers: int = 2,
+    markov_rank: int = 6,
+    **changes,
 ) -> DSparkModel:
     """An untrained DSpark drafter whose heads are all of notable size; 0 drafts over the whole vocabulary."""
     size = draft_vocab_size or config.vocab_size
     taps = tuple(sorted({0, config.num_layers // 2, config.num_layers - 1}))
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    model = DSparkModel(DSparkConfig(config, taps, block_size, num_layers, 6, 1, size))
+    model = DSparkModel(DSparkConfig(config, taps, block_size, num_layers, markov_rank, 1, size, **changes))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:

@@ -1,5 +1,9 @@
-"""Drafter checkpoints: a folder with `config.json` and `model.safetensors` (bf16). No pickles."""
+"""Drafter checkpoints: a folder with `config.json` and `model.safetensors` (bf16). No pickles.
 
+Folders in the format of the official implementation are read too, see `official.py`.
+"""
+
+import json
 from pathlib import Path
 
 import torch
@@ -7,8 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dspark.config import read_json, write_json
+from dspark.config import from_dict, parse_json, write_json
 from dspark.drafters.model import DSparkConfig, DSparkModel
+from dspark.drafters.official import config_to_official, drafter_tensors, official_tensors, official_to_config
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -33,17 +38,46 @@ def save_drafter(model: DSparkModel, folder: Path, dtype: torch.dtype = torch.bf
     write_json(model.config, folder / "config.json")
 
 
+def write_official(
+    model: DSparkModel, embedding: Tensor, lm_head: Tensor, folder: Path, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Write a drafter for the big engines; embedding and lm_head [V, C] are those of its target.
+
+    Raises ValueError for what the format cannot say and OSError if the disk refuses.
+    """
+    tensors = official_tensors(model, embedding, lm_head, dtype)
+    config = config_to_official(model.config, dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(tensors, folder / "model.safetensors", {"format": "pt"})
+    temporary = folder / "config.json.tmp"
+    temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    temporary.replace(folder / "config.json")
+
+
+def read_config(path: Path) -> tuple[DSparkConfig, bool]:
+    """A drafter's config and whether it is of the official format. Raises ValueError naming the file."""
+    data, where = parse_json(path), f"'{path}'"
+    if not isinstance(data, dict) or "architectures" not in data:
+        return from_dict(DSparkConfig, data, where), False
+    try:
+        return official_to_config(data), True
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
 def load_drafter(folder: Path) -> DSparkModel:
-    """The model in fp32. Raises ValueError for missing, damaged or mismatched files."""
+    """The model in fp32, from either format. Raises ValueError for missing, damaged or mismatched files."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"'{folder}' is not a drafter checkpoint: it has no config.json")
-    config = read_json(DSparkConfig, folder / "config.json")
+    config, official = read_config(folder / "config.json")
     weights = folder / "model.safetensors"
     try:
         tensors = load_file(weights)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"'{weights}' cannot be read, it is missing or damaged: {error}") from None
     model = DSparkModel(config)
+    if official:
+        tensors = drafter_tensors(tensors, config)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:

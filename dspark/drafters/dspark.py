@@ -3,10 +3,12 @@
 Shapes: R requests, G slots, N = R*G block tokens, M candidates, C width, V' draft vocabulary, r head rank.
 """
 
+import copy
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dspark.drafters.interface import DraftRequest
@@ -51,15 +53,23 @@ class DSparkDrafter:
         # The context is the same for every layer, so one product gives the K and V of all of them, keys first.
         context_kv = torch.cat([w[f"self_attn.{n}_proj.weight"] for n in ("k", "v") for w in weights])
         self.context_kv = linear_map(context_kv, target.dtype)
+        self.context_bias = self.context_norm = None
+        if c.qkv_bias:
+            self.context_bias = torch.cat([w[f"self_attn.{n}_proj.bias"] for n in ("k", "v") for w in weights])
+        if c.qk_norm:
+            self.context_norm = torch.stack([w["self_attn.k_norm.weight"] for w in weights])[:, None]  # [L, 1, D]
         self.fc = linear_map(place(model.fc.weight), target.dtype)
         self.hidden_norm = place(model.hidden_norm.weight)
         self.norm = place(model.norm.weight)
         self.d2t = model.d2t.to(device)
         self.head = linear_map(target.lm_head_weight[self.d2t], target.dtype)
-        self.w1 = place(model.markov_head.markov_w1.weight)  # [V, r]
-        self.w2 = linear_map(place(model.markov_head.markov_w2.weight), target.dtype)  # [R, r] -> [R, V']
-        self.confidence_weight = place(model.confidence_head.proj.weight)[0]  # [C + r]
-        self.confidence_bias = model.confidence_head.proj.bias.detach().to(device, torch.float32)
+        self.markov = None
+        if model.markov_head is not None:
+            self.markov = copy.deepcopy(model.markov_head).to(device, dtype)
+            self.w2 = linear_map(place(model.w2), target.dtype)  # [R, r] -> [R, V']
+        self.confidence_head = None
+        if model.confidence_head is not None:
+            self.confidence_head = copy.deepcopy(model.confidence_head).to(device, dtype)
         self.mask_embedding = target.embedding[model.config.mask_token_id]
         self._storage: list[Tensor] = []
 
@@ -86,8 +96,15 @@ class DSparkDrafter:
     def extend(self, taps: list[Tensor], positions: Tensor, slots: Tensor) -> None:
         c = self.config.decoder
         context = rms_norm(self.fc(torch.cat(taps, -1)), self.hidden_norm, c.rms_norm_eps)
-        heads = self.context_kv(context).view(len(positions), -1, c.head_dim)
-        rotate_(heads, len(self.layers) * c.num_kv_heads, *self.target.rotary(positions))
+        product = self.context_kv(context)
+        if self.context_bias is not None:
+            product = product + self.context_bias
+        heads = product.view(len(positions), -1, c.head_dim)
+        num_keys = len(self.layers) * c.num_kv_heads
+        if self.context_norm is not None:
+            keys = heads[:, :num_keys].unflatten(1, (len(self.layers), c.num_kv_heads))  # [N, L, K, D]
+            keys.copy_(F.rms_norm(keys, (c.head_dim,), eps=c.rms_norm_eps) * self.context_norm)
+        rotate_(heads, num_keys, *self.target.rotary(positions))
         kv = heads.view(len(positions), 2, len(self.layers), c.num_kv_heads, c.head_dim)
         for storage, layer_kv in zip(self._storage, kv.unbind(2), strict=True):
             storage.index_copy_(0, slots, layer_kv)
@@ -126,15 +143,20 @@ class DSparkDrafter:
         settings, draws = self._settings(requests), self._draws(requests)  # [R] each, [R, G]
         previous = torch.tensor([q.token_ids[-1] for q in requests], device=hidden.device)
         slots: list[Slot] = []
-        embeddings = hidden.new_empty(r, g, self.w1.shape[1])
+        rank = self.config.markov_rank
+        embeddings, state = hidden.new_empty(r, g, rank), hidden.new_zeros(r, rank)
         for k in range(g):
-            embeddings[:, k] = self.w1[previous]
-            # The Markov bias decides most later slots: candidates are picked after it, never before.
-            logits = (base_logits[:, k] + self.w2(embeddings[:, k])).float()
+            logits = base_logits[:, k].float()
+            if self.markov is not None:
+                embeddings[:, k] = self.markov.markov_w1(previous)
+                features, state = self.markov.step(embeddings[:, k], hidden[:, k], state)
+                # The Markov bias decides most later slots: candidates are picked after it, never before.
+                logits = logits + self.w2(features).float()
             slots.append(self.best(logits) if greedy else self.sample(logits, settings, draws[:, k]))
             previous = slots[-1].token
-        features = torch.cat([hidden, embeddings], -1)
-        confidence = (features @ self.confidence_weight).float() + self.confidence_bias
+        confidence = torch.zeros(r, g, device=hidden.device)
+        if self.confidence_head is not None:
+            confidence = self.confidence_head(hidden, embeddings).float()
         tokens, support, draft_probs = (torch.stack(column, 1) for column in zip(*slots, strict=True))
         return Draft(tokens, support, draft_probs, confidence, torch.full((r,), g))
 

@@ -1,10 +1,13 @@
-"""The DSpark drafter as a trainable module: parallel backbone, Markov head, confidence head (design §3).
+"""The DSpark drafter as a trainable module: parallel backbone, sequential head, confidence head (design §3).
+
+Without a head it is DFlash.
 
 Parameter names are those of the official checkpoints. Inference packs the same weights (`drafters/dspark.py`).
 Shapes: S sequences, T positions, A anchors, G block size, C width, V' draft vocabulary, r head rank.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +19,10 @@ from dspark.models.layers import apply_rotary, rms_norm, rotary_table
 
 @dataclass(frozen=True)
 class DSparkConfig:
-    """What a DSpark drafter is made of; `decoder` gives the shape of one draft layer."""
+    """What a DSpark drafter is made of; `decoder` gives the shape of one draft layer.
+
+    markov_rank 0: no sequential head, as in DFlash; `markov_head` says which one else.
+    """
 
     decoder: DecoderConfig
     tap_layers: tuple[int, ...]
@@ -25,13 +31,17 @@ class DSparkConfig:
     markov_rank: int
     mask_token_id: int
     draft_vocab_size: int
+    markov_head: Literal["vanilla", "gated", "rnn"] = "vanilla"
+    confidence_head: bool = True
 
     def __post_init__(self) -> None:
         if not self.tap_layers or not all(0 <= i < self.decoder.num_layers for i in self.tap_layers):
             raise ValueError(f"tap layers {self.tap_layers} must lie in 0..{self.decoder.num_layers - 1}")
-        for name in ("block_size", "num_draft_layers", "markov_rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name, least in (("block_size", 1), ("num_draft_layers", 1), ("markov_rank", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if self.markov_head not in ("vanilla", "gated", "rnn"):
+            raise ValueError(f"markov_head must be vanilla, gated or rnn, not '{self.markov_head}'")
         if not 1 <= self.draft_vocab_size <= self.decoder.vocab_size:
             raise ValueError(f"draft_vocab_size must lie in 1..{self.decoder.vocab_size}")
         if not 0 <= self.mask_token_id < self.decoder.vocab_size:
@@ -53,21 +63,33 @@ class DraftAttention(nn.Module):
     def __init__(self, c: DecoderConfig):
         super().__init__()
         self.config = c
-        self.q_proj = nn.Linear(c.hidden_size, c.q_size, bias=False)
-        self.k_proj = nn.Linear(c.hidden_size, c.kv_size, bias=False)
-        self.v_proj = nn.Linear(c.hidden_size, c.kv_size, bias=False)
+        self.q_proj = nn.Linear(c.hidden_size, c.q_size, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.kv_size, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.kv_size, bias=c.qkv_bias)
         self.o_proj = nn.Linear(c.q_size, c.hidden_size, bias=False)
+        if c.qk_norm:
+            self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.rms_norm_eps) for _ in range(2))
+
+    def queries(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., H, D], not yet rotated."""
+        heads = self.q_proj(x).unflatten(-1, (self.config.num_heads, self.config.head_dim))
+        return self.q_norm(heads) if self.config.qk_norm else heads
+
+    def keys(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., K, D], not yet rotated."""
+        heads = self.k_proj(x).unflatten(-1, (self.config.num_kv_heads, self.config.head_dim))
+        return self.k_norm(heads) if self.config.qk_norm else heads
 
     def forward(self, x: Tensor, context: Tensor, context_mask: Tensor, rope: "BlockRotary") -> Tensor:
         """x [S, A, G, C], context [S, T, C], context_mask [S, A, T] (True: before the anchor) -> [S, A, G, C]."""
         c = self.config
         s, a, g, _ = x.shape
         kv_heads, group, d = c.num_kv_heads, c.group_size, c.head_dim
-        q = apply_rotary(self.q_proj(x).view(s, a, g, c.num_heads, d), *rope.block)
+        q = apply_rotary(self.queries(x), *rope.block)
         q = q.view(s, a, g, kv_heads, group, d).permute(0, 3, 1, 4, 2, 5)  # [S, K, A, group, G, D]
-        k_block = apply_rotary(self.k_proj(x).view(s, a, g, kv_heads, d), *rope.block).permute(0, 3, 1, 4, 2)
+        k_block = apply_rotary(self.keys(x), *rope.block).permute(0, 3, 1, 4, 2)
         v_block = self.v_proj(x).view(s, a, g, kv_heads, d).permute(0, 3, 1, 2, 4)  # [S, K, A, G, D]
-        k_context = apply_rotary(self.k_proj(context).view(s, -1, kv_heads, d), *rope.context).permute(0, 2, 3, 1)
+        k_context = apply_rotary(self.keys(context), *rope.context).permute(0, 2, 3, 1)
         v_context = self.v_proj(context).view(s, -1, kv_heads, d).transpose(1, 2)  # [S, K, T, D]
 
         rows = q.reshape(s, kv_heads, a * group * g, d) * d**-0.5
@@ -114,12 +136,45 @@ class BlockRotary:
 
 
 class MarkovHead(nn.Module):
-    """B(x_{k-1}) = W1[x_{k-1}] W2: W1 [V, r] over the whole vocabulary, W2 [V', r] over the draft vocabulary."""
+    """The bias of a slot's logits is f W2; the features f [..., r] come from e = W1[x_{k-1}] and h_k.
+
+    W1 [V, r] is over the whole vocabulary, W2 [V', r] over the draft vocabulary.
+    vanilla  f = e
+    gated    f = sigmoid(Wg [h_k; e] + b) * e
+    rnn      g, candidate, f' = W [s_{k-1}; e; h_k] + b in three parts; s_k = g s_{k-1} + (1 - g) tanh(candidate);
+             f = tanh(f'), g through a sigmoid, s_0 = 0
+    """
 
     def __init__(self, config: DSparkConfig):
         super().__init__()
-        self.markov_w1 = nn.Embedding(config.decoder.vocab_size, config.markov_rank)
-        self.markov_w2 = nn.Linear(config.markov_rank, config.draft_vocab_size, bias=False)
+        self.kind, rank, width = config.markov_head, config.markov_rank, config.decoder.hidden_size
+        self.markov_w1 = nn.Embedding(config.decoder.vocab_size, rank)
+        self.markov_w2 = nn.Linear(rank, config.draft_vocab_size, bias=False)
+        if self.kind == "gated":
+            self.gate_proj = nn.Linear(width + rank, rank)
+        elif self.kind == "rnn":
+            self.joint_proj = nn.Linear(2 * rank + width, 3 * rank)
+
+    def step(self, embedding: Tensor, hidden: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """e [..., r], h_k [..., C], s_{k-1} [..., r] -> features f [..., r] and s_k."""
+        if self.kind == "vanilla":
+            return embedding, state
+        if self.kind == "gated":
+            return torch.sigmoid(self.gate_proj(torch.cat([hidden, embedding], -1))) * embedding, state
+        gate, candidate, output = self.joint_proj(torch.cat([state, embedding, hidden], -1)).chunk(3, -1)
+        gate = torch.sigmoid(gate)
+        return torch.tanh(output), gate * state + (1 - gate) * torch.tanh(candidate)
+
+    def forward(self, embeddings: Tensor, hidden: Tensor) -> Tensor:
+        """Features of whole blocks whose tokens are known: e [..., G, r], h [..., G, C] -> f [..., G, r]."""
+        state = torch.zeros_like(embeddings[..., 0, :])
+        if self.kind != "rnn":
+            return self.step(embeddings, hidden, state)[0]
+        features = []
+        for e, h in zip(embeddings.unbind(-2), hidden.unbind(-2), strict=True):
+            f, state = self.step(e, h, state)
+            features.append(f)
+        return torch.stack(features, -2)
 
 
 class ConfidenceHead(nn.Module):
@@ -151,8 +206,8 @@ class DSparkModel(nn.Module):
         self.hidden_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.layers = nn.ModuleList(DraftLayer(c) for _ in range(config.num_draft_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.markov_head = MarkovHead(config)
-        self.confidence_head = ConfidenceHead(config)
+        self.markov_head = MarkovHead(config) if config.markov_rank else None
+        self.confidence_head = ConfidenceHead(config) if config.confidence_head else None
         self.register_buffer("d2t", torch.arange(config.draft_vocab_size))
         cos, sin = rotary_table(c.max_position_embeddings, c.head_dim, c.rope_theta, torch.device("cpu"))
         self.register_buffer("_cos", cos, persistent=False)
@@ -180,6 +235,25 @@ class DSparkModel(nn.Module):
             x = layer(x, context, context_mask, rope)
         return self.norm(x)
 
+    def heads(self, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the heads make of blocks: hidden [..., G, C], tokens [..., G] before each slot.
+
+        -> features [..., G, r] whose product with W2 is the bias of the logits, confidence logits [..., G] or None.
+        """
+        embeddings = hidden.new_zeros(*tokens.shape, 0)
+        if self.markov_head is not None:
+            embeddings = self.markov_head.markov_w1(tokens)
+        confidence = None if self.confidence_head is None else self.confidence_head(hidden, embeddings)
+        features = embeddings if self.markov_head is None else self.markov_head(embeddings, hidden)
+        return features, confidence
+
+    @property
+    def w2(self) -> Tensor:
+        """[V', r]; r is 0 without a sequential head."""
+        if self.markov_head is None:
+            return self.fc.weight.new_zeros(self.config.draft_vocab_size, 0)
+        return self.markov_head.markov_w2.weight
+
     def initialize_from_target(self, layers: list[dict[str, Tensor]], final_norm: Tensor, embedding: Tensor) -> None:
         """Start as copies of target layers whose first one reads the last tap.
 
@@ -202,10 +276,13 @@ class DSparkModel(nn.Module):
             self.fc.weight[:, -c:].copy_(torch.eye(c))
             self.hidden_norm.weight.copy_(first_norm)
             self.norm.weight.copy_(final_norm)
+            if self.confidence_head is not None:
+                self.confidence_head.proj.weight.zero_()
+                self.confidence_head.proj.bias.zero_()
+            if self.markov_head is None:
+                return
             centred = (embedding - embedding.mean(0)).float()
             basis = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -self.config.markov_rank :]
             components = centred @ basis
             self.markov_head.markov_w1.weight.copy_(components / components.std())
             self.markov_head.markov_w2.weight.zero_()
-            self.confidence_head.proj.weight.zero_()
-            self.confidence_head.proj.bias.zero_()

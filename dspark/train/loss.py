@@ -42,7 +42,7 @@ class DistributionLoss(torch.autograd.Function):
     def forward(
         ctx,
         hidden: Tensor,  # [N, C] draft hidden states
-        markov: Tensor,  # [N, r] W1[x_{k-1}]
+        markov: Tensor,  # [N, r] features of the sequential head
         w2: Tensor,  # [V', r]
         head: Tensor,  # [V', C] frozen LM head rows of the draft vocabulary
         target_hidden: Tensor,  # [N, C] after the final norm
@@ -113,13 +113,14 @@ def dspark_loss(
     markov: Tensor,
     w2: Tensor,
     head: Tensor,
-    confidence_logits: Tensor,
+    confidence_logits: Tensor | None,
     targets: SlotTargets,
     weights: LossWeights,
 ) -> tuple[Tensor, Tensor]:
     """L = 0.1 CE + 0.9 L1 + 1.0 BCE(c, 1 - L1/2), each divided by the sum of slot weights.
 
-    hidden [N, C], markov [N, r], confidence_logits [N] -> (loss, acceptance [N] = 1 - L1/2, detached).
+    hidden [N, C], markov features [N, r] (r = 0: no sequential head), confidence_logits [N] or None without that head
+    -> (loss, acceptance [N] = 1 - L1/2, detached).
     """
     normalised = targets.slot_weights / targets.slot_weights.sum()
     loss, l1 = DistributionLoss.apply(
@@ -136,5 +137,7 @@ def dspark_loss(
         weights.distillation,
     )  # pyright: ignore
     acceptance = (1 - l1 / 2).clamp(0, 1)
+    if confidence_logits is None:
+        return loss, acceptance
     bce = F.binary_cross_entropy_with_logits(confidence_logits.float(), acceptance, reduction="none")
     return loss + weights.confidence * (normalised * bce).sum(), acceptance

@@ -77,7 +77,7 @@ class Trainer:
         self.examples, self.heldout = examples, heldout
         # Held-out examples carry negative indices, so that both share one bounded cache.
         self.features = FeatureSource(target, model.config.tap_layers, int(config.cache_gib * 2**30))
-        head = list(model.markov_head.parameters())
+        head = [p for name, p in model.named_parameters() if name.startswith("markov_head.")]
         rest = [p for name, p in model.named_parameters() if not name.startswith("markov_head.")]
         self.optimizer = torch.optim.AdamW(
             [{"params": rest}, {"params": head}],
@@ -120,10 +120,12 @@ class Trainer:
         anchor_embeddings = self.target.embed(batch.tokens.gather(1, blocks.anchors)).float()
         with self.autocast():
             hidden = model(batch.taps.float(), blocks.anchors, anchor_embeddings, self.mask_embedding).float()
-        sequence, _, slots = blocks.supervised.nonzero(as_tuple=True)  # [N] each
-        positions = blocks.positions()[blocks.supervised]
-        hidden = hidden[blocks.supervised]  # [N, C]
-        markov = model.markov_head.markov_w1(batch.tokens[sequence, positions])
+        supervised, positions = blocks.supervised, blocks.positions()
+        known = positions.clamp(max=batch.tokens.shape[1] - 1)  # slots past the end are not supervised
+        tokens = batch.tokens.gather(1, known.flatten(1)).view(positions.shape)
+        features, confidence = model.heads(hidden, tokens)
+        sequence, _, slots = supervised.nonzero(as_tuple=True)  # [N] each
+        positions = positions[supervised]
         targets = SlotTargets(
             batch.hidden[sequence, positions].float(),
             batch.logsumexp[sequence, positions],
@@ -132,11 +134,11 @@ class Trainer:
             torch.exp(-slots / self.config.loss.decay),
         )
         loss, acceptance = dspark_loss(
-            hidden,
-            markov,
-            model.markov_head.markov_w2.weight,
+            hidden[supervised],
+            features[supervised],
+            model.w2,
             self.head,
-            model.confidence_head(hidden, markov),
+            None if confidence is None else confidence[supervised],
             targets,
             self.config.loss,
         )

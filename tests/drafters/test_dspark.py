@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -96,20 +98,21 @@ def test_extending_in_pieces_equals_at_once(pieces: tuple[int, ...]):
     torch.testing.assert_close(short, extended(model).backbone([Request(TOKENS[:4])])[0], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("markov_head", ["vanilla", "gated", "rnn", None])
 @pytest.mark.parametrize("draft_vocab_size", [0, 20])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_markov_and_confidence_heads_equal_the_trained_ones(draft_vocab_size: int, temperature: float):
+def test_heads_equal_the_trained_ones(markov_head: str | None, draft_vocab_size: int, temperature: float):
     """Teacher-forced with the tokens that were drafted, training gives the distribution that was sampled from."""
-    model = tiny_model(TARGET.config, draft_vocab_size=draft_vocab_size)
+    changes: dict[str, Any] = {"markov_head": markov_head} if markov_head else {"markov_rank": 0}
+    model = tiny_model(TARGET.config, draft_vocab_size=draft_vocab_size, **changes)
     anchor = 13
     draft = propose(model, Request(TOKENS[: anchor + 1], SamplingParams(temperature)))
     tokens = draft.tokens[0]
     previous = torch.cat([torch.tensor([TOKENS[anchor]]), tokens[:-1]])
     hidden = trained_hidden(model, (anchor,))[0]
     with torch.no_grad():
-        embeddings = model.markov_head.markov_w1(previous)
-        logits = hidden @ TARGET.lm_head_weight[model.d2t].T + model.markov_head.markov_w2(embeddings)  # [G, V']
-        confidence = model.confidence_head(hidden, embeddings)
+        features, confidence = model.heads(hidden, previous)
+        logits = hidden @ TARGET.lm_head_weight[model.d2t].T + features @ model.w2.T  # [G, V']
     torch.testing.assert_close(draft.confidence_logits[0], confidence, atol=1e-4, rtol=0)
     assert draft.lengths.tolist() == [model.config.block_size]
     if temperature == 0:
@@ -132,6 +135,7 @@ def test_candidates_are_picked_after_the_markov_bias(monkeypatch: pytest.MonkeyP
     hidden = trained_hidden(model, (anchor,))[0]
     previous = TOKENS[anchor]
     for k, token in enumerate(draft.tokens[0].tolist()):
+        assert model.markov_head is not None
         bias = model.markov_head.markov_w2(model.markov_head.markov_w1.weight[previous])
         scores = TARGET.lm_head_weight[model.d2t] @ hidden[k] + bias
         assert token == model.d2t[scores.argmax()]
@@ -155,7 +159,7 @@ def test_initialised_from_the_target_it_is_made_of_target_layers():
     layers = [{n: state[f"model.layers.{i}.{n}"] for n in names} for i in (2, 3)]
     model.initialize_from_target(layers, state["model.norm.weight"], state["model.embed_tokens.weight"])
     assert torch.equal(model.layers[1].get_parameter("mlp.up_proj.weight"), layers[1]["mlp.up_proj.weight"])  # pyright: ignore
-    assert not model.markov_head.markov_w2.weight.any()
+    assert not model.w2.any()
     assert propose(model, Request(TOKENS)).tokens.shape == (1, model.config.block_size)
 
 
@@ -189,7 +193,7 @@ def test_tap_layers_that_the_target_lacks_are_refused():
         ({"tap_layers": (4,)}, r"tap layers \(4,\) must lie in 0\.\.3"),
         ({"block_size": 0}, "block_size must be at least 1"),
         ({"num_draft_layers": 0}, "num_draft_layers"),
-        ({"markov_rank": 0}, "markov_rank"),
+        ({"markov_rank": -1}, "markov_rank"),
         ({"draft_vocab_size": 65}, r"draft_vocab_size must lie in 1\.\.64"),
         ({"mask_token_id": 64}, r"mask_token_id must lie in 0\.\.63"),
     ],

@@ -20,6 +20,7 @@ def instructions(request, monkeypatch):
     """Both ways to multiply with bf16 weights, where this CPU has both."""
     if request.param.startswith("without"):
         compiler = cpu_ops._compiler()
+        assert compiler is not None
         monkeypatch.setattr(compiler, "machine", dataclasses.replace(compiler.machine, bf16_dots=False))
 
 

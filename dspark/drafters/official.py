@@ -1,0 +1,99 @@
+"""The checkpoint format of the official implementation (DeepSpec), which vLLM and SGLang read too.
+
+One folder: `config.json` (a Qwen3 config with the drafter's fields beside it) and `model.safetensors` with flat names,
+the target's frozen embedding and LM head included.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from dspark.drafters.model import DSparkConfig, DSparkModel
+from dspark.models.config import DecoderConfig
+
+ARCHITECTURE = "Qwen3DSparkModel"
+FROZEN = ("embed_tokens.weight", "lm_head.weight")
+
+
+def official_to_config(config: dict) -> DSparkConfig:
+    """Raises ValueError for another architecture and for what our drafter does not compute."""
+    if config.get("architectures") != [ARCHITECTURE]:
+        raise ValueError(f"architecture {config.get('architectures')} is not supported; only {ARCHITECTURE} is")
+    rank = _field(config, "markov_rank")
+    has_confidence = config.get("enable_confidence_head", False)
+    if has_confidence and rank and not config.get("confidence_head_with_markov", False):
+        raise ValueError("a confidence head that does not see the token before its slot is not supported")
+    layer = DecoderConfig.from_hf(
+        AutoConfig.for_model("qwen3", **{k: v for k, v in config.items() if k not in ("architectures", "model_type")})
+    )
+    decoder = replace(layer, num_layers=_field(config, "num_target_layers"))
+    return DSparkConfig(
+        decoder=decoder,
+        tap_layers=tuple(_field(config, "target_layer_ids")),
+        block_size=_field(config, "block_size"),
+        num_draft_layers=_field(config, "num_hidden_layers"),
+        markov_rank=rank,
+        mask_token_id=_field(config, "mask_token_id"),
+        draft_vocab_size=decoder.vocab_size,
+        markov_head=config.get("markov_head_type", "vanilla"),
+        confidence_head=has_confidence,
+    )
+
+
+def _field(config: dict, name: str):
+    if name not in config:
+        raise ValueError(f"config.json lacks '{name}'")
+    return config[name]
+
+
+def drafter_tensors(tensors: dict[str, Tensor], config: DSparkConfig) -> dict[str, Tensor]:
+    """The state dict of `DSparkModel`: without the target's tensors, with the whole vocabulary to draft from."""
+    state = {name: t for name, t in tensors.items() if name not in FROZEN}
+    return state | {"d2t": torch.arange(config.decoder.vocab_size)}
+
+
+def official_tensors(model: DSparkModel, embedding: Tensor, lm_head: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What `model.safetensors` holds; embedding and lm_head [V, C] are the target's.
+
+    Raises ValueError for a pruned draft vocabulary, which the format cannot say.
+    """
+    vocab_size = model.config.decoder.vocab_size
+    if not torch.equal(model.d2t.cpu().long(), torch.arange(vocab_size)):
+        raise ValueError("the official format has no pruned draft vocabulary; train with draft_vocab_size = vocabulary")
+    state = {name: t for name, t in model.state_dict().items() if name != "d2t"}
+    state |= dict(zip(FROZEN, (embedding, lm_head), strict=True))
+    return {name: t.detach().cpu().to(dtype).contiguous() for name, t in sorted(state.items())}
+
+
+def config_to_official(config: DSparkConfig, dtype: torch.dtype) -> dict:
+    """config.json of the format. Raises ValueError for drafters of a target that is no Qwen3."""
+    c = config.decoder
+    if not c.qk_norm or c.qkv_bias:
+        raise ValueError("the official format is for drafters of Qwen3 targets")
+    heads = {"enable_confidence_head": config.confidence_head, "markov_rank": config.markov_rank}
+    if config.markov_rank:
+        heads |= {"confidence_head_with_markov": config.confidence_head, "markov_head_type": config.markov_head}
+    return heads | {
+        "architectures": [ARCHITECTURE],
+        "attention_bias": False,
+        "block_size": config.block_size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "head_dim": c.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "mask_token_id": config.mask_token_id,
+        "max_position_embeddings": c.max_position_embeddings,
+        "model_type": "qwen3",
+        "num_attention_heads": c.num_heads,
+        "num_hidden_layers": config.num_draft_layers,
+        "num_key_value_heads": c.num_kv_heads,
+        "num_target_layers": c.num_layers,
+        "rms_norm_eps": c.rms_norm_eps,
+        "rope_parameters": {"rope_theta": c.rope_theta, "rope_type": "default"},
+        "target_layer_ids": list(config.tap_layers),
+        "tie_word_embeddings": c.tie_embeddings,
+        "vocab_size": c.vocab_size,
+    }
