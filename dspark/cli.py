@@ -68,6 +68,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--minutes", type=float, default=60.0, help="training time, the schedule follows it (default 60)")
     sub.add_argument("--block-size", type=int, default=4, help="draft tokens a round (default 4)")
     sub.add_argument("--draft-layers", type=int, default=2, help="layers copied from the target's end (default 2)")
+    sub.add_argument(
+        "--markov-head",
+        choices=("vanilla", "gated", "rnn", "none"),
+        default="vanilla",
+        help="what corrects the parallel pass; none trains DFlash (default vanilla)",
+    )
     sub.add_argument("--learning-rate", type=float, default=6e-4, help="peak of the schedule (default 6e-4)")
     sub.add_argument("--max-length", type=int, default=512, help="tokens of an example, prompt included")
     sub.add_argument("--cache-gib", type=float, default=6.0, help="memory for the target's features (default 6)")
@@ -111,6 +117,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--repeats", type=int, default=9, help="timings of each size (default 9)")
     sub.add_argument("--out", type=Path, help="file to write (default: where the engine looks for it)")
     sub.add_argument("--json", action="store_true", help="print only the JSON line")
+
+    sub = command("export", run_export, "write a drafter in the format of the official implementation", model)
+    sub.add_argument("--drafter", required=True, help="checkpoint folder of a drafter of a Qwen3 target")
+    sub.add_argument("--out", type=Path, required=True, help="folder to write: config.json and model.safetensors")
 
     command("demo", run_demo, "plain decoding and DSpark side by side, in about a minute", model, drafter_options())
     return parser
@@ -361,6 +371,7 @@ def run_train(args: argparse.Namespace) -> int:
         device=args.device,
         block_size=args.block_size,
         draft_layers=args.draft_layers,
+        markov_head=args.markov_head,
         initial=args.initial,
         max_length=args.max_length,
         heldout=args.heldout,
@@ -481,6 +492,24 @@ def run_profile(args: argparse.Namespace) -> None:
             Console().print(part)
         print(f"written to '{out}'")
     print(json.dumps({**asdict(table), "out": str(out)}))
+
+
+def run_export(args: argparse.Namespace) -> None:
+    import torch
+
+    from dspark.drafters.checkpoint import load_drafter, write_official
+    from dspark.drafters.dspark import check_fit
+    from dspark.models.config import DecoderConfig
+    from dspark.models.source import load_hf_config, load_state_dict, resolve_model
+
+    source = resolve_model(args.model)
+    config, model = DecoderConfig.from_hf(load_hf_config(source)), load_drafter(Path(args.drafter))
+    check_fit(model.config, config)
+    weights = load_state_dict(source)
+    embedding = weights["model.embed_tokens.weight"]
+    lm_head = embedding if config.tie_embeddings else weights["lm_head.weight"]
+    write_official(model, embedding, lm_head, args.out, torch.bfloat16 if args.dtype == "bf16" else torch.float32)
+    print(f"written to '{args.out}'")
 
 
 def run_demo(args: argparse.Namespace) -> None:

@@ -153,6 +153,7 @@ class OracleDrafter:
 
     tap_layers: tuple[int, ...] = ()
     slot_bytes = 0
+    has_confidence = True
 
     def __init__(self, target: Decoder, block_size: int = 4):
         self.block_size, self.plain = block_size, PlainTarget(target)

@@ -14,6 +14,7 @@ from torch import Tensor
 from dspark.drafters.interface import DraftRequest
 from dspark.drafters.model import DSparkConfig, DSparkModel
 from dspark.models.attention import CachedAttention, Segment, copy_slots
+from dspark.models.config import DecoderConfig
 from dspark.models.decoder import Decoder, DecoderLayer, layer_shapes
 from dspark.models.layers import linear_map, rms_norm, rotate_
 from dspark.sampling import Purpose, categorical, truncated_probs, uniforms
@@ -38,7 +39,7 @@ class DSparkDrafter:
 
     def __init__(self, model: DSparkModel, target: Decoder):
         """Raises ValueError if the drafter was trained for a target of another shape."""
-        check_fit(model.config, target)
+        check_fit(model.config, target.config)
         self.config, self.target = model.config, target
         c, dtype, device = model.config.decoder, target.compute_dtype, target.device
 
@@ -76,6 +77,10 @@ class DSparkDrafter:
     @property
     def block_size(self) -> int:
         return self.config.block_size
+
+    @property
+    def has_confidence(self) -> bool:
+        return self.confidence_head is not None
 
     @property
     def tap_layers(self) -> tuple[int, ...]:
@@ -193,9 +198,9 @@ class DSparkDrafter:
         return torch.from_numpy(draws).to(self.d2t.device)
 
 
-def check_fit(config: DSparkConfig, target: Decoder) -> None:
-    """Raise ValueError unless the drafter's vocabulary, width, heads and tap layers fit the target."""
-    ours, theirs = config.decoder, target.config
+def check_fit(config: DSparkConfig, theirs: DecoderConfig) -> None:
+    """Raise ValueError unless the drafter's vocabulary, width, heads and tap layers fit the target's shape."""
+    ours = config.decoder
     for name, what in (
         ("vocab_size", "vocabulary"),
         ("hidden_size", "width"),

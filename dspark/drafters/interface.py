@@ -37,6 +37,11 @@ class Drafter(Protocol):
     @property
     def block_size(self) -> int: ...
     @property
+    def has_confidence(self) -> bool:
+        """Whether its drafts say how sure they are; else their confidence logits mean nothing."""
+        ...
+
+    @property
     def tap_layers(self) -> tuple[int, ...]:
         """Target layers whose outputs `extend` gets; empty if the drafter reads tokens only."""
         ...

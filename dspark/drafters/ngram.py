@@ -12,6 +12,7 @@ class NgramDrafter:
 
     tap_layers: tuple[int, ...] = ()
     slot_bytes = 0
+    has_confidence = False
 
     def __init__(self, block_size: int = 5, max_ngram: int = 4, min_ngram: int = 2):
         if block_size < 1 or not 1 <= min_ngram <= max_ngram:

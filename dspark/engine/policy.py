@@ -66,6 +66,6 @@ def drafting(target: Target, drafter: str, policy: str | None) -> Drafting:
     if bound is None:
         return Drafting(None, FixedLength(0), None, "plain")
     if policy is None:
-        policy = f"fixed-{bound.block_size}" if drafter == "ngram" else "foresight"
+        policy = "foresight" if bound.has_confidence else f"fixed-{bound.block_size}"
     scheduler = make_policy(policy, bound.block_size, lambda: cost_table(target, bound, drafter))
     return Drafting(bound, scheduler, load_calibration(drafter, name), policy)

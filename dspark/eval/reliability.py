@@ -173,7 +173,8 @@ def run_and_report(config: CalibrateConfig, show_table: bool) -> None:
         for name, part in parts.items():
             task = progress.add_task(f"answers for {name}", total=len(part) * len(config.temperatures))
             drafter = make_drafter(config.drafter, config.model, target.decoder)
-            assert drafter is not None
+            if drafter is None or not drafter.has_confidence:
+                raise ValueError(f"'{config.drafter}' has no confidence head to calibrate")
             rounds[name] = collect_rounds(
                 target,
                 drafter,

@@ -2,8 +2,9 @@
 
 import signal
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -25,7 +26,7 @@ class TrainRun:
     """All that a training run depends on.
 
     `initial` continues from a trained drafter and keeps its shape; otherwise `drafter` is the shape, and with
-    `drafter=None` block_size and draft_layers are.
+    `drafter=None` block_size, draft_layers and markov_head are; `none` trains DFlash.
     """
 
     data: tuple[Path, ...]
@@ -37,6 +38,7 @@ class TrainRun:
     initial: Path | None = None  # a drafter checkpoint to start from instead of the target's layers
     block_size: int = 4
     draft_layers: int = 2
+    markov_head: Literal["vanilla", "gated", "rnn", "none"] = "vanilla"
     max_length: int = 512  # tokens of an example, prompt included
     heldout: int = 24  # examples kept for evaluation, the last ones of the first file
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -91,9 +93,13 @@ def make_trainer(run: TrainRun, target: Target) -> Trainer:
     heldout, examples = examples[: run.heldout], examples[run.heldout :]
     if run.initial is not None:
         model = load_drafter(run.initial)
-        check_fit(model.config, decoder)
+        check_fit(model.config, decoder.config)
     else:
         recipe = run.drafter or default_recipe(decoder, mask_token(target.tokenizer), run.block_size, run.draft_layers)
+        if run.drafter is None and run.markov_head == "none":
+            recipe = replace(recipe, markov_rank=0)
+        elif run.drafter is None:
+            recipe = replace(recipe, markov_head=run.markov_head)
         model = new_drafter(decoder, load_state_dict(target.source), recipe, examples, run.train.seed)
     return Trainer(model, decoder, examples, heldout, run.train)
 

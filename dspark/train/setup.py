@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +23,12 @@ class DrafterRecipe:
     block_size: int = 4
     markov_rank: int = 128
     draft_vocab_size: int = 8_192
+    markov_head: Literal["vanilla", "gated", "rnn"] = "vanilla"
+
+    @property
+    def is_dflash(self) -> bool:
+        """No sequential head and no confidence: DFlash, trained with cross-entropy alone."""
+        return self.markov_rank == 0
 
 
 def mask_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -63,6 +70,8 @@ def new_drafter(
         markov_rank=recipe.markov_rank,
         mask_token_id=recipe.mask_token_id,
         draft_vocab_size=recipe.draft_vocab_size,
+        markov_head=recipe.markov_head,
+        confidence_head=not recipe.is_dflash,
     )
     torch.manual_seed(seed)
     model = DSparkModel(config)

@@ -8,7 +8,7 @@ Shapes: S sequences, T positions, A anchors, G block size, C width, N supervised
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,6 +22,9 @@ from dspark.train.checkpoint import Progress, save_training
 from dspark.train.data import Example
 from dspark.train.features import FeatureSource
 from dspark.train.loss import LossWeights, SlotTargets, dspark_loss
+
+DSPARK_LOSS = LossWeights(distillation=1.0)  # the paper's three terms and a fourth for short runs
+DFLASH_LOSS = LossWeights(cross_entropy=1.0, total_variation=0.0, confidence=0.0)
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class TrainConfig:
     cache_gib: float = 6.0
     eval_every_minutes: float = 5.0
     seed: int = 0
-    loss: LossWeights = LossWeights(distillation=1.0)  # the paper's three terms and a fourth for short runs
+    loss: LossWeights | None = None  # None: DSPARK_LOSS, or DFLASH_LOSS for a drafter without a sequential head
 
 
 @dataclass
@@ -73,7 +76,8 @@ class Trainer:
         heldout: list[Example],
         config: TrainConfig,
     ):
-        self.model, self.target, self.config = model, target, config
+        self.loss_weights = config.loss or (DSPARK_LOSS if model.config.markov_rank else DFLASH_LOSS)
+        self.model, self.target, self.config = model, target, replace(config, loss=self.loss_weights)
         self.examples, self.heldout = examples, heldout
         # Held-out examples carry negative indices, so that both share one bounded cache.
         self.features = FeatureSource(target, model.config.tap_layers, int(config.cache_gib * 2**30))
@@ -131,7 +135,7 @@ class Trainer:
             batch.logsumexp[sequence, positions],
             self.t2d[batch.tokens[sequence, positions + 1]],
             slots,
-            torch.exp(-slots / self.config.loss.decay),
+            torch.exp(-slots / self.loss_weights.decay),
         )
         loss, acceptance = dspark_loss(
             hidden[supervised],
@@ -140,7 +144,7 @@ class Trainer:
             self.head,
             None if confidence is None else confidence[supervised],
             targets,
-            self.config.loss,
+            self.loss_weights,
         )
         return loss, acceptance, slots
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dspark.drafters.dspark import DSparkDrafter, check_fit
 from dspark.drafters.model import DSparkModel
-from dspark.models.decoder import Decoder, layer_shapes
+from dspark.models.decoder import layer_shapes
 from dspark.sampling import SamplingParams
 from dspark.spec.draft import Draft
 from tests.tiny import PlainAttention, tiny_config, tiny_model, tiny_state_dict, tiny_target
@@ -173,7 +173,7 @@ def test_initialised_from_the_target_it_is_made_of_target_layers():
 )
 def test_a_drafter_of_another_target_is_refused(changes: dict, message: str):
     config = tiny_model(TARGET.config).config
-    check_fit(config, TARGET)
+    check_fit(config, TARGET.config)
     other = replace(config, decoder=replace(config.decoder, **changes))
     with pytest.raises(ValueError, match=message):
         DSparkDrafter(DSparkModel(other), TARGET)
@@ -182,7 +182,7 @@ def test_a_drafter_of_another_target_is_refused(changes: dict, message: str):
 def test_tap_layers_that_the_target_lacks_are_refused():
     shallow = tiny_config(num_layers=2)
     with pytest.raises(ValueError, match=r"reads target layers \[0, 2, 3\], this target has 2 layers"):
-        check_fit(tiny_model(TARGET.config).config, Decoder(shallow, tiny_state_dict(shallow), dtype=torch.float32))
+        check_fit(tiny_model(TARGET.config).config, shallow)
 
 
 @pytest.mark.parametrize(

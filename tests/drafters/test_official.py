@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
+from dspark.cli import main
 from dspark.drafters.checkpoint import load_drafter, save_drafter, write_official
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.model import DSparkModel
@@ -21,6 +22,7 @@ from dspark.sampling import SamplingParams
 from dspark.train.features import WholeSequenceAttention
 from dspark.train.loss import LossWeights, SlotTargets, dspark_loss
 from tests.drafters.test_dspark import Request
+from tests.tiny import tiny_config, tiny_model
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 VARIANTS = ("dspark_vanilla", "dspark_gated", "dspark_rnn", "dflash")
@@ -222,3 +224,14 @@ def test_unused_slots_do_not_enter_the_loss():
         ):
             if keep:
                 assert torch.equal(ours[int(anchor)], row)
+
+
+def test_export_command(tmp_path: Path, capsys: pytest.CaptureFixture):
+    source = GOLDEN / "dspark_gated"
+    options = ["--model", str(GOLDEN / "target"), "--out", str(tmp_path / "out"), "--dtype", "fp32"]
+    assert main(["export", "--drafter", str(source), *options]) == 0
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", source))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    save_drafter(tiny_model(tiny_config()), tmp_path / "other")
+    assert main(["export", "--drafter", str(tmp_path / "other"), *options]) == 2
+    assert "trained for a target of" in capsys.readouterr().err

@@ -10,9 +10,9 @@ from dspark.train.trainer import TrainConfig, Trainer
 from tests.tiny import tiny_model, tiny_target
 
 
-def make_trainer(minutes: float = 60.0, dtype: torch.dtype = torch.float32) -> Trainer:
+def make_trainer(minutes: float = 60.0, dtype: torch.dtype = torch.float32, **model_changes) -> Trainer:
     target = tiny_target(dtype)
-    model = tiny_model(target.config, draft_vocab_size=40)
+    model = tiny_model(target.config, draft_vocab_size=40, **model_changes)
     generator = torch.Generator().manual_seed(1)
     examples = [
         Example(tuple(ids[:6]), tuple(ids[6:]))
@@ -33,8 +33,12 @@ def run_steps(trainer: Trainer, folder, steps: int) -> list[float]:
     return losses
 
 
-def test_the_loss_falls(tmp_path):
-    losses = run_steps(make_trainer(), tmp_path, 60)
+DFLASH = {"markov_rank": 0, "confidence_head": False}
+
+
+@pytest.mark.parametrize("changes", [{}, {"markov_head": "gated"}, {"markov_head": "rnn"}, DFLASH], ids=str)
+def test_the_loss_falls(tmp_path, changes: dict):
+    losses = run_steps(make_trainer(**changes), tmp_path, 60)
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
 
 
@@ -45,6 +49,16 @@ def test_products_in_bf16_learn_too_and_leave_weights_in_fp32(tmp_path, monkeypa
     assert trainer.head.dtype is torch.bfloat16
     assert all(p.dtype is torch.float32 for p in trainer.model.parameters())
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+def test_every_part_of_every_head_is_trained(tmp_path):
+    variants: list[dict] = [{}, {"markov_head": "gated"}, {"markov_head": "rnn"}, DFLASH]
+    for changes in variants:
+        trainer = make_trainer(**changes)
+        before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        run_steps(trainer, tmp_path / str(changes), 3)
+        for name, parameter in trainer.model.named_parameters():
+            assert not torch.equal(parameter, before[name]), name
 
 
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path):
