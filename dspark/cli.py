@@ -41,15 +41,19 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     model, sampling = model_options(), sampling_options()
+    online = argparse.ArgumentParser(add_help=False)
+    online.add_argument(
+        "--online-calibration", action="store_true", help="correct the drafter's confidence by what is verified"
+    )
 
-    sub = command("generate", run_generate, "answer one prompt, streaming", model, drafter_options(), sampling)
+    sub = command("generate", run_generate, "answer one prompt, streaming", model, drafter_options(), online, sampling)
     sub.add_argument("prompt", help="the user's message; '-' reads it from standard input")
     sub.add_argument("--json", action="store_true", help="print one JSON object an answer instead of streaming text")
     sub.add_argument("--n", type=int, default=1, help="answers, each with a seed of its own (default 1)")
     sub.add_argument("--deterministic", action="store_true", help="the same to the last bit in any batch")
     sub.add_argument("--logprobs", type=int, metavar="K", help="log-probabilities of each token and the K likeliest")
 
-    command("chat", run_chat, "talk to the model in the terminal", model, drafter_options(), sampling)
+    command("chat", run_chat, "talk to the model in the terminal", model, drafter_options(), online, sampling)
 
     sub = command("data", run_data, "let the target answer prompts: training data for a drafter", model)
     source = sub.add_mutually_exclusive_group(required=True)
@@ -89,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--systems", default="transformers,plain,ngram,dspark", help="what to compare (default: all)")
     sub.add_argument("--json", action="store_true", help="print only the JSON line")
     sub.usage = "dspark bench [OPTIONS]\n       dspark bench load [OPTIONS]"
-    add_bench_load(sub, model)
+    add_bench_load(sub, model, online)
 
     sub = command("eval", run_eval, "measure how many draft tokens live decoding accepts", model)
     sub.add_argument("--drafter", default="dspark", help="dspark (shipped), ngram or a checkpoint folder")
@@ -126,12 +130,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_bench_load(bench: argparse.ArgumentParser, model: argparse.ArgumentParser) -> None:
+def add_bench_load(
+    bench: argparse.ArgumentParser, model: argparse.ArgumentParser, online: argparse.ArgumentParser
+) -> None:
     """`bench load`, a command of its own inside `bench`; its options stand after the word `load`."""
     summary = "policies of choosing verify lengths under rising load, in one interleaved run"
     loads = bench.add_subparsers(title="another bench, with its own --help", metavar="COMMAND")
     sub = loads.add_parser(
-        "load", help=summary, description=summary, parents=[model], prog="dspark bench load", usage="%(prog)s [OPTIONS]"
+        "load",
+        help=summary,
+        description=summary,
+        parents=[model, online],
+        prog="dspark bench load",
+        usage="%(prog)s [OPTIONS]",
     )
     sub.set_defaults(run=run_bench_load)
     sub.add_argument("--drafter", default="dspark", help="dspark (shipped), ngram, none or a checkpoint folder")
@@ -246,6 +257,7 @@ def load(args: argparse.Namespace, drafter: str, max_streams: int) -> "LLM":
         drafter,
         policy=getattr(args, "policy", None),
         deterministic=getattr(args, "deterministic", False),
+        online_calibration=getattr(args, "online_calibration", False),
         dtype=args.dtype,
         device=args.device,
         config=EngineConfig(max_streams=max_streams),
@@ -427,6 +439,7 @@ def run_bench_load(args: argparse.Namespace) -> int:
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         seed=args.seed,
+        online_calibration=args.online_calibration,
         plots=args.plots,
     )
     return 0 if run_and_report(config, show_table=not args.json) else 130

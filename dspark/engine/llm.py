@@ -60,7 +60,7 @@ class LLM:
     drafter: `dspark` (shipped for the model), `ngram`, `none` or a checkpoint folder.
     policy: how many draft tokens are verified, see `engine/policy.py`; None: what suits the drafter.
     dtype: `bf16` or `fp32`. deterministic: the same answer to the last bit alone and in any batch, with and without
-    a drafter.
+    a drafter. online_calibration: the drafter's confidence is corrected while serving, from what is verified.
     Raises ValueError for whatever cannot be loaded or does not fit.
     """
 
@@ -73,11 +73,12 @@ class LLM:
         dtype: str = "bf16",
         device: str = "cpu",
         deterministic: bool = False,
+        online_calibration: bool = False,
         config: EngineConfig = EngineConfig(),
     ):
         self.target = load_target(model, dtype, device, deterministic)
         self.tokenizer = self.target.tokenizer
-        parts = drafting(self.target, drafter, policy)
+        parts = drafting(self.target, drafter, policy, online_calibration)
         self.policy = parts.policy
         self.engine = Engine(
             self.target.decoder,

@@ -8,7 +8,7 @@ from dspark.drafters.interface import Drafter
 from dspark.drafters.load import load_calibration, make_drafter
 from dspark.engine.profile import cost_table
 from dspark.models.loader import Target
-from dspark.spec.calibration import Calibration
+from dspark.spec.calibration import Calibration, Calibrator, OnlineCalibration
 from dspark.spec.cost_table import CostTable
 from dspark.spec.prefix_scheduler import (
     FixedLength,
@@ -50,12 +50,18 @@ class Drafting(NamedTuple):
 
     drafter: Drafter | None
     scheduler: PrefixScheduler
-    calibration: Calibration | None
+    calibration: Calibrator | None
     policy: str
 
 
-def drafting(target: Target, drafter: str, policy: str | None) -> Drafting:
-    """drafter: as for `make_drafter`; policy: see POLICIES.
+def make_calibrator(bound: Drafter, drafter: str, model: str, online: bool) -> Calibrator | None:
+    """The side file of the drafter's checkpoint, if there is one; online: it goes on learning from what is verified."""
+    calibration = load_calibration(drafter, model)
+    return OnlineCalibration(calibration or Calibration.identity(bound.block_size)) if online else calibration
+
+
+def drafting(target: Target, drafter: str, policy: str | None, online_calibration: bool = False) -> Drafting:
+    """drafter: as for `make_drafter`; policy: see POLICIES; online_calibration: see `make_calibrator`.
 
     Without a policy a trained drafter gets `foresight`; drafters without a confidence of their own have all of
     their tokens verified. Foresight measures the machine's costs once, in a few seconds. Raises ValueError for
@@ -68,4 +74,4 @@ def drafting(target: Target, drafter: str, policy: str | None) -> Drafting:
     if policy is None:
         policy = "foresight" if bound.has_confidence else f"fixed-{bound.block_size}"
     scheduler = make_policy(policy, bound.block_size, lambda: cost_table(target, bound, drafter))
-    return Drafting(bound, scheduler, load_calibration(drafter, name), policy)
+    return Drafting(bound, scheduler, make_calibrator(bound, drafter, name, online_calibration), policy)

@@ -12,13 +12,14 @@ import random
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from dspark.drafters.interface import Drafter
-from dspark.drafters.load import load_calibration, make_drafter
+from dspark.drafters.load import make_drafter
 from dspark.engine.engine import Engine, EngineConfig
 from dspark.engine.llm import encode_prompt
-from dspark.engine.policy import BY_COST, check_policy, make_policy
+from dspark.engine.policy import BY_COST, check_policy, make_calibrator, make_policy
 from dspark.engine.profile import cost_table
 from dspark.eval.load_lane import Lane, poisson_arrivals
 from dspark.eval.load_stats import Tally, largest_error, summarise
@@ -26,7 +27,7 @@ from dspark.eval.machine import provenance
 from dspark.eval.tasks import load_prompts
 from dspark.models.loader import Target, load_target
 from dspark.sampling import SamplingParams
-from dspark.spec.calibration import Calibrator
+from dspark.spec.calibration import Calibration, Calibrator
 from dspark.spec.cost_table import CostTable
 
 LEAD_IN = 2  # uncounted steps of a slice: caches are of the policy before, a stale budget looks two rounds back
@@ -55,6 +56,7 @@ class LoadConfig:
     max_new_tokens: int = 128
     temperature: float = 0.0
     seed: int = 0
+    online_calibration: bool = False  # each policy with one of its own, as a server would have it
     plots: Path | None = None
 
     def __post_init__(self) -> None:
@@ -93,13 +95,8 @@ class LoadConfig:
 class LoadBench:
     """The lanes and policies of a run, and what has been measured so far: tallies[arrivals, load][policy]."""
 
-    def __init__(
-        self, config: LoadConfig, target: Target, drafter: Drafter | None, calibration: Calibrator | None = None
-    ):
-        """calibration: of the drafter's confidence.
-
-        Raises ValueError for policies that the drafter cannot serve and prompts that do not fit.
-        """
+    def __init__(self, config: LoadConfig, target: Target, drafter: Drafter | None):
+        """Raises ValueError for policies that the drafter cannot serve and prompts that do not fit."""
         block_size = drafter.block_size if drafter is not None else 0
         names = config.policies or default_policies(block_size)
         self.costs: CostTable | None = None
@@ -114,11 +111,15 @@ class LoadBench:
         self.config, self.names = config, names
         # They live through all loads, as in a server: what they learn of the drafter does not depend on the load.
         self.policies = {name: make_policy(name, block_size, get_costs) for name in speculative}
+        self.calibrators: dict[str, Calibrator | None] = {}
+        if drafter is not None:
+            calibrator = partial(make_calibrator, drafter, config.drafter, target.source.name)
+            self.calibrators = {name: calibrator(config.online_calibration) for name in speculative}
         prompts = [encode_prompt(target.tokenizer, p.turns[0]) for p in load_prompts(config.prompts, config.limit)]
         params = SamplingParams(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
         self.lanes: dict[bool, Lane] = {}  # by whether it speculates
         for speculates in sorted({name != "plain" for name in names}):
-            engine = make_engine(target, drafter if speculates else None, prompts, config, calibration)
+            engine = make_engine(target, drafter if speculates else None, prompts, config)
             self.lanes[speculates] = Lane(engine, prompts, params)
         self.tallies: dict[tuple[str, float], dict[str, Tally]] = {}
 
@@ -140,6 +141,7 @@ class LoadBench:
         lane = self.lanes[policy != "plain"]
         if policy != "plain":
             lane.engine.prefix_scheduler = self.policies[policy]
+            lane.engine.calibration = self.calibrators[policy] or Calibration.identity(lane.engine.block_size)
         return lane
 
     def closed_loop(self, streams: int, tallies: dict[str, Tally], on_slice: Callable[[str, float], None]) -> None:
@@ -223,7 +225,6 @@ def make_engine(
     drafter: Drafter | None,
     prompts: list[list[int]],
     config: LoadConfig,
-    calibration: Calibrator | None = None,
 ) -> Engine:
     """Room for the longest request, and no memory of prompts: they come again and again, which users' would not.
 
@@ -233,7 +234,7 @@ def make_engine(
     limits = EngineConfig(
         max_streams=max(config.streams), max_model_len=longest, kv_gib=4.0, reuse_prefixes=False, seed=0
     )
-    engine = Engine(target.decoder, drafter, eos_ids=target.eos_ids, config=limits, calibration=calibration)
+    engine = Engine(target.decoder, drafter, eos_ids=target.eos_ids, config=limits)
     if longest > engine.longest_request:
         raise ValueError(
             f"the longest prompt has {longest - config.max_new_tokens} tokens; with {config.max_new_tokens} new ones "
@@ -257,8 +258,7 @@ def run_and_report(config: LoadConfig, show_table: bool) -> bool:
     with console.status("loading, and profiling where there is no profile"):
         target = load_target(config.model, config.dtype, config.device)
         drafter = make_drafter(config.drafter, target.source.name, target.decoder)
-        calibration = load_calibration(config.drafter, target.source.name)
-        bench = LoadBench(config, target, drafter, calibration)
+        bench = LoadBench(config, target, drafter)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     finished = False
     try:
