@@ -70,6 +70,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, required=True, help="checkpoint folder; a run found there is resumed")
     sub.add_argument("--initial", type=Path, metavar="FOLDER", help="a trained drafter to start from, shape included")
     sub.add_argument("--minutes", type=float, default=60.0, help="training time, the schedule follows it (default 60)")
+    sub.add_argument("--epochs", type=float, help="passes over the data, instead of minutes; repeatable to the bit")
+    sub.add_argument("--sequences-per-step", type=int, default=1, help="examples of one update (default 1)")
+    sub.add_argument("--anchors", type=int, default=256, help="blocks drawn from an example, at most (default 256)")
     sub.add_argument("--block-size", type=int, default=4, help="draft tokens a round (default 4)")
     sub.add_argument("--draft-layers", type=int, default=2, help="layers copied from the target's end (default 2)")
     sub.add_argument(
@@ -373,7 +376,13 @@ def run_train(args: argparse.Namespace) -> int:
     from dspark.train.trainer import TrainConfig
 
     config = TrainConfig(
-        minutes=args.minutes, learning_rate=args.learning_rate, cache_gib=args.cache_gib, seed=args.seed
+        minutes=args.minutes,
+        epochs=args.epochs,
+        sequences_per_step=args.sequences_per_step,
+        anchors_per_sequence=args.anchors,
+        learning_rate=args.learning_rate,
+        cache_gib=args.cache_gib,
+        seed=args.seed,
     )
     run = TrainRun(
         data=tuple(args.data),

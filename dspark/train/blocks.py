@@ -3,6 +3,7 @@
 Shapes: S sequences, T positions, A anchors, G block size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,15 +22,21 @@ class Blocks:
         return self.anchors[..., None] + torch.arange(self.supervised.shape[-1], device=self.anchors.device)
 
 
-def sample_blocks(loss_mask: Tensor, block_size: int, num_anchors: int, generator: torch.Generator) -> Blocks:
+def sample_blocks(
+    loss_mask: Tensor, block_size: int, num_anchors: int, generators: Sequence[torch.Generator]
+) -> Blocks:
     """Random anchors a with loss_mask[a] and loss_mask[a + 1], at most num_anchors a sequence.
 
-    loss_mask [S, T] bool. Sequences with fewer valid anchors are padded with unsupervised blocks at 0.
+    loss_mask [S, T] bool; a generator for each sequence, so that its anchors depend neither on its company nor on
+    padding. Sequences with fewer valid anchors are padded with unsupervised blocks at 0.
     """
     s, t = loss_mask.shape
     valid = loss_mask[:, :-1] & loss_mask[:, 1:]
     # Random scores order the valid positions before all others; the best num_anchors of each row are taken.
-    scores = torch.rand(valid.shape, generator=generator).to(valid.device).masked_fill(~valid, 2.0)
+    scores = torch.full(valid.shape, 2.0)
+    for row, here, generator in zip(scores, valid.cpu(), generators, strict=True):
+        row[here] = torch.rand(int(here.sum()), generator=generator)
+    scores = scores.to(valid.device)
     count = min(num_anchors, int(valid.sum(1).max()))
     order = scores.argsort(1)[:, :count]
     keep = valid.gather(1, order)

@@ -116,13 +116,14 @@ def dspark_loss(
     confidence_logits: Tensor | None,
     targets: SlotTargets,
     weights: LossWeights,
+    weight_sum: Tensor | float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """L = 0.1 CE + 0.9 L1 + 1.0 BCE(c, 1 - L1/2), each divided by the sum of slot weights.
 
     hidden [N, C], markov features [N, r] (r = 0: no sequential head), confidence_logits [N] or None without that head
-    -> (loss, acceptance [N] = 1 - L1/2, detached).
+    -> (loss, acceptance [N] = 1 - L1/2, detached). weight_sum: to divide by, where the N slots are a part of a step.
     """
-    normalised = targets.slot_weights / targets.slot_weights.sum()
+    normalised = targets.slot_weights / (targets.slot_weights.sum() if weight_sum is None else weight_sum)
     loss, l1 = DistributionLoss.apply(
         hidden,
         markov,

@@ -64,7 +64,7 @@ def train(run: TrainRun) -> bool:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     try:
         with Progress(*columns) as progress:
-            task = progress.add_task("training", total=60 * run.train.minutes)
+            task = progress.add_task("training", total=1.0)
             loss, length = None, 1.0
 
             def on_step(result: StepResult) -> None:
@@ -73,7 +73,7 @@ def train(run: TrainRun) -> bool:
                 loss = (1 - weight) * (loss or 0.0) + weight * result.loss
                 length = (1 - weight) * length + weight * result.accepted_length
                 text = f"loss {loss:.3f}  expected accepted length {length:.2f}"
-                progress.update(task, completed=trainer.progress.seconds, description=text)
+                progress.update(task, completed=trainer.share_done, description=text)
 
             trainer.run(run.out, on_step, lambda: stopped)
     finally:

@@ -17,7 +17,7 @@ from torch import Tensor
 from dspark.drafters.model import DSparkModel
 from dspark.models.decoder import Decoder
 from dspark.models.layers import has_bf16_products
-from dspark.train.blocks import sample_blocks
+from dspark.train.blocks import Blocks, sample_blocks
 from dspark.train.checkpoint import Progress, save_training
 from dspark.train.data import Example
 from dspark.train.features import FeatureSource
@@ -29,28 +29,39 @@ DFLASH_LOSS = LossWeights(cross_entropy=1.0, total_variation=0.0, confidence=0.0
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run; `minutes` of training time are the budget, and the schedule follows them."""
+    """One training run. `minutes` of training time are the budget and the schedule follows them; or `epochs`, if given.
+
+    By epochs the weights depend on data and seed alone, by minutes on the speed of the machine too.
+    """
 
     minutes: float = 60.0
+    epochs: float | None = None
     learning_rate: float = 6e-4
     head_learning_rate_scale: float = 5.0  # the Markov head starts from zero and must reach logits of several units
     warmup_share: float = 0.04
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     sequences_per_step: int = 1
+    sequences_at_once: int = 1  # of a step, in memory together; gradients of the others are added to theirs
     anchors_per_sequence: int = 256
     cache_gib: float = 6.0
     eval_every_minutes: float = 5.0
     seed: int = 0
     loss: LossWeights | None = None  # None: DSPARK_LOSS, or DFLASH_LOSS for a drafter without a sequential head
 
+    def __post_init__(self) -> None:
+        if not self.minutes > 0 or (self.epochs is not None and not self.epochs > 0):
+            raise ValueError("a training run needs minutes or epochs above 0")
+        for name in ("sequences_per_step", "sequences_at_once", "anchors_per_sequence"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
 
 @dataclass
 class Batch:
-    """S padded examples: tokens and loss_mask [S, T], taps [S, T, taps*C], hidden [S, T, C], logsumexp [S, T]."""
+    """S padded examples: tokens [S, T], taps [S, T, taps*C], hidden [S, T, C], logsumexp [S, T]."""
 
     tokens: Tensor
-    loss_mask: Tensor
     taps: Tensor
     hidden: Tensor
     logsumexp: Tensor
@@ -106,21 +117,46 @@ class Trainer:
 
     def step(self, indices: list[int]) -> StepResult:
         """One update on the examples of these indices."""
-        batch = self.collate(indices, self.examples)
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.progress.step)
-        loss, acceptance, slots = self.loss(batch, generator)
+        size = self.config.sequences_at_once
+        parts = [indices[i : i + size] for i in range(0, len(indices), size)]
+        blocks = [self.sample_blocks(part, self.examples, 1 + self.progress.step) for part in parts]
+        weight_sum = sum(self.slot_weights(b.supervised.nonzero()[:, 2]).sum() for b in blocks)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        losses, acceptances, slots = [], [], []
+        for part, of_part in zip(parts, blocks, strict=True):
+            loss, acceptance, slot = self.loss(self.collate(part, self.examples), of_part, weight_sum)
+            loss.backward()
+            losses.append(loss.item())
+            acceptances.append(acceptance)
+            slots.append(slot)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         for group, scale in zip(self.optimizer.param_groups, (1.0, self.config.head_learning_rate_scale), strict=True):
             group["lr"] = scale * self.learning_rate()
         self.optimizer.step()
-        return StepResult(loss.item(), accepted_length(acceptance, slots, self.model.config.block_size), len(slots))
+        slot = torch.cat(slots)
+        length = accepted_length(torch.cat(acceptances), slot, self.model.config.block_size)
+        return StepResult(sum(losses), length, len(slot))
 
-    def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, acceptance [N], slot index [N]) on freshly sampled blocks of the batch."""
+    def sample_blocks(self, indices: list[int], examples: list[Example], step: int) -> Blocks:
+        """Blocks of these examples, others at each step: slots are supervised inside answers only."""
+        length = max(len(examples[i].token_ids) for i in indices)
+        loss_mask = torch.zeros(len(indices), length, dtype=torch.bool)
+        for row, i in zip(loss_mask, indices, strict=True):
+            row[len(examples[i].prompt_ids) : len(examples[i].token_ids)] = True
+        first = (self.config.seed * 1_000_003 + step) * 1_000_003
+        generators = [torch.Generator().manual_seed((first + i) % 2**63) for i in indices]
+        return sample_blocks(loss_mask, self.model.config.block_size, self.config.anchors_per_sequence, generators)
+
+    def slot_weights(self, slots: Tensor) -> Tensor:
+        """w_k of slot indices [N]."""
+        return torch.exp(-slots / self.loss_weights.decay)
+
+    def loss(self, batch: Batch, blocks: Blocks, weight_sum: Tensor | float | None = None) -> tuple[Tensor, ...]:
+        """(loss, acceptance [N], slot index [N]) on blocks of the batch.
+
+        weight_sum: of the slot weights of the whole step, of which the batch may be a part.
+        """
         model = self.model
-        blocks = sample_blocks(batch.loss_mask, model.config.block_size, self.config.anchors_per_sequence, generator)
         anchor_embeddings = self.target.embed(batch.tokens.gather(1, blocks.anchors)).float()
         with self.autocast():
             hidden = model(batch.taps.float(), blocks.anchors, anchor_embeddings, self.mask_embedding).float()
@@ -135,7 +171,7 @@ class Trainer:
             batch.logsumexp[sequence, positions],
             self.t2d[batch.tokens[sequence, positions + 1]],
             slots,
-            torch.exp(-slots / self.loss_weights.decay),
+            self.slot_weights(slots),
         )
         loss, acceptance = dspark_loss(
             hidden[supervised],
@@ -145,6 +181,7 @@ class Trainer:
             None if confidence is None else confidence[supervised],
             targets,
             self.loss_weights,
+            weight_sum,
         )
         return loss, acceptance, slots
 
@@ -169,14 +206,8 @@ class Trainer:
         def stack(rows: list[Tensor]) -> Tensor:
             return torch.stack([torch.nn.functional.pad(r, [0, 0] * (r.ndim - 1) + [0, p]) for r, p in zip(rows, pad)])
 
-        masks = []
-        for i in indices:
-            mask = torch.ones(len(examples[i].token_ids), dtype=torch.bool)
-            mask[: len(examples[i].prompt_ids)] = False
-            masks.append(mask)
         return Batch(
             stack([torch.tensor(examples[i].token_ids) for i in indices]),
-            stack(masks),
             stack([f.taps for f in features]),
             stack([f.hidden for f in features]),
             stack([f.logsumexp for f in features]),
@@ -186,10 +217,16 @@ class Trainer:
 
     @property
     def share_done(self) -> float:
+        if self.config.epochs is not None:
+            return min(1.0, self.progress.step / (self.config.epochs * self.steps_per_epoch))
         return min(1.0, self.progress.seconds / (60 * self.config.minutes))
 
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.examples) // min(self.config.sequences_per_step, len(self.examples))
+
     def learning_rate(self) -> float:
-        """Linear warm-up, then a cosine to zero, over the time budget."""
+        """Linear warm-up, then a cosine to zero, over the budget."""
         warmup = self.config.warmup_share
         if self.share_done < warmup:
             return self.config.learning_rate * max(self.share_done / warmup, 0.02)
@@ -198,10 +235,9 @@ class Trainer:
     def batches(self) -> Iterator[list[int]]:
         """Example indices of the steps from the current one on: epochs of seeded permutations."""
         size = min(self.config.sequences_per_step, len(self.examples))
-        steps_per_epoch = len(self.examples) // size
         step = self.progress.step
         while True:
-            epoch, offset = divmod(step, steps_per_epoch)
+            epoch, offset = divmod(step, self.steps_per_epoch)
             generator = torch.Generator().manual_seed(self.config.seed * 7_919 + epoch)
             order = torch.randperm(len(self.examples), generator=generator).tolist()
             yield order[offset * size : (offset + 1) * size]
@@ -215,7 +251,7 @@ class Trainer:
         on_step: Callable[[StepResult], None] = lambda _: None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Train until the time budget is used up or `should_stop()`; a resumable state is left either way.
+        """Train until the budget is used up or `should_stop()`; a resumable state is left either way.
 
         State is also written after every evaluation. on_step is called after each step.
         """
@@ -249,10 +285,10 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> dict:
         """Loss and acceptance by slot on held-out examples, appended to the history."""
-        generator = torch.Generator().manual_seed(self.config.seed)
         losses, acceptances, slots = [], [], []
         for i in range(len(self.heldout)):
-            loss, acceptance, slot = self.loss(self.collate([i], self.heldout), generator)
+            blocks = self.sample_blocks([i], self.heldout, 0)
+            loss, acceptance, slot = self.loss(self.collate([i], self.heldout), blocks)
             losses.append(loss.item())
             acceptances.append(acceptance)
             slots.append(slot)

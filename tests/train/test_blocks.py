@@ -11,12 +11,16 @@ masks = st.integers(2, 14).flatmap(
 )
 
 
+def generators(seed: int, count: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(100 * seed + i) for i in range(count)]
+
+
 @settings(max_examples=200, deadline=None)
 @given(masks, st.integers(1, 6), st.integers(1, 20), st.integers(0, 5))
 def test_blocks_keep_to_the_loss_mask(mask: list[list[bool]], block_size: int, num_anchors: int, seed: int):
     """Valid, distinct anchors; the contiguous supervised prefix of each block, written out slot by slot."""
     loss_mask = torch.tensor(mask)
-    blocks = sample_blocks(loss_mask, block_size, num_anchors, torch.Generator().manual_seed(seed))
+    blocks = sample_blocks(loss_mask, block_size, num_anchors, generators(seed, len(mask)))
     length = loss_mask.shape[1]
     for row, anchors, supervised in zip(mask, blocks.anchors.tolist(), blocks.supervised.tolist()):
         valid = [i for i in range(length - 1) if row[i] and row[i + 1]]
@@ -38,21 +42,32 @@ def test_blocks_keep_to_the_loss_mask(mask: list[list[bool]], block_size: int, n
 
 def test_positions_are_those_of_the_target_s_distributions():
     """Slot k learns from the distribution after position anchor + k, whose token is at anchor + k + 1."""
-    blocks = sample_blocks(torch.ones(1, 6, dtype=torch.bool), 3, 2, torch.Generator().manual_seed(0))
+    blocks = sample_blocks(torch.ones(1, 6, dtype=torch.bool), 3, 2, generators(0, 1))
     for anchor, positions in zip(blocks.anchors[0].tolist(), blocks.positions()[0].tolist()):
         assert positions == [anchor, anchor + 1, anchor + 2]
 
 
+def test_anchors_do_not_depend_on_company_or_padding():
+    masks = torch.zeros(3, 60, dtype=torch.bool)
+    for row, length in zip(masks, (20, 60, 33)):
+        row[4:length] = True
+    together = sample_blocks(masks, 4, 9, generators(7, 3))
+    for i, length in enumerate((20, 60, 33)):
+        alone = sample_blocks(masks[i : i + 1, :length], 4, 9, generators(7, 3)[i : i + 1])
+        assert torch.equal(alone.anchors[0], together.anchors[i])
+        assert torch.equal(alone.supervised[0], together.supervised[i])
+
+
 def test_the_generator_alone_decides():
     mask = torch.ones(2, 50, dtype=torch.bool)
-    first, same, other = (sample_blocks(mask, 4, 5, torch.Generator().manual_seed(s)).anchors for s in (1, 1, 2))
+    first, same, other = (sample_blocks(mask, 4, 5, generators(s, 2)).anchors for s in (1, 1, 2))
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
 
 
 def test_all_valid_anchors_are_drawn_equally_often():
     mask = torch.tensor([[False, True, True, True, False, True, True, False]])
-    generator = torch.Generator().manual_seed(0)
+    generator = generators(0, 1)
     counts = torch.zeros(8)
     for _ in range(3000):
         counts[sample_blocks(mask, 2, 1, generator).anchors[0, 0]] += 1

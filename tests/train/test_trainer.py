@@ -10,15 +10,18 @@ from dspark.train.trainer import TrainConfig, Trainer
 from tests.tiny import tiny_model, tiny_target
 
 
-def make_trainer(minutes: float = 60.0, dtype: torch.dtype = torch.float32, **model_changes) -> Trainer:
+def make_trainer(minutes: float = 60.0, dtype: torch.dtype = torch.float32, **changes) -> Trainer:
     target = tiny_target(dtype)
-    model = tiny_model(target.config, draft_vocab_size=40, **model_changes)
+    of_run = {name: changes.pop(name) for name in list(changes) if hasattr(TrainConfig, name)}
+    model = tiny_model(target.config, draft_vocab_size=40, **changes)
     generator = torch.Generator().manual_seed(1)
     examples = [
         Example(tuple(ids[:6]), tuple(ids[6:]))
         for ids in (torch.randint(0, 64, (20,), generator=generator).tolist() for _ in range(10))
     ]
-    return Trainer(model, target, examples[2:], examples[:2], TrainConfig(minutes=minutes, learning_rate=3e-3))
+    return Trainer(
+        model, target, examples[2:], examples[:2], TrainConfig(minutes=minutes, learning_rate=3e-3, **of_run)
+    )
 
 
 def run_steps(trainer: Trainer, folder, steps: int) -> list[float]:
@@ -71,6 +74,31 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path):
     run_steps(resumed, tmp_path / "parts", 3)
     for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters()):
         assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_a_step_in_parts_is_the_whole_step(at_once: int):
+    """Gradients of parts add up to those of all sequences at once, whatever each part supervises."""
+    gradients = []
+    for size in (8, at_once):
+        trainer = make_trainer(sequences_at_once=size)
+        trainer.optimizer.step = lambda: None  # pyright: ignore
+        result = trainer.step(list(range(8)))
+        gradients.append([p.grad for p in trainer.model.parameters()])
+    assert result.slots > 8
+    for whole, parts in zip(*gradients, strict=True):
+        torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-5)
+
+
+def test_by_epochs_the_budget_and_the_schedule_are_steps(tmp_path):
+    trainer = make_trainer(epochs=1.5, sequences_per_step=2)
+    rates = []
+    trainer.run(tmp_path, lambda _: rates.append(trainer.optimizer.param_groups[0]["lr"]))
+    assert len(rates) == 6  # 8 examples, 4 steps an epoch
+    assert 0 < rates[0] < rates[1] > rates[3] > rates[5] > 0  # warm-up, then the cosine
+    again = make_trainer(epochs=1.5, sequences_per_step=2)
+    again.run(tmp_path / "again")
+    assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), again.model.parameters()))
 
 
 def test_a_damaged_resume_file_is_one_clear_error(tmp_path):
