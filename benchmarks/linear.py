@@ -17,11 +17,11 @@ import torch.nn.functional as F
 
 from dspark.eval.machine import provenance
 from dspark.models import cpu_ops
-from dspark.models.layers import PackedLinear, storage_dtype
+from dspark.models.layers import PackedLinear, has_bf16_products
 
 OUT, IN = 3072, 576  # SmolLM2's gate and up maps, fused
 WEIGHTS = 120  # together far larger than any cache
-ROWS = (1, 2, 4, 5, 8, 16, 32, 64)
+ROWS = (1, 2, 4, 5, 8, 16, 32, 64, 128, 256)
 
 
 def median_seconds(run, repeats: int = 9) -> float:
@@ -35,29 +35,31 @@ def median_seconds(run, repeats: int = 9) -> float:
 
 
 def main() -> None:
-    dtype = storage_dtype(torch.bfloat16, torch.device("cpu"))
-    weights = [torch.randn(OUT, IN).bfloat16().to(dtype) for _ in range(WEIGHTS)]
-    systems: dict[str, Sequence[Callable[[torch.Tensor], torch.Tensor]]] = {
-        "f_linear": [functools.partial(F.linear, weight=w) for w in weights]
+    weights = [torch.randn(OUT, IN).bfloat16() for _ in range(WEIGHTS)]
+    wide = [w.float() for w in weights]
+    systems: dict[str, tuple[torch.dtype, Sequence[Callable[[torch.Tensor], torch.Tensor]]]] = {
+        "f_linear_fp32": (torch.float32, [functools.partial(F.linear, weight=w) for w in wide]),
+        "packed_fp32": (torch.float32, [PackedLinear(w) for w in wide]),
     }
-    systems["packed"] = [PackedLinear(w) for w in weights]
+    if has_bf16_products(torch.device("cpu")):
+        systems["packed_bf16"] = (torch.bfloat16, [PackedLinear(w) for w in weights])
     if cpu_ops.available():
-        systems["compiled"] = [cpu_ops.CompiledLinear(w.bfloat16()) for w in weights]
+        systems["compiled"] = (torch.float32, [cpu_ops.CompiledLinear(w) for w in weights])
     plain = torch.randn(WEIGHTS * OUT * IN)
     print(f"sum of a large tensor: {4 * plain.numel() / median_seconds(plain.sum) / 1e9:.1f} GB/s")
     rows = []
     for n in ROWS:
-        x = torch.randn(n, IN, dtype=dtype)
         row: dict[str, float] = {"rows": n}
-        for name, maps in systems.items():
+        for name, (dtype, maps) in systems.items():
+            x = torch.randn(n, IN, dtype=dtype)
             seconds = median_seconds(lambda x=x, maps=maps: [linear(x) for linear in maps])
-            item = 2 if name == "compiled" else dtype.itemsize
+            item = 4 if name.endswith("fp32") else 2
             row[f"{name}_ms"] = round(seconds / WEIGHTS * 1e3, 3)
             row[f"{name}_gb_per_s"] = round(WEIGHTS * OUT * IN * item / seconds / 1e9, 1)
             row[f"{name}_gflop_per_s"] = round(WEIGHTS * OUT * IN * 2 * n / seconds / 1e9)
         print(row)
         rows.append(row)
-    print(json.dumps({"dtype": str(dtype), "rows": rows, **provenance()}))
+    print(json.dumps({"rows": rows, **provenance()}))
 
 
 if __name__ == "__main__":
