@@ -1,4 +1,4 @@
-"""The checkpoint format of the official implementation (DeepSpec), which vLLM and SGLang read too.
+"""The checkpoint format of the official implementation (DeepSpec).
 
 One folder: `config.json` (a Qwen3 config with the drafter's fields beside it) and `model.safetensors` with flat names,
 the target's frozen embedding and LM head included.
