@@ -15,6 +15,7 @@ from dspark.engine.policy import drafting
 from dspark.eval.identity import Difference, first_difference
 from dspark.eval.machine import provenance
 from dspark.eval.tasks import load_prompts
+from dspark.models.layers import has_bf16_products
 from dspark.models.loader import Target, load_target
 from dspark.models.source import load_transformers
 from dspark.sampling import SamplingParams
@@ -121,14 +122,15 @@ class EngineSystem:
 class TransformersSystem:
     """`generate` of Transformers, all prompts of a batch padded on the left.
 
-    It gets the arithmetic that our engine uses too: on a CPU without bf16 instructions that is fp32, since in bf16
-    its prompt pass alone would take minutes there.
+    It runs in the model's own precision; a bf16 model on a CPU without bf16 instructions in fp32, since in bf16 its
+    prompt pass alone would take minutes there.
     """
 
     policy = "generate"
 
     def __init__(self, target: Target):
-        dtype = target.decoder.compute_dtype
+        decoder = target.decoder
+        dtype = decoder.dtype if has_bf16_products(decoder.device) else decoder.compute_dtype
         self.model = load_transformers(target.source, dtype).to(target.decoder.device)  # pyright: ignore
         self.eos_ids = sorted(target.eos_ids)
 
