@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from dspark.spec.cost_table import CostTable
@@ -32,6 +32,7 @@ __all__ = [
     "Walk",
     "algorithm_1",
     "best_budget",
+    "decode_seconds",
     "foresight",
     "rates",
     "survival",
@@ -96,14 +97,24 @@ def walk(values: Floats, lengths: Tensor) -> Walk:
     return Walk(request[order], flat[order])
 
 
+def decode_seconds(costs: CostTable, load: Load, batch_tokens: ArrayLike, requests_drafted: ArrayLike = 0) -> Floats:
+    """Seconds of a step, elementwise, less what its prompt tokens cost on top of plain decoding.
+
+    Prompts must be computed whatever is drafted. Counted in, they make a step look so slow that draft tokens pay
+    which cost more than the tokens of an ordinary step.
+    """
+    prompts = costs.target(load.requests + load.other_tokens) - costs.target(load.requests)
+    return costs.seconds(batch_tokens, requests_drafted) - prompts
+
+
 def rates(values: Floats, costs: CostTable, load: Load) -> Floats:
     """tau·SPS(B), expected tokens a second, if the first 0..n slots are verified: survival [n] -> [n + 1].
 
-    Entry i depends on the first i values only. SPS counts the time of drafting for all requests.
+    Entry i depends on the first i values only. SPS counts the time of drafting for all requests, not that of prompts.
     """
     tau = load.requests + np.cumsum(np.append(0.0, values))  # a request without draft tokens still gets one token
     batch_tokens = load.requests + load.other_tokens + np.arange(len(values) + 1)
-    return tau / costs.seconds(batch_tokens, load.requests)
+    return tau / decode_seconds(costs, load, batch_tokens, load.requests)
 
 
 def first_false(go_on: NDArray[np.bool_]) -> int:
@@ -139,7 +150,7 @@ def foresight(values: Floats, budget: int, costs: CostTable, load: Load) -> int:
         sizes = np.array([size for size in costs.batch_tokens if base < size < last] + [last])  # [P]
         tau = load.requests + np.cumsum(np.append(0.0, values[: ahead - 1]))  # [ahead]
         more = sizes - (base + steps[:ahead, None])  # m [ahead, P]
-        bound = (tau[:, None] + more * values[:ahead, None]) / costs.seconds(sizes, load.requests)
+        bound = (tau[:, None] + more * values[:ahead, None]) / decode_seconds(costs, load, sizes, load.requests)
         go_on[:ahead] = np.where(more > 0, bound, 0.0).max(1) > rate[:ahead]
     return first_false(go_on)
 
@@ -247,7 +258,7 @@ class _CostBased:
         """
         if self.history.samples >= self.warm_up:
             if self.rounds_asked % ASK_EVERY == 0 or load != self.asked:
-                plain = load.requests / self.costs.seconds(load.requests + load.other_tokens)
+                plain = load.requests / self.costs.seconds(load.requests)
                 self.asked, self.pays = load, self.expected_rate(load) > plain
             self.rounds_asked += 1
             if not self.pays:
@@ -261,7 +272,7 @@ class _CostBased:
         values = self.history.samples_of(load.requests)  # [S, n]
         tau = load.requests + np.cumsum(np.pad(values, ((0, 0), (1, 0))), axis=1)  # [S, n + 1]
         batch = load.requests + load.other_tokens + np.arange(tau.shape[1])
-        seconds = self.costs.seconds(batch, load.requests)
+        seconds = decode_seconds(self.costs, load, batch, load.requests)
         best = (tau / seconds).argmax(1)
         return float(tau[np.arange(len(tau)), best].sum() / seconds[best].sum())
 

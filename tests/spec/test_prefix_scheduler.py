@@ -89,9 +89,10 @@ def test_walk_breaks_ties_by_request_and_position() -> None:
     assert order.lengths(4, 3).tolist() == [2, 1, 1]
 
 
-def test_rates_count_drafting_and_prompts() -> None:
-    costs = cost_table([1.0, 2.0, 3.0], draft_seconds=0.5, step_seconds=0.25)
-    np.testing.assert_allclose(rates(np.array([0.8]), costs, Load(1, 1)), [1 / 2.75, 1.8 / 3.75])
+def test_rates_count_drafting_and_not_what_prompts_add() -> None:
+    costs = cost_table([1.0, 2.0, 5.0], draft_seconds=0.5, step_seconds=0.25)
+    np.testing.assert_allclose(rates(np.array([0.8]), costs, Load(1)), [1 / 1.75, 1.8 / 2.75])
+    np.testing.assert_allclose(rates(np.array([0.8]), costs, Load(1, 1)), [1 / 1.75, 1.8 / 4.75])
 
 
 def test_algorithm_1_stops_at_the_first_slot_that_does_not_pay() -> None:
@@ -174,7 +175,9 @@ def test_load_decides_whether_drafting_pays() -> None:
     choose(scheduler, [[0.9, 0.9]])
     assert scheduler.requests_to_draft(Load(1)) == 1
     assert scheduler.requests_to_draft(Load(8)) == 0
-    assert scheduler.requests_to_draft(Load(1, other_tokens=7))  # that step is long anyway: 1.9 / 6.2 against 1 / 5
+    assert scheduler.requests_to_draft(Load(1, other_tokens=1)) == 1
+    # Prompts make the step long, 1.9 / 6.2 against 1 / 5; but they cost that anyway, and a slot adds 1 second.
+    assert scheduler.requests_to_draft(Load(1, other_tokens=7)) == 0
 
 
 # ---- properties
@@ -247,7 +250,8 @@ def test_foresight_is_the_plain_loop(arguments: tuple[Tensor, Tensor, CostTable,
     base, tau, count = load.requests + load.other_tokens, float(load.requests), 0
 
     def rate(expected: float, slots: int) -> float:
-        return expected / float(costs.seconds(base + slots, load.requests))
+        prompts = costs.target(base) - costs.target(load.requests)
+        return expected / float(costs.seconds(base + slots, load.requests) - prompts)
 
     for i, value in enumerate(values):
         furthest = len(values) - i if i < budget else 1
