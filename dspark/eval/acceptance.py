@@ -6,16 +6,12 @@ drafter's own guesses in the block, so that a mask or an off-by-one that trainin
 
 import json
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from statistics import mean
-
-from torch import Tensor
 
 from dspark.drafters.load import make_drafter
 from dspark.engine.llm import encode_prompt
+from dspark.engine.rounds import acceptance_by_domain
 from dspark.eval.machine import provenance
-from dspark.eval.reliability import collect_rounds
 from dspark.eval.tasks import load_prompts
 from dspark.models.loader import load_target
 
@@ -39,20 +35,6 @@ class EvalConfig:
             raise ValueError("--temperatures must be numbers of at least 0")
 
 
-def acceptance(accepted: Tensor, block_size: int) -> dict:
-    """Figures of rounds whose whole block was verified; accepted [N]: draft tokens that stayed.
-
-    `accepted_length` counts the bonus token; `conditional` is P(slot k is accepted | all slots before it were),
-    None where no round came so far.
-    """
-    reached = [int((accepted >= k).sum()) for k in range(block_size + 1)]
-    return {
-        "rounds": len(accepted),
-        "accepted_length": round(1 + accepted.double().mean().item(), 4),
-        "conditional": [round(b / a, 4) if a else None for a, b in pairwise(reached)],
-    }
-
-
 def measure(config: EvalConfig) -> list[dict]:
     """One row a temperature and domain, then one a temperature for all domains: their macro average.
 
@@ -74,34 +56,16 @@ def measure(config: EvalConfig) -> list[dict]:
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("answers", total=len(prompts) * len(config.temperatures))
         for temperature in config.temperatures:
-            of_domains = []
-            for domain, ids in sorted(by_domain.items()):
-                rounds = collect_rounds(
-                    target,
-                    drafter,
-                    ids,
-                    (temperature,),
-                    config.max_new_tokens,
-                    config.streams,
-                    lambda: progress.advance(task),
-                )
-                figures = acceptance(rounds.accepted, drafter.block_size)
-                of_domains.append({"temperature": temperature, "domain": domain, "prompts": len(ids), **figures})
-            rows += [*of_domains, macro_average(of_domains)]
+            rows += acceptance_by_domain(
+                target,
+                drafter,
+                by_domain,
+                temperature,
+                config.max_new_tokens,
+                config.streams,
+                lambda: progress.advance(task),
+            )
     return rows
-
-
-def macro_average(rows: list[dict]) -> dict:
-    """Every domain weighs the same, however many rounds it had."""
-    by_slot = [[c for c in column if c is not None] for column in zip(*(r["conditional"] for r in rows))]
-    return {
-        "temperature": rows[0]["temperature"],
-        "domain": "macro average",
-        "prompts": sum(r["prompts"] for r in rows),
-        "rounds": sum(r["rounds"] for r in rows),
-        "accepted_length": round(mean(r["accepted_length"] for r in rows), 4),
-        "conditional": [round(mean(values), 4) if values else None for values in by_slot],
-    }
 
 
 def run_and_report(config: EvalConfig, show_table: bool) -> None:

@@ -1,29 +1,20 @@
-"""How far confidence can be trusted: rounds collected from live decoding, temperatures fitted, before and after.
-
-Shapes: N rounds, G slots of a block.
-"""
+"""How far confidence can be trusted: rounds collected from live decoding, temperatures fitted, before and after."""
 
 import json
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-import torch
-from torch import Tensor
-
 from dspark.config import write_json
-from dspark.drafters.interface import Drafter
 from dspark.drafters.load import CALIBRATION_FILE, drafter_folder, make_drafter
-from dspark.engine.engine import Engine, EngineConfig
 from dspark.engine.llm import encode_prompt
+from dspark.engine.rounds import Rounds, collect_rounds
 from dspark.eval.machine import provenance
 from dspark.eval.plots import reliability_diagram
 from dspark.eval.report import reliability_table
 from dspark.eval.tasks import load_prompts
-from dspark.models.loader import Target, load_target
-from dspark.sampling import SamplingParams
+from dspark.models.loader import load_target
 from dspark.spec.calibration import (
     Calibration,
     brier,
@@ -32,66 +23,6 @@ from dspark.spec.calibration import (
     reliability_bins,
     roc_auc,
 )
-from dspark.spec.prefix_scheduler import FixedLength
-
-
-@dataclass
-class Rounds:
-    """Confidence logits [N, G] of rounds whose whole block was verified, and how many tokens stayed [N]."""
-
-    logits: Tensor
-    accepted: Tensor
-
-
-@dataclass
-class RoundRecorder:
-    """Stands where the engine keeps its calibration, passes confidence through and writes down what came of it."""
-
-    logits: list[Tensor] = field(default_factory=list)
-    accepted: list[Tensor] = field(default_factory=list)
-
-    def confidence(self, logits: Tensor) -> Tensor:
-        return logits.sigmoid()
-
-    def observe(self, logits: Tensor, verify_lengths: Tensor, accepted: Tensor) -> None:
-        whole = verify_lengths == logits.shape[1]  # the last rounds of an answer verify less
-        self.logits.append(logits[whole].float().cpu())
-        self.accepted.append(accepted[whole].cpu())
-
-    def rounds(self) -> Rounds:
-        return Rounds(torch.cat(self.logits), torch.cat(self.accepted))
-
-
-def collect_rounds(
-    target: Target,
-    drafter: Drafter,
-    prompts: Sequence[list[int]],
-    temperatures: Sequence[float],
-    max_new_tokens: int,
-    streams: int,
-    on_finish: Callable[[], None] = lambda: None,
-) -> Rounds:
-    """Decode all prompts at all temperatures, every draft token verified. Raises ValueError if no round was whole."""
-    recorder = RoundRecorder()
-    engine = Engine(
-        target.decoder,
-        drafter,
-        FixedLength(drafter.block_size),
-        eos_ids=target.eos_ids,
-        config=EngineConfig(max_streams=streams, seed=0),
-        calibration=recorder,
-    )
-    for temperature in temperatures:
-        for prompt in prompts:
-            engine.add(prompt, SamplingParams(temperature=temperature, max_new_tokens=max_new_tokens))
-    while engine.has_work:
-        for new in engine.step():
-            if new.sequence.finish_reason is not None:
-                on_finish()
-    rounds = recorder.rounds() if recorder.logits else Rounds(torch.empty(0, 0), torch.empty(0))
-    if not len(rounds.accepted):
-        raise ValueError("no whole block was drafted; use more prompts or more new tokens")
-    return rounds
 
 
 def reliability(rounds: Rounds, calibration: Calibration) -> dict:
