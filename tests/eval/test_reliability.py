@@ -5,6 +5,7 @@ import torch
 from dspark.engine.rounds import Rounds
 from dspark.eval.reliability import calibrate
 
+
 def test_calibration_helps_an_overconfident_drafter():
     generator = torch.Generator().manual_seed(0)
 
