@@ -1,23 +1,35 @@
-"""A training run on disk: the drafter itself, a readable record, and all state needed to continue.
+"""A training run on disk: a readable record, and all state needed to continue, on any number of processes.
 
 `resume.safetensors` holds fp32 weights, optimiser moments and progress in one file, so that a kill at any
 moment leaves either the old state or the new one.
 """
 
+import copy
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
-from dspark.drafters.checkpoint import save_drafter, save_tensors
+from dspark.drafters.checkpoint import save_tensors
+from dspark.train import parallel
 
 if TYPE_CHECKING:
     from dspark.train.trainer import Trainer
 
 RESUME_FILE = "resume.safetensors"
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 @dataclass
@@ -31,45 +43,77 @@ class Progress:
 
 
 def save_training(trainer: "Trainer", folder: Path) -> None:
-    """Write the drafter, `training.json` and `resume.safetensors`, each atomically."""
-    save_drafter(trainer.model, folder)
-    tensors = {f"model.{name}": t for name, t in trainer.model.state_dict().items()}
-    for name, parameter in trainer.model.named_parameters():
-        for key, value in trainer.optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{name}.{key}"] = value
-    record = {
-        "config": asdict(trainer.config),
-        "progress": asdict(trainer.progress),
-        "data": trainer.describe_data(),
-    }
-    tensors = {name: t.detach().clone().contiguous() for name, t in tensors.items()}
-    save_tensors(tensors, folder / RESUME_FILE, {"progress": json.dumps(record["progress"])})
+    """Write `resume.safetensors` and `training.json`, each atomically; nothing before the first step."""
+    if not trainer.progress.step:
+        return
+    tensors = training_state(trainer)
+    if parallel.rank() > 0:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    progress = asdict(trainer.progress)
+    metadata = {"progress": json.dumps(progress), "identity": json.dumps(trainer.identity)}
+    save_tensors({name: t.contiguous() for name, t in tensors.items()}, folder / RESUME_FILE, metadata)
+    record = {"config": asdict(trainer.config), "progress": progress, "data": trainer.identity["data"]}
     temporary = folder / "training.json.tmp"
     temporary.write_text(json.dumps(record, indent=1) + "\n")
     temporary.replace(folder / "training.json")
 
 
-def resume_training(trainer: "Trainer", folder: Path) -> None:
-    """Put a trainer of the same configuration where the saved run stopped.
+def training_state(trainer: "Trainer") -> dict[str, Tensor]:
+    """All tensors that a step changes, whole, in process 0."""
+    model, optimizers = get_state_dict(trainer.model, trainer.optimizers, options=WHOLE)
+    tensors = {f"model.{name}": t for name, t in model.items()}
+    for name, state in optimizers.get("state", {}).items():
+        tensors |= {f"optimizer.{name}.{key}": t for key, t in state.items()}
+    if trainer.average is not None:
+        with trainer.average.in_place():
+            average = get_model_state_dict(trainer.model, options=WHOLE)
+            tensors |= {f"average.{name}": copy.deepcopy(t) for name, t in average.items()}
+    return cast(dict[str, Tensor], tensors)
 
-    Raises ValueError if the file is missing, damaged or of a drafter of another shape.
+
+def resume_training(trainer: "Trainer", folder: Path) -> None:
+    """Put a trainer of the same configuration and data where the saved run stopped.
+
+    Raises ValueError if the file is missing, damaged or of another configuration or other data.
     """
     path = folder / RESUME_FILE
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        progress = Progress(**json.loads(metadata["progress"]))
-        trainer.model.load_state_dict(
-            {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
-        )
-    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError, RuntimeError) as error:
+        progress, identity = Progress(**json.loads(metadata["progress"])), json.loads(metadata["identity"])
+    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"cannot resume from '{path}': {reason}; choose another --out or remove the folder") from None
+    if other := "; ".join(differences(identity, json.loads(json.dumps(trainer.identity)))):
+        raise ValueError(
+            f"cannot resume from '{path}', it is of another run: {other}. Give the same options and data to continue "
+            f"it, or another --out, with --initial '{folder}' to start from its drafter"
+        )
+    parts = {
+        part: {n.removeprefix(part): t for n, t in tensors.items() if n.startswith(part)}
+        for part in ("model.", "optimizer.", "average.")
+    }
+    if trainer.average is not None:
+        set_model_state_dict(trainer.model, parts["average."], options=WHOLE)
+        trainer.average.exchange()
+    set_model_state_dict(trainer.model, parts["model."], options=WHOLE)
+    moments = get_optimizer_state_dict(trainer.model, trainer.optimizers)
+    state: dict[str, dict[str, Tensor]] = {}
+    for name, t in parts["optimizer."].items():
+        weight, key = name.rsplit(".", 1)
+        state.setdefault(weight, {})[key] = t
+    moments["state"] = state  # pyright: ignore
+    set_optimizer_state_dict(trainer.model, trainer.optimizers, moments, options=WHOLE)
     trainer.progress = progress
     trainer.bind_draft_vocabulary()
-    with torch.no_grad():
-        for name, parameter in trainer.model.named_parameters():
-            state = {k: tensors.get(f"optimizer.{name}.{k}") for k in ("step", "exp_avg", "exp_avg_sq")}
-            if all(value is not None for value in state.values()):
-                trainer.optimizer.state[parameter] = state
+
+
+def differences(saved: dict, ours: dict) -> Iterator[str]:
+    """A phrase for each setting that is not the same."""
+    for part, settings in ours.items():
+        for name, value in settings.items():
+            before = saved.get(part, {}).get(name)
+            if before != value:
+                yield f"{part} {name} was {before} and is now {value}"

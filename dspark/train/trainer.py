@@ -1,27 +1,35 @@
 """Training a DSpark drafter against a frozen target.
 
 `Trainer.step` is the whole of it: features, blocks, backbone, loss, update. Everything around it is
-time keeping, evaluation and checkpoints.
+time keeping, evaluation and checkpoints. In several processes each takes its share of a step's examples.
 Shapes: S sequences, T positions, A anchors, G block size, C width, N supervised slots.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from dspark.drafters.checkpoint import save_drafter
 from dspark.drafters.model import DSparkModel
 from dspark.models.decoder import Decoder
 from dspark.models.layers import has_bf16_products
+from dspark.train import parallel
 from dspark.train.blocks import Blocks, sample_blocks
 from dspark.train.checkpoint import Progress, save_training
 from dspark.train.data import Example
+from dspark.train.evaluate import accepted_length, by_slot, expected_acceptance
 from dspark.train.features import FeatureSource
 from dspark.train.loss import LossWeights, SlotTargets, dspark_loss
+from dspark.train.optimizer import OptimizerName, WeightAverage, make_optimizers
+from dspark.train.parallel import ParallelKind
 
 DSPARK_LOSS = LossWeights(distillation=1.0)  # the paper's three terms and a fourth for short runs
 DFLASH_LOSS = LossWeights(cross_entropy=1.0, total_variation=0.0, confidence=0.0)
@@ -32,6 +40,7 @@ class TrainConfig:
     """One training run. `minutes` of training time are the budget and the schedule follows them; or `epochs`, if given.
 
     By epochs the weights depend on data and seed alone, by minutes on the speed of the machine too.
+    `evaluations` are spread evenly over the budget and take time of their own; the best one's drafter is kept.
     """
 
     minutes: float = 60.0
@@ -44,17 +53,28 @@ class TrainConfig:
     sequences_per_step: int = 1
     sequences_at_once: int = 1  # of a step, in memory together; gradients of the others are added to theirs
     anchors_per_sequence: int = 256
+    optimizer: OptimizerName = "adamw"
+    weight_average: float = 0.0  # decay of a moving average, which is then evaluated and kept; 0: none
+    parallel: ParallelKind = "ddp"  # how several processes share the work
     cache_gib: float = 6.0
-    eval_every_minutes: float = 5.0
+    evaluations: int = 8
+    decode_every: int = 4  # evaluations; such a one, and the last, really decodes too
+    save_every_minutes: float = 5.0
     seed: int = 0
     loss: LossWeights | None = None  # None: DSPARK_LOSS, or DFLASH_LOSS for a drafter without a sequential head
 
     def __post_init__(self) -> None:
         if not self.minutes > 0 or (self.epochs is not None and not self.epochs > 0):
             raise ValueError("a training run needs minutes or epochs above 0")
-        for name in ("sequences_per_step", "sequences_at_once", "anchors_per_sequence"):
+        for name in ("sequences_per_step", "sequences_at_once", "anchors_per_sequence", "evaluations", "decode_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.weight_average < 1:
+            raise ValueError(f"weight_average must lie in 0..1, below 1, not {self.weight_average}")
+
+
+# What a resumed run may change: none of it moves a weight, but for the rounding of sums.
+FREE = ("sequences_at_once", "parallel", "cache_gib", "evaluations", "decode_every", "save_every_minutes")
 
 
 @dataclass
@@ -77,7 +97,10 @@ class StepResult:
 
 
 class Trainer:
-    """Trains `model` in place on `examples`; `heldout` is for evaluation only."""
+    """Trains `model` in place on `examples`; `heldout` is for evaluation only.
+
+    decode: what live decoding accepts with a drafter, for the record.
+    """
 
     def __init__(
         self,
@@ -86,21 +109,25 @@ class Trainer:
         examples: list[Example],
         heldout: list[Example],
         config: TrainConfig,
+        decode: Callable[[DSparkModel], list[dict]] = lambda _: [],
     ):
+        """Raises ValueError without held-out examples, or if a step has fewer examples than there are processes."""
+        if not heldout:
+            raise ValueError("a training run needs at least one held-out example")
+        if min(config.sequences_per_step, len(examples)) < parallel.size():
+            raise ValueError(
+                f"{parallel.size()} processes need an example each at every step: raise sequences_per_step"
+            )
         self.loss_weights = config.loss or (DSPARK_LOSS if model.config.markov_rank else DFLASH_LOSS)
         self.model, self.target, self.config = model, target, replace(config, loss=self.loss_weights)
         self.examples, self.heldout = examples, heldout
         # Held-out examples carry negative indices, so that both share one bounded cache.
         self.features = FeatureSource(target, model.config.tap_layers, int(config.cache_gib * 2**30))
-        head = [p for name, p in model.named_parameters() if name.startswith("markov_head.")]
-        rest = [p for name, p in model.named_parameters() if not name.startswith("markov_head.")]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": rest}, {"params": head}],
-            lr=0.0,
-            weight_decay=config.weight_decay,
-            betas=(0.9, 0.95),
-            fused=True,  # one pass over the weights: 21 % of a step became 1 %
-        )
+        model.to(target.device)
+        self.global_loss = parallel.wrap(model, self.loss, config.parallel)
+        self.optimizers = make_optimizers(model, config.optimizer, config.weight_decay, config.head_learning_rate_scale)
+        self.average = WeightAverage(model, config.weight_average) if config.weight_average else None
+        self.decode = decode
         self.progress = Progress()
         self.mask_embedding = target.embedding[model.config.mask_token_id].float()
         self.bind_draft_vocabulary()
@@ -109,38 +136,44 @@ class Trainer:
         """Derive the pruned LM head and the map to draft ids from the model's `d2t`."""
         target, model = self.target, self.model
         self.head = target.lm_head_weight[model.d2t].to(self.product_dtype)  # [V', C]
-        t2d = torch.full((target.config.vocab_size,), -1)
-        t2d[model.d2t] = torch.arange(len(model.d2t))
+        t2d = torch.full((target.config.vocab_size,), -1, device=target.device)
+        t2d[model.d2t] = torch.arange(len(model.d2t), device=target.device)
         self.t2d = t2d
 
     # -- one step ---------------------------------------------------------------------------------
 
     def step(self, indices: list[int]) -> StepResult:
-        """One update on the examples of these indices."""
-        size = self.config.sequences_at_once
-        parts = [indices[i : i + size] for i in range(0, len(indices), size)]
+        """One update on the examples of these indices, shared out over the processes."""
+        mine, size = parallel.share(indices), self.config.sequences_at_once
+        parts = [mine[i : i + size] for i in range(0, len(mine), size)]
         blocks = [self.sample_blocks(part, self.examples, 1 + self.progress.step) for part in parts]
-        weight_sum = sum(self.slot_weights(b.supervised.nonzero()[:, 2]).sum() for b in blocks)
-        self.optimizer.zero_grad(set_to_none=True)
-        losses, acceptances, slots = [], [], []
+        weights = [self.slot_weights(b.supervised.nonzero()[:, 2]).sum() for b in blocks]
+        weight_sum = parallel.total(torch.stack(weights).sum())
+        for each in self.optimizers:
+            each.zero_grad(set_to_none=True)
+        loss_sum = torch.zeros(1, device=self.target.device)
+        tally = torch.zeros(2, self.model.config.block_size, device=self.target.device)
         for part, of_part in zip(parts, blocks, strict=True):
-            loss, acceptance, slot = self.loss(self.collate(part, self.examples), of_part, weight_sum)
-            loss.backward()
-            losses.append(loss.item())
-            acceptances.append(acceptance)
-            slots.append(slot)
+            parallel.exchange_gradients(self.global_loss, part is parts[-1])
+            loss, acceptance, slots = self.global_loss(self.collate(part, self.examples), of_part, weight_sum)
+            (parallel.size() * loss).backward()  # processes take the mean of what is to be summed
+            loss_sum += loss.detach()
+            tally += by_slot(acceptance, slots, self.model.config.block_size)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-        for group, scale in zip(self.optimizer.param_groups, (1.0, self.config.head_learning_rate_scale), strict=True):
-            group["lr"] = scale * self.learning_rate()
-        self.optimizer.step()
-        slot = torch.cat(slots)
-        length = accepted_length(torch.cat(acceptances), slot, self.model.config.block_size)
-        return StepResult(sum(losses), length, len(slot))
+        for each in self.optimizers:
+            for group in each.param_groups:
+                group["lr"] = group["scale"] * self.learning_rate()
+            each.step()
+        if self.average is not None:
+            self.average.update(1 + self.progress.step)
+        result = parallel.total(torch.cat([loss_sum, tally.flatten()])).cpu()  # the one wait for the device
+        tally = result[1:].view(2, -1)
+        return StepResult(result[0].item(), accepted_length(tally), int(tally[1].sum()))
 
     def sample_blocks(self, indices: list[int], examples: list[Example], step: int) -> Blocks:
         """Blocks of these examples, others at each step: slots are supervised inside answers only."""
         length = max(len(examples[i].token_ids) for i in indices)
-        loss_mask = torch.zeros(len(indices), length, dtype=torch.bool)
+        loss_mask = torch.zeros(len(indices), length, dtype=torch.bool, device=self.target.device)
         for row, i in zip(loss_mask, indices, strict=True):
             row[len(examples[i].prompt_ids) : len(examples[i].token_ids)] = True
         first = (self.config.seed * 1_000_003 + step) * 1_000_003
@@ -207,7 +240,7 @@ class Trainer:
             return torch.stack([torch.nn.functional.pad(r, [0, 0] * (r.ndim - 1) + [0, p]) for r, p in zip(rows, pad)])
 
         return Batch(
-            stack([torch.tensor(examples[i].token_ids) for i in indices]),
+            stack([torch.tensor(examples[i].token_ids, device=self.target.device) for i in indices]),
             stack([f.taps for f in features]),
             stack([f.hidden for f in features]),
             stack([f.logsumexp for f in features]),
@@ -247,72 +280,75 @@ class Trainer:
 
     def run(
         self,
-        checkpoint: Path,
+        folder: Path,
         on_step: Callable[[StepResult], None] = lambda _: None,
         should_stop: Callable[[], bool] = lambda: False,
+        on_evaluation: Callable[[dict], None] = lambda _: None,
     ) -> None:
-        """Train until the budget is used up or `should_stop()`; a resumable state is left either way.
+        """Train until the budget is used up or `should_stop()`.
 
-        State is also written after every evaluation. on_step is called after each step.
+        `folder` gets a resumable state at the end, after evaluations and by the clock, and the drafter of the best
+        evaluation. The callbacks are called after each step and evaluation.
         """
-        interval = 60 * self.config.eval_every_minutes
-        next_eval = self.progress.seconds + interval
+        stopped, next_save = self.agree(should_stop()), self.progress.seconds + 60 * self.config.save_every_minutes
         for indices in self.batches():
-            if self.share_done >= 1 or should_stop():
+            done = self.share_done >= 1
+            evaluating = not stopped and len(self.progress.history) < int(self.share_done * self.config.evaluations)
+            if evaluating:
+                on_evaluation(self.evaluate(folder))
+            if done or stopped or evaluating or self.progress.seconds >= next_save:
+                save_training(self, folder)
+                next_save = self.progress.seconds + 60 * self.config.save_every_minutes
+            if done or stopped:
                 break
             started = time.perf_counter()
             result = self.step(indices)
             self.progress.step += 1
             self.progress.slots += result.slots
-            self.progress.seconds += time.perf_counter() - started
+            self.progress.seconds += self.agree((time.perf_counter() - started) / parallel.size())
             on_step(result)
-            if self.progress.seconds >= next_eval:
-                self.evaluate()
-                save_training(self, checkpoint)
-                next_eval = self.progress.seconds + interval
-        if not should_stop():
-            self.evaluate()
-        save_training(self, checkpoint)
+            stopped = self.agree(should_stop()) > 0
+
+    def agree(self, value: float) -> float:
+        """The sum over all processes, so that they decide alike."""
+        return value if parallel.size() == 1 else parallel.total(torch.tensor(value, device=self.target.device)).item()
+
+    def evaluate(self, folder: Path) -> dict:
+        """Measure on held-out examples, for the history, and keep the drafter if no evaluation was better."""
+        with self.average.in_place() if self.average else nullcontext():
+            model = parallel.gathered(self.model)
+            entry = {
+                "step": self.progress.step,
+                "seconds": round(self.progress.seconds, 1),
+                "slots": self.progress.slots,
+                **expected_acceptance(self),
+            }
+            history = self.progress.history
+            if parallel.rank() == 0:
+                if (len(history) + 1) % self.config.decode_every == 0 or self.share_done >= 1:
+                    entry["decoded"] = self.decode(model)
+                if all(entry["heldout_accepted_length"] >= e["heldout_accepted_length"] for e in history):
+                    save_drafter(model, folder)
+        history.append(entry)
+        return entry
+
+    @cached_property
+    def identity(self) -> dict:
+        """What a resumed run must share with the one that was stopped."""
+        return {
+            "training": {name: value for name, value in asdict(self.config).items() if name not in FREE},
+            "drafter": asdict(self.model.config),
+            "data": self.describe_data(),
+        }
 
     def describe_data(self) -> dict:
         """What was trained on, for the record."""
+        digest = sha256()
+        for example in [*self.heldout, *self.examples]:
+            digest.update(repr(example).encode())
         return {
             "examples": len(self.examples),
             "answer_tokens": sum(len(e.answer_ids) for e in self.examples),
             "heldout_examples": len(self.heldout),
+            "digest": digest.hexdigest(),
         }
-
-    @torch.no_grad()
-    def evaluate(self) -> dict:
-        """Loss and acceptance by slot on held-out examples, appended to the history."""
-        losses, acceptances, slots = [], [], []
-        for i in range(len(self.heldout)):
-            blocks = self.sample_blocks([i], self.heldout, 0)
-            loss, acceptance, slot = self.loss(self.collate([i], self.heldout), blocks)
-            losses.append(loss.item())
-            acceptances.append(acceptance)
-            slots.append(slot)
-        acceptance, slot = torch.cat(acceptances), torch.cat(slots)
-        by_slot = [round(acceptance[slot == k].mean().item(), 4) for k in range(self.model.config.block_size)]
-        entry = {
-            "step": self.progress.step,
-            "seconds": round(self.progress.seconds, 1),
-            "slots": self.progress.slots,
-            "heldout_loss": round(sum(losses) / len(losses), 4),
-            "heldout_acceptance_by_slot": by_slot,
-            "heldout_accepted_length": round(accepted_length(acceptance, slot, len(by_slot)), 4),
-        }
-        self.progress.history.append(entry)
-        return entry
-
-
-def accepted_length(acceptance: Tensor, slots: Tensor, block_size: int) -> float:
-    """Expected tokens a round, 1 + sum over k of the product of mean acceptances up to slot k."""
-    total, survival = 1.0, 1.0
-    for k in range(block_size):
-        at_slot = acceptance[slots == k]
-        if not len(at_slot):
-            break
-        survival *= at_slot.mean().item()
-        total += survival
-    return total

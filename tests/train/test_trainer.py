@@ -82,7 +82,7 @@ def test_a_step_in_parts_is_the_whole_step(at_once: int):
     gradients = []
     for size in (8, at_once):
         trainer = make_trainer(sequences_at_once=size)
-        trainer.optimizer.step = lambda: None  # pyright: ignore
+        trainer.optimizers[0].step = lambda: None  # pyright: ignore
         result = trainer.step(list(range(8)))
         gradients.append([p.grad for p in trainer.model.parameters()])
     assert result.slots > 8
@@ -93,7 +93,7 @@ def test_a_step_in_parts_is_the_whole_step(at_once: int):
 def test_by_epochs_the_budget_and_the_schedule_are_steps(tmp_path):
     trainer = make_trainer(epochs=1.5, sequences_per_step=2)
     rates = []
-    trainer.run(tmp_path, lambda _: rates.append(trainer.optimizer.param_groups[0]["lr"]))
+    trainer.run(tmp_path, lambda _: rates.append(trainer.optimizers[0].param_groups[0]["lr"]))
     assert len(rates) == 6  # 8 examples, 4 steps an epoch
     assert 0 < rates[0] < rates[1] > rates[3] > rates[5] > 0  # warm-up, then the cosine
     again = make_trainer(epochs=1.5, sequences_per_step=2)
