@@ -82,9 +82,20 @@ def build_parser() -> argparse.ArgumentParser:
         help="what corrects the parallel pass; none trains DFlash (default vanilla)",
     )
     sub.add_argument("--learning-rate", type=float, default=6e-4, help="peak of the schedule (default 6e-4)")
+    sub.add_argument(
+        "--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: for the draft layers' matrices"
+    )
+    sub.add_argument(
+        "--weight-average", type=float, default=0.0, metavar="DECAY", help="keep a moving average, e.g. of 0.998"
+    )
     sub.add_argument("--max-length", type=int, default=512, help="tokens of an example, prompt included")
     sub.add_argument("--cache-gib", type=float, default=6.0, help="memory for the target's features (default 6)")
     sub.add_argument("--heldout", type=int, default=24, help="examples kept for evaluation (default 24)")
+    sub.add_argument("--evaluations", type=int, default=8, help="on those, over the run; the best is kept (default 8)")
+    sub.add_argument("--tensorboard", type=Path, metavar="FOLDER", help="write TensorBoard scalars there")
+    sub.add_argument(
+        "--parallel", choices=("ddp", "fsdp"), default="ddp", help="how processes of torchrun share (default ddp)"
+    )
     sub.add_argument("--seed", type=int, default=0)
 
     sub = command("bench", run_bench, "time systems side by side on the same prompts", model, drafter_options())
@@ -381,6 +392,10 @@ def run_train(args: argparse.Namespace) -> int:
         sequences_per_step=args.sequences_per_step,
         anchors_per_sequence=args.anchors,
         learning_rate=args.learning_rate,
+        optimizer=args.optimizer,
+        weight_average=args.weight_average,
+        parallel=args.parallel,
+        evaluations=args.evaluations,
         cache_gib=args.cache_gib,
         seed=args.seed,
     )
@@ -396,6 +411,7 @@ def run_train(args: argparse.Namespace) -> int:
         initial=args.initial,
         max_length=args.max_length,
         heldout=args.heldout,
+        tensorboard=args.tensorboard,
         train=config,
     )
     return 0 if train(run) else 130

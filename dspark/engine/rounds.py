@@ -17,6 +17,8 @@ from dspark.models.loader import Target
 from dspark.sampling import SamplingParams
 from dspark.spec.prefix_scheduler import FixedLength
 
+MACRO_AVERAGE = "macro average"  # stands where the domain does in the row of all domains
+
 
 @dataclass
 class Rounds:
@@ -117,7 +119,7 @@ def macro_average(rows: list[dict]) -> dict:
     by_slot = [[c for c in column if c is not None] for column in zip(*(r["conditional"] for r in rows))]
     return {
         "temperature": rows[0]["temperature"],
-        "domain": "macro average",
+        "domain": MACRO_AVERAGE,
         "prompts": sum(r["prompts"] for r in rows),
         "rounds": sum(r["rounds"] for r in rows),
         "accepted_length": round(mean(r["accepted_length"] for r in rows), 4),

@@ -63,7 +63,7 @@ def training_state(trainer: "Trainer") -> dict[str, Tensor]:
     """All tensors that a step changes, whole, in process 0."""
     model, optimizers = get_state_dict(trainer.model, trainer.optimizers, options=WHOLE)
     tensors = {f"model.{name}": t for name, t in model.items()}
-    for name, state in optimizers.get("state", {}).items():
+    for name, state in cast(dict, optimizers.get("state", {})).items():
         tensors |= {f"optimizer.{name}.{key}": t for key, t in state.items()}
     if trainer.average is not None:
         with trainer.average.in_place():

@@ -20,14 +20,14 @@ M = TypeVar("M", bound=nn.Module)
 
 @contextmanager
 def processes(device: str) -> Iterator[str]:
-    """Join the other processes, if torchrun started some; yields the device of this one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield device
-        return
-    kind = device.split(":")[0]
-    if kind != "cpu":
+    """Join the other processes, if torchrun started some and that is still to be done; yields this one's device."""
+    kind, several = device.split(":")[0], int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several and kind != "cpu":
         torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
         device = f"{kind}:{os.environ['LOCAL_RANK']}"
+    if not several or dist.is_initialized():
+        yield device
+        return
     dist.init_process_group(dist.get_default_backend_for_device(kind))
     try:
         yield device

@@ -1,20 +1,28 @@
-"""One training run from files to checkpoint, with a progress bar; Ctrl-C leaves a state to resume from."""
+"""One training run from files to checkpoint, with a progress bar; Ctrl-C and SIGTERM leave a state to resume from.
+
+In several processes: `torchrun --nproc-per-node 2 -m dspark.cli train ...`; files must be in reach of all of them.
+"""
 
 import signal
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dspark.drafters.checkpoint import load_drafter
 from dspark.drafters.dspark import check_fit
+from dspark.drafters.model import DSparkModel
+from dspark.engine.rounds import MACRO_AVERAGE
 from dspark.models.decoder import Decoder
 from dspark.models.loader import Target, load_target
 from dspark.models.source import load_state_dict
+from dspark.train import parallel
 from dspark.train.checkpoint import RESUME_FILE, resume_training
 from dspark.train.data import Example, read_examples
+from dspark.train.evaluate import decoded_acceptance
+from dspark.train.scalars import Scalars
 from dspark.train.setup import DrafterRecipe, default_recipe, mask_token, new_drafter
 from dspark.train.trainer import StepResult, TrainConfig, Trainer
 
@@ -41,46 +49,80 @@ class TrainRun:
     markov_head: Literal["vanilla", "gated", "rnn", "none"] = "vanilla"
     max_length: int = 512  # tokens of an example, prompt included
     heldout: int = 24  # examples kept for evaluation, the last ones of the first file
+    tensorboard: Path | None = None  # folder for its event files
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
+class StopSignals:
+    """Ctrl-C and SIGTERM end a run that has not begun at once, and one that has after the step."""
+
+    def __init__(self) -> None:
+        self.begun = self.received = False
+        # Set even where they are ignored: shells start background jobs with SIGINT ignored.
+        self.previous = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def receive(self, *_: object) -> None:
+        if not self.begun:
+            raise KeyboardInterrupt
+        self.received = True
+
+    def restore(self) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
 def train(run: TrainRun) -> bool:
-    """Train, or continue what `run.out` holds; True if the budget was used up, False after Ctrl-C.
+    """Train, or continue what `run.out` holds; True if the budget was used up, False after Ctrl-C or SIGTERM.
 
     Raises ValueError for data or a checkpoint that cannot be used.
     """
+    signals = StopSignals()
+    try:
+        with parallel.processes(run.device) as device:
+            run_to_end(replace(run, device=device), signals)
+    finally:
+        signals.restore()
+    return not signals.received
+
+
+def run_to_end(run: TrainRun, signals: StopSignals) -> None:
+    """Load, resume if there is something to, train, and show on stderr how it goes."""
     target = load_target(run.model, run.dtype, run.device)
     trainer = make_trainer(run, target)
+    console = Console(stderr=True, quiet=parallel.rank() > 0)
     if (run.out / RESUME_FILE).exists():
         resume_training(trainer, run.out)
-        print(f"resuming '{run.out}' at step {trainer.progress.step}", file=sys.stderr)
-    stopped = False
-
-    def stop(*_: object) -> None:
-        nonlocal stopped
-        stopped = True
-
-    previous = signal.signal(signal.SIGINT, stop)  # finish the step, save, then leave
+        console.print(f"resuming '{run.out}' at step {trainer.progress.step}")
+    scalars = Scalars(run.tensorboard, trainer.progress.step) if run.tensorboard and parallel.rank() == 0 else None
+    loss, length = None, 1.0
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    try:
-        with Progress(*columns) as progress:
-            task = progress.add_task("training", total=1.0)
-            loss, length = None, 1.0
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("training", total=1.0)
 
-            def on_step(result: StepResult) -> None:
-                nonlocal loss, length
-                weight = 1.0 if loss is None else SMOOTHING
-                loss = (1 - weight) * (loss or 0.0) + weight * result.loss
-                length = (1 - weight) * length + weight * result.accepted_length
-                text = f"loss {loss:.3f}  expected accepted length {length:.2f}"
-                progress.update(task, completed=trainer.share_done, description=text)
+        def on_step(result: StepResult) -> None:
+            nonlocal loss, length
+            weight = 1.0 if loss is None else SMOOTHING
+            loss = (1 - weight) * (loss or 0.0) + weight * result.loss
+            length = (1 - weight) * length + weight * result.accepted_length
+            text = f"loss {loss:.3f}  expected accepted length {length:.2f}"
+            progress.update(task, completed=trainer.share_done, description=text)
+            if scalars is not None:
+                scalars.step(trainer.progress.step, result, trainer.learning_rate())
 
-            trainer.run(run.out, on_step, lambda: stopped)
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if stopped:
-        print(f"interrupted; the same command continues from '{run.out}'", file=sys.stderr)
-    return not stopped
+        def on_evaluation(entry: dict) -> None:
+            lengths = {"expected": entry["heldout_accepted_length"]}
+            for row in entry.get("decoded", []):
+                if row["domain"] == MACRO_AVERAGE:
+                    lengths[f"decoded at temperature {row['temperature']:g}"] = row["accepted_length"]
+            text = ", ".join(f"{value:.2f} {name}" for name, value in lengths.items())
+            progress.print(f"step {entry['step']}, held out: loss {entry['heldout_loss']:.3f}, accepted length {text}")
+            if scalars is not None:
+                scalars.evaluation(entry)
+
+        signals.begun = True
+        trainer.run(run.out, on_step, lambda: signals.received, on_evaluation)
+    if signals.received:
+        console.print(f"interrupted; the same command continues from '{run.out}'")
 
 
 def make_trainer(run: TrainRun, target: Target) -> Trainer:
@@ -101,7 +143,11 @@ def make_trainer(run: TrainRun, target: Target) -> Trainer:
         elif run.drafter is None:
             recipe = replace(recipe, markov_head=run.markov_head)
         model = new_drafter(decoder, load_state_dict(target.source), recipe, examples, run.train.seed)
-    return Trainer(model, decoder, examples, heldout, run.train)
+
+    def decode(drafter: DSparkModel) -> list[dict]:
+        return decoded_acceptance(target, drafter, heldout)
+
+    return Trainer(model, decoder, examples, heldout, run.train, decode)
 
 
 def read_all(run: TrainRun, decoder: Decoder) -> list[Example]:
