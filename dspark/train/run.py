@@ -79,14 +79,13 @@ def train(run: TrainRun) -> bool:
     signals = StopSignals()
     try:
         with parallel.processes(run.device) as device:
-            run_to_end(replace(run, device=device), signals)
+            return run_to_end(replace(run, device=device), signals)
     finally:
         signals.restore()
-    return not signals.received
 
 
-def run_to_end(run: TrainRun, signals: StopSignals) -> None:
-    """Load, resume if there is something to, train, and show on stderr how it goes."""
+def run_to_end(run: TrainRun, signals: StopSignals) -> bool:
+    """Load, resume if there is something to, train, and show on stderr how it goes; see `train`."""
     target = load_target(run.model, run.dtype, run.device)
     trainer = make_trainer(run, target)
     console = Console(stderr=True, quiet=parallel.rank() > 0)
@@ -120,9 +119,10 @@ def run_to_end(run: TrainRun, signals: StopSignals) -> None:
                 scalars.evaluation(entry)
 
         signals.begun = True
-        trainer.run(run.out, on_step, lambda: signals.received, on_evaluation)
-    if signals.received:
+        finished = trainer.run(run.out, on_step, lambda: signals.received, on_evaluation)
+    if not finished:
         console.print(f"interrupted; the same command continues from '{run.out}'")
+    return finished
 
 
 def make_trainer(run: TrainRun, target: Target) -> Trainer:

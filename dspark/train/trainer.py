@@ -5,6 +5,7 @@ time keeping, evaluation and checkpoints. In several processes each takes its sh
 Shapes: S sequences, T positions, A anchors, G block size, C width, N supervised slots.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -268,13 +269,12 @@ class Trainer:
     def batches(self) -> Iterator[list[int]]:
         """Example indices of the steps from the current one on: epochs of seeded permutations."""
         size = min(self.config.sequences_per_step, len(self.examples))
-        step = self.progress.step
-        while True:
-            epoch, offset = divmod(step, self.steps_per_epoch)
+        first_epoch, first = divmod(self.progress.step, self.steps_per_epoch)
+        for epoch in itertools.count(first_epoch):
             generator = torch.Generator().manual_seed(self.config.seed * 7_919 + epoch)
             order = torch.randperm(len(self.examples), generator=generator).tolist()
-            yield order[offset * size : (offset + 1) * size]
-            step += 1
+            for i in range(first if epoch == first_epoch else 0, self.steps_per_epoch):
+                yield order[i * size : (i + 1) * size]
 
     # -- the run ----------------------------------------------------------------------------------
 
@@ -284,14 +284,16 @@ class Trainer:
         on_step: Callable[[StepResult], None] = lambda _: None,
         should_stop: Callable[[], bool] = lambda: False,
         on_evaluation: Callable[[dict], None] = lambda _: None,
-    ) -> None:
-        """Train until the budget is used up or `should_stop()`.
+    ) -> bool:
+        """Train until the budget is used up (True) or `should_stop()` in any process (False).
 
         `folder` gets a resumable state at the end, after evaluations and by the clock, and the drafter of the best
         evaluation. The callbacks are called after each step and evaluation.
         """
-        stopped, next_save = self.agree(should_stop()), self.progress.seconds + 60 * self.config.save_every_minutes
-        for indices in self.batches():
+        stopped = self.agree(should_stop()) > 0
+        next_save = self.progress.seconds + 60 * self.config.save_every_minutes
+        batches = self.batches()
+        while True:
             done = self.share_done >= 1
             evaluating = not stopped and len(self.progress.history) < int(self.share_done * self.config.evaluations)
             if evaluating:
@@ -300,9 +302,9 @@ class Trainer:
                 save_training(self, folder)
                 next_save = self.progress.seconds + 60 * self.config.save_every_minutes
             if done or stopped:
-                break
+                return not stopped
             started = time.perf_counter()
-            result = self.step(indices)
+            result = self.step(next(batches))
             self.progress.step += 1
             self.progress.slots += result.slots
             self.progress.seconds += self.agree((time.perf_counter() - started) / parallel.size())

@@ -1,7 +1,10 @@
 """Training: it learns, it stops when told to, and a resumed run is the run that was never stopped."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dspark.drafters.checkpoint import load_drafter
 from dspark.train.checkpoint import RESUME_FILE, resume_training
@@ -20,7 +23,7 @@ def make_trainer(minutes: float = 60.0, dtype: torch.dtype = torch.float32, **ch
         for ids in (torch.randint(0, 64, (20,), generator=generator).tolist() for _ in range(10))
     ]
     return Trainer(
-        model, target, examples[2:], examples[:2], TrainConfig(minutes=minutes, learning_rate=3e-3, **of_run)
+        model, target, examples[2:], examples[:2], TrainConfig(**{"minutes": minutes, "learning_rate": 3e-3, **of_run})
     )
 
 
@@ -64,16 +67,44 @@ def test_every_part_of_every_head_is_trained(tmp_path):
             assert not torch.equal(parameter, before[name]), name
 
 
-def test_a_resumed_run_ends_with_the_same_weights(tmp_path):
-    whole = make_trainer()
-    run_steps(whole, tmp_path / "whole", 8)
-    run_steps(make_trainer(), tmp_path / "parts", 5)
-    resumed = make_trainer()
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "muon", "weight_average": 0.9}, DFLASH], ids=str)
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path, changes: dict):
+    whole = make_trainer(**changes)
+    run_steps(whole, tmp_path / "whole", 10)
+    run_steps(make_trainer(**changes), tmp_path / "parts", 5)
+    resumed = make_trainer(**changes)
     resume_training(resumed, tmp_path / "parts")
     assert resumed.progress.step == 5
-    run_steps(resumed, tmp_path / "parts", 3)
+    run_steps(resumed, tmp_path / "parts", 5)
     for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters()):
         assert torch.equal(a, b), name
+    files = [load_file(tmp_path / part / RESUME_FILE) for part in ("whole", "parts")]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(value, files[1][name]) for name, value in files[0].items())
+
+
+def test_muon_learns_and_moves_the_matrices_of_the_draft_layers(tmp_path):
+    trainer = make_trainer(optimizer="muon")
+    names = {p: name for name, p in trainer.model.named_parameters()}
+    (adamw, muon) = ([names[p] for g in o.param_groups for p in g["params"]] for o in trainer.optimizers)
+    assert len(muon) == 2 * 7 and all(name.startswith("layers.") for name in muon)
+    assert sorted(adamw + muon) == sorted(names.values())
+    losses = run_steps(trainer, tmp_path, 60)
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+def test_the_average_of_the_weights_is_evaluated_and_kept(tmp_path):
+    trainer = make_trainer(epochs=1.0, weight_average=0.5, evaluations=1)
+    seen = []
+    trainer.run(tmp_path, lambda _: seen.append([p.detach().clone() for p in trainer.model.parameters()]))
+    expected = [p.clone() for p in make_trainer().model.parameters()]
+    for step, weights in enumerate(seen, 1):
+        decay = min(0.5, step / (step + 9))
+        expected = [decay * e + (1 - decay) * w for e, w in zip(expected, weights)]
+    kept = load_drafter(tmp_path)
+    for (name, parameter), average in zip(kept.named_parameters(), expected):
+        torch.testing.assert_close(parameter, average.detach(), atol=1e-2, rtol=1e-2, msg=name)  # in bf16
+    assert all(torch.equal(p, last) for p, last in zip(trainer.model.parameters(), seen[-1]))
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 3])
@@ -99,6 +130,52 @@ def test_by_epochs_the_budget_and_the_schedule_are_steps(tmp_path):
     again = make_trainer(epochs=1.5, sequences_per_step=2)
     again.run(tmp_path / "again")
     assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), again.model.parameters()))
+
+
+def test_the_drafter_of_the_best_evaluation_is_kept(tmp_path, monkeypatch):
+    trainer = make_trainer(epochs=1.0, evaluations=4, decode_every=2)
+    lengths, weights, decoded = iter([1.2, 1.6, 1.5, 1.3]), [], []
+    trainer.decode = lambda model: decoded.append(trainer.progress.step) or []
+
+    def evaluation(_) -> dict:
+        weights.append({name: t.clone() for name, t in trainer.model.state_dict().items()})
+        return {"heldout_accepted_length": next(lengths)}
+
+    monkeypatch.setattr("dspark.train.trainer.expected_acceptance", evaluation)
+    entries = []
+    assert trainer.run(tmp_path, on_evaluation=entries.append)
+    assert [e["step"] for e in entries] == [2, 4, 6, 8] and decoded == [4, 8]
+    kept = load_drafter(tmp_path).state_dict()
+    assert all(torch.equal(t, weights[1][name].bfloat16().to(t.dtype)) for name, t in kept.items() if name != "d2t")
+
+
+def test_an_evaluation_shows_domains_and_moves_nothing(tmp_path):
+    trainer = make_trainer(epochs=1.0, evaluations=1)
+    trainer.heldout[1] = replace(trainer.heldout[1], domain="math")
+    trainer.run(tmp_path)
+    unobserved = make_trainer(epochs=1.0, evaluations=8)
+    unobserved.run(tmp_path / "other")
+    assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), unobserved.model.parameters()))
+    (entry,) = trainer.progress.history
+    assert list(entry["domains"]) == ["math", "other"]
+    assert min(f["heldout_accepted_length"] for f in entry["domains"].values()) <= entry["heldout_accepted_length"]
+
+
+def test_another_configuration_or_other_data_are_refused(tmp_path):
+    run_steps(make_trainer(), tmp_path, 1)
+    others: tuple[tuple[dict, str], ...] = (
+        ({"learning_rate": 1e-4}, "learning_rate was 0.003 and is now 0.0001"),
+        ({"minutes": 5.0}, "minutes was 60.0 and is now 5.0"),
+        ({"block_size": 3}, "block_size was 4 and is now 3"),
+    )
+    for changes, message in others:
+        with pytest.raises(ValueError, match=message):
+            resume_training(make_trainer(**changes), tmp_path)
+    other = make_trainer()
+    other.examples.reverse()
+    with pytest.raises(ValueError, match="data digest was"):
+        resume_training(other, tmp_path)
+    resume_training(make_trainer(sequences_at_once=3, cache_gib=0.0), tmp_path)
 
 
 def test_a_damaged_resume_file_is_one_clear_error(tmp_path):

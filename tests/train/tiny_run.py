@@ -33,7 +33,7 @@ def write_inputs(folder: Path, **changes) -> None:
 def run_tiny(
     folder: Path, out: str, stop_after: int | None = None, die_in_write: int | None = None, **training
 ) -> dict:
-    """`train` with a tiny target into folder/out; returns what was read of it: `finished`, and the `losses` of its steps.
+    """`train` with a tiny target into folder/out -> whether it `finished`, and the `losses` of its steps.
 
     stop_after: process 1, if there is one, gets SIGTERM after so many steps. die_in_write: SIGKILL halfway through the
     so many-th file of tensors.
