@@ -166,6 +166,7 @@ def test_another_configuration_or_other_data_are_refused(tmp_path):
     others: tuple[tuple[dict, str], ...] = (
         ({"learning_rate": 1e-4}, "learning_rate was 0.003 and is now 0.0001"),
         ({"minutes": 5.0}, "minutes was 60.0 and is now 5.0"),
+        ({"dtype": torch.bfloat16}, "target dtype was torch.float32 and is now torch.bfloat16"),
         ({"block_size": 3}, "block_size was 4 and is now 3"),
     )
     for changes, message in others:
