@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dspark.drafters.interface import DraftRequest
 from dspark.drafters.model import DSparkConfig, DSparkModel
-from dspark.models.attention import CachedAttention, Segment, copy_slots
+from dspark.models.attention import CachedAttention, Segment, copy_slots, empty_cache, store
 from dspark.models.config import DecoderConfig
 from dspark.models.decoder import Decoder, DecoderLayer, layer_shapes
 from dspark.models.layers import linear_map, rms_norm, rotate_
@@ -88,14 +88,12 @@ class DSparkDrafter:
 
     @property
     def slot_bytes(self) -> int:
-        return len(self.layers) * 2 * self.config.decoder.kv_size * self.target.compute_dtype.itemsize
+        return len(self.layers) * 2 * self.config.decoder.kv_size * self.target.kv_dtype.itemsize
 
     def allocate(self, num_slots: int) -> None:
         c = self.config.decoder
         shape = (num_slots, 2, c.num_kv_heads, c.head_dim)
-        self._storage = [
-            torch.empty(shape, dtype=self.target.compute_dtype, device=self.target.device) for _ in self.layers
-        ]
+        self._storage = [empty_cache(shape, self.target.kv_dtype, self.target.device) for _ in self.layers]
 
     @torch.inference_mode()
     def extend(self, taps: list[Tensor], positions: Tensor, slots: Tensor) -> None:
@@ -112,7 +110,7 @@ class DSparkDrafter:
         rotate_(heads, num_keys, *self.target.rotary(positions))
         kv = heads.view(len(positions), 2, len(self.layers), c.num_kv_heads, c.head_dim)
         for storage, layer_kv in zip(self._storage, kv.unbind(2), strict=True):
-            storage.index_copy_(0, slots, layer_kv)
+            store(layer_kv, storage, slots)
 
     @torch.inference_mode()
     def copy(self, source_slot: int, target_slot: int, count: int) -> None:

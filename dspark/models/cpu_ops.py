@@ -10,18 +10,21 @@ Shapes: N rows, K inputs, M outputs, H query heads, KV key-value heads, D head w
 
 import ctypes
 import functools
-from collections.abc import Callable
+import platform
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import llvmlite.binding as llvm
+import numpy as np
 import torch
 import torch.nn.functional as F
 from llvmlite import ir
 from torch import Tensor
 
-from dspark.models import cpu_kernels
-from dspark.models.cpu_kernels import VECTORS, Machine
+from dspark.models import cpu_kernels, cpu_linear
+from dspark.models.cpu_emitter import Machine
+from dspark.models.cpu_linear import TILE_INPUTS, TILE_ROWS, VECTORS, tile_config
 
 SERIAL_WORK = 1 << 16  # multiply-adds below which waking other threads costs more than it gains
 
@@ -42,7 +45,8 @@ class _Compiler:
         addresses = [ctypes.cast(getattr(openmp, name), ctypes.c_void_p).value or 0 for name in names]
         wide = bool(features.get("avx512f"))
         dots = bool(features.get("avx512bf16"))
-        self.machine = Machine(16 if wide else 8, 32 if wide else 16, dots, *addresses)
+        tiles = dots and bool(features.get("amx-bf16")) and _may_use_tiles()
+        self.machine = Machine(16 if wide else 8, 32 if wide else 16, dots, tiles, *addresses)
         self._engines = []
 
     def compile(self, module: ir.Module) -> Callable[[bool, int], None]:
@@ -60,6 +64,14 @@ class _Compiler:
                 serial(arguments)
 
         return run
+
+
+def _may_use_tiles() -> bool:
+    """Ask Linux for the AMX registers, which a process must do once before it touches them."""
+    if platform.system() != "Linux":
+        return False
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
 @functools.cache
@@ -86,7 +98,8 @@ def _kernel(name: str, *shape: int | float) -> Callable[[bool, int], None]:
     compiler = _compiler()
     if compiler is None:
         raise RuntimeError("compiled operations are not available on this machine")
-    return compiler.compile(getattr(cpu_kernels, f"{name}_kernel")(compiler.machine, *shape))
+    module = cpu_linear if name.endswith("linear") else cpu_kernels
+    return compiler.compile(getattr(module, f"{name}_kernel")(compiler.machine, *shape))
 
 
 def _call(kernel: Callable[[bool, int], None], work: int, *arguments: int) -> None:
@@ -97,7 +110,8 @@ def _call(kernel: Callable[[bool, int], None], work: int, *arguments: int) -> No
 class CompiledLinear:
     """Bias-free linear map: x [N, K] fp32 -> [N, M] fp32, weights in bf16 or fp32.
 
-    With bf16 weights on a CPU with AVX512-BF16, x is rounded to bf16 too where K is a multiple of 16.
+    With bf16 weights on a CPU with AVX512-BF16, x is rounded to bf16 too where K is a multiple of 16; where it is one
+    of 32 and the CPU has AMX, rows are multiplied sixteen at a time.
     """
 
     def __init__(self, weight: Tensor):
@@ -106,24 +120,36 @@ class CompiledLinear:
         if compiler is None:
             raise RuntimeError("compiled operations are not available on this machine")
         self.outputs, self.inputs = weight.shape
-        in_bf16, lanes = weight.dtype is torch.bfloat16, compiler.machine.lanes
-        self.rounds_inputs = in_bf16 and compiler.machine.bf16_dots and self.inputs % lanes == 0
-        self._kernel = _kernel("linear", "dots" if self.rounds_inputs else "widened" if in_bf16 else "fp32")
-        step, tile = 2 if self.rounds_inputs else 1, VECTORS * lanes
+        machine, in_bf16 = compiler.machine, weight.dtype is torch.bfloat16
+        self.rounds_inputs = in_bf16 and machine.bf16_dots and self.inputs % machine.lanes == 0
+        self.tiled = self.rounds_inputs and machine.bf16_tiles and self.inputs % TILE_INPUTS == 0
+        if self.tiled:
+            self._kernel = _kernel("tiled_linear")
+        else:
+            self._kernel = _kernel("linear", "dots" if self.rounds_inputs else "widened" if in_bf16 else "fp32")
+        step, tile = 2 if self.rounds_inputs else 1, VECTORS * machine.lanes
         padded = F.pad(weight, (0, 0, 0, -self.outputs % tile))
         self._tiles, self._padded = len(padded) // tile, len(padded)
         # [M / tile, K / step, tile, step]: a tile's weights are read as one stream
         self.weight = padded.view(self._tiles, tile, -1, step).transpose(1, 2).contiguous()
-        self._pointer = self.weight.data_ptr()
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.contiguous()
         rows = x.shape[0]
-        y = x.new_empty(rows, self._padded)
-        scratch = x.new_empty(torch.get_num_threads() * x.numel() // 2 if self.rounds_inputs else 0)
-        pointers = x.data_ptr(), self._pointer, y.data_ptr(), scratch.data_ptr()
-        _call(self._kernel, rows * self._padded * self.inputs, *pointers, rows, self.inputs, self._tiles)
+        computed = rows + -rows % TILE_ROWS if self.tiled and rows > TILE_ROWS else rows
+        y = x.new_empty(computed, self._padded)
+        scratch = x.new_empty(torch.get_num_threads() * computed * self.inputs // 2 if self.rounds_inputs else 0)
+        fields = [*(t.data_ptr() for t in (x, self.weight, y, scratch)), rows]
+        if self.tiled:
+            fields[4:] = _tile_config(min(max(rows, 1), TILE_ROWS)).ctypes.data, rows, computed
+        _call(self._kernel, rows * self._padded * self.inputs, *fields, self.inputs, self._tiles)
+        y = y[:rows]
         return y if self._padded == self.outputs else y[:, : self.outputs].contiguous()
+
+
+@functools.cache
+def _tile_config(rows: int) -> np.ndarray:
+    return np.frombuffer(tile_config(rows), np.uint8)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -150,23 +176,66 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return y
 
 
+def ask_for_large_pages(storage: Tensor) -> None:
+    """Advise Linux to back a tensor that is not yet written with pages of 2 MiB; elsewhere nothing happens.
+
+    Attention over the caches of 64 requests is much faster for it: small pages outnumber what a core can look up.
+    """
+    if platform.system() == "Linux":
+        page, use_large = 2 << 20, 14
+        start = storage.data_ptr() + -storage.data_ptr() % page
+        size = storage.data_ptr() + storage.nbytes - start
+        if size >= page:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size - size % page), use_large)
+
+
+def store(x: Tensor, cache: Tensor, slots: Tensor) -> None:
+    """Write x [N, ...] fp32 (a row contiguous) to the slots [N] of cache [slots, ...], fp32 or bf16."""
+    width = cache[0].numel()
+    kernel = _kernel("store", width, cache.dtype is torch.bfloat16)
+    _call(kernel, x.numel() * 8, *(t.data_ptr() for t in (x, cache, slots)), x.stride(0), len(slots))
+
+
+CHUNK_ROWS = 8  # rows that share the turning of their keys; scores of a chunk stay in the cache nearest to a core
+LANES = 16  # of the widest vector
+
+
 @dataclass
-class Runs:
-    """For each of N rows the cache slots it attends to: first_slots [N] and lengths [N] int64, and the longest."""
+class Chunks:
+    """Rows of a batch and what they attend to: chunks [n, 5] int64, each a few consecutive rows of one request.
 
-    first_slots: Tensor
-    lengths: Tensor
-    longest: int
+    A chunk: first row, number of rows (at most CHUNK_ROWS), first slot, slots that the last row sees, how many fewer
+    each row before it sees (1: causal, or 0).
+    """
+
+    chunks: Tensor
+    longest: int  # slots that any row sees
+
+    @classmethod
+    def of(cls, segments: Iterable[tuple[int, int, int, bool]]) -> "Chunks":
+        """segments: rows, first slot, slots the last row sees, whether causal; rows lie one segment after the other."""
+        segments = list(segments)
+        # Few requests: shorter chunks, so that all threads have work.
+        most = CHUNK_ROWS if len(segments) >= torch.get_num_threads() else CHUNK_ROWS // 2
+        chunks, row = [], 0
+        for count, first_slot, length, causal in segments:
+            pieces = -(-count // most)
+            for i in range(pieces):
+                start, end = count * i // pieces, count * (i + 1) // pieces
+                chunks.append((row + start, end - start, first_slot, length - causal * (count - end), int(causal)))
+            row += count
+        return cls(torch.tensor(chunks, dtype=torch.int64).view(-1, 5), max((s[2] for s in segments), default=0))
 
 
-def attend_rows(q: Tensor, kv: Tensor, runs: Runs) -> Tensor:
-    """q [N, H, D] (heads contiguous) over kv [slots, 2, KV, D] -> [N, H*D]; row i sees its own run of slots."""
-    rows, heads, head_dim = q.shape
+def attend_chunks(q: Tensor, kv: Tensor, rows: Chunks) -> Tensor:
+    """q [N, H, D] fp32 (heads contiguous) over kv [slots, 2, KV, D], fp32 or bf16 -> [N, H*D]."""
+    count, heads, head_dim = q.shape
     kv_heads = kv.shape[2]
-    span = runs.longest + 16  # room for one vector past the end
-    out = q.new_empty(rows, heads * head_dim)
-    scores = q.new_empty(rows * heads * span)
-    pointers = [t.data_ptr() for t in (q, kv, out, scores, runs.first_slots, runs.lengths)]
-    kernel = _kernel("attention", kv_heads, heads // kv_heads, head_dim)
-    _call(kernel, out.numel() * runs.longest, *pointers, q.stride(0), span, rows * kv_heads)
+    span = rows.longest + LANES  # whole vectors are written
+    room = head_dim * LANES + CHUNK_ROWS * (heads // kv_heads) * span
+    out = q.new_empty(count, heads * head_dim)
+    scratch = q.new_empty(torch.get_num_threads() * room)
+    pointers = [t.data_ptr() for t in (q, kv, out, scratch, rows.chunks)]
+    kernel = _kernel("attention", kv_heads, heads // kv_heads, head_dim, kv.dtype is torch.bfloat16)
+    _call(kernel, out.numel() * rows.longest, *pointers, q.stride(0), room, span, len(rows.chunks) * kv_heads)
     return out

@@ -123,6 +123,12 @@ class Decoder:
             config.max_position_embeddings, config.head_dim, config.rope_theta, self.device
         )
 
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """What keys and values are cached in; the compiled attention reads those of a bf16 model in bf16."""
+        in_bf16 = self.dtype is torch.bfloat16 and self.device.type == "cpu" and cpu_ops.available()
+        return torch.bfloat16 if in_bf16 else self.compute_dtype
+
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos, sin [N, 1, D] of positions [N]."""
         return self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
