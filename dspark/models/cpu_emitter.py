@@ -39,7 +39,7 @@ class BFloat(ir.Type):
 
 @dataclass(frozen=True)
 class Machine:
-    """What code is generated for: fp32 lanes of a vector register, their number, and OpenMP's two addresses."""
+    """What code is generated for: fp32 lanes of a vector register, their number, and OpenMP's addresses."""
 
     lanes: int
     registers: int
@@ -47,6 +47,7 @@ class Machine:
     bf16_tiles: bool  # AMX: products of 16 rows by 32 inputs by 16 outputs in one instruction
     thread_num: int
     num_threads: int
+    barrier: int
 
 
 class Emitter:

@@ -2,9 +2,27 @@
 
 from llvmlite import ir
 
-from dspark.models.cpu_emitter import F32, I64, Emitter, Machine, Value, lanes_for
+from dspark.models.cpu_emitter import F32, I64, VOID, Emitter, Machine, Value, lanes_for
 
 KEYS_AHEAD = 32  # that attention fetches: 64 requests of 256 tokens take 0.85 ms a layer instead of 1.12
+
+
+def sequence_kernel(machine: Machine, width: int) -> ir.Module:
+    """Other kernels one after the other, all threads at each of them together.
+
+    Fields: table [count, width] (a kernel's address, then its fields), count.
+    """
+    e = Emitter("qi", machine, 1)
+    b = e.b
+    table, count = e.fields
+    barrier = b.inttoptr(I64(machine.barrier), ir.FunctionType(VOID, []).as_pointer())
+    with e.loop(I64(0), count) as i:
+        row = b.gep(table, [b.mul(i, I64(width))])
+        kernel = b.inttoptr(b.load(row), ir.FunctionType(VOID, [I64.as_pointer()]).as_pointer())
+        b.call(kernel, [b.gep(row, [I64(1)])])
+        b.call(barrier, [])
+    b.ret_void()
+    return e.module
 
 
 def rms_norm_kernel(machine: Machine, width: int, eps: float) -> ir.Module:
@@ -12,17 +30,36 @@ def rms_norm_kernel(machine: Machine, width: int, eps: float) -> ir.Module:
     e = Emitter("fffi", machine, lanes_for(width, machine))
     b = e.b
     x, weight, y, _ = e.fields
-    sqrt = e.function("llvm.sqrt.f32", F32, [F32])
     with e.loop(e.first, e.last) as row:
         start = b.mul(row, I64(width))
-        with e.sums(I64(0), I64(width), [e.constant(0.0)], e.lanes) as (i, carried, results):
-            value = e.load(x, b.add(start, i))
-            carried[0] = e.fma(value, value, carried[0])
-        mean = b.fdiv(e.total(results[0]), F32(float(width)))
-        scale = e.spread(b.fdiv(F32(1.0), b.call(sqrt, [b.fadd(mean, F32(eps))])))
+        _normalise_row(e, b.gep(x, [start]), weight, b.gep(y, [start]), width, eps)
+    b.ret_void()
+    return e.module
+
+
+def _normalise_row(e: Emitter, x: Value, weight: Value, y: Value, width: int, eps: float) -> None:
+    b = e.b
+    sqrt = e.function("llvm.sqrt.f32", F32, [F32])
+    with e.sums(I64(0), I64(width), [e.constant(0.0)], e.lanes) as (i, carried, results):
+        value = e.load(x, i)
+        carried[0] = e.fma(value, value, carried[0])
+    mean = b.fdiv(e.total(results[0]), F32(float(width)))
+    scale = e.spread(b.fdiv(F32(1.0), b.call(sqrt, [b.fadd(mean, F32(eps))])))
+    with e.loop(I64(0), I64(width), e.lanes) as i:
+        e.store(b.fmul(b.fmul(e.load(x, i), scale), e.load(weight, i)), y, i)
+
+
+def add_rms_norm_kernel(machine: Machine, width: int, eps: float) -> ir.Module:
+    """sum = x + delta, y = its norm. Fields: x, delta [N, width], weight [width], sum, y [N, width]; items: rows."""
+    e = Emitter("fffffi", machine, lanes_for(width, machine))
+    b = e.b
+    x, delta, weight, total, y, _ = e.fields
+    with e.loop(e.first, e.last) as row:
+        start = b.mul(row, I64(width))
         with e.loop(I64(0), I64(width), e.lanes) as i:
             here = b.add(start, i)
-            e.store(b.fmul(b.fmul(e.load(x, here), scale), e.load(weight, i)), y, here)
+            e.store(b.fadd(e.load(x, here), e.load(delta, here)), total, here)
+        _normalise_row(e, b.gep(total, [start]), weight, b.gep(y, [start]), width, eps)
     b.ret_void()
     return e.module
 
