@@ -18,7 +18,7 @@ from dspark.models.config import DecoderConfig
 from dspark.models.decoder import Decoder, DecoderLayer, layer_shapes
 from dspark.models.layer_stack import LayerStack
 from dspark.models.layers import linear_map, rms_norm, rotate_
-from dspark.sampling import Purpose, categorical, truncated_probs, uniforms
+from dspark.sampling import Purpose, categorical, first_maximum, truncated_probs, uniforms
 from dspark.spec.draft import Draft
 
 NUM_CANDIDATES = 64  # tokens a slot is sampled from: the likeliest after the Markov bias
@@ -166,7 +166,7 @@ class DSparkDrafter:
 
     def best(self, logits: Tensor) -> Slot:
         """The likeliest token of each row [R, V'], no randomness."""
-        token = self.d2t[logits.argmax(-1)]
+        token = self.d2t[first_maximum(logits)]
         return Slot(token, token[:, None], torch.ones_like(logits[:, :1]))
 
     def sample(self, logits: Tensor, settings: list[Tensor], draws: Tensor) -> Slot:

@@ -20,7 +20,7 @@ from dspark.machine import machine_name
 from dspark.models.attention import CachedAttention, Segment
 from dspark.models.download import cache_folder
 from dspark.models.loader import Target
-from dspark.sampling import SamplingParams
+from dspark.sampling import SamplingParams, first_maximum
 from dspark.spec.cost_table import CostTable
 
 BATCH_TOKENS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 13, 16, 20, 24, 25, 32, 40, 48, 64, 80, 96, 128, 192, 256, 320)
@@ -83,7 +83,7 @@ def measure_costs(
         positions = torch.full((batch,), config.context, device=decoder.device)
         attention = CachedAttention(cache.storage, slots, segments, decoder.config.group_size)
         output = decoder.forward(torch.ones_like(positions), positions, attention, taps)
-        decoder.logits(output.hidden).argmax(-1).tolist()
+        first_maximum(decoder.logits(output.hidden)).tolist()
         if drafter is not None and taps:
             drafter.extend(output.taps, positions, slots)
 

@@ -18,7 +18,15 @@ from dspark.engine.scheduler import StepPlan
 from dspark.engine.sequence import Sequence
 from dspark.models.decoder import Decoder, DecoderOutput
 from dspark.penalties import Prefix, adjusted_logits
-from dspark.sampling import Purpose, TokenLogprobs, categorical, token_logprobs, truncated_probs, uniforms
+from dspark.sampling import (
+    Purpose,
+    TokenLogprobs,
+    categorical,
+    first_maximum,
+    token_logprobs,
+    truncated_probs,
+    uniforms,
+)
 from dspark.spec.draft import Draft
 from dspark.spec.verify import Verdict, verify, verify_greedy
 
@@ -70,7 +78,7 @@ class Runner:
         """
         lengths = torch.nn.functional.pad(verify_lengths, (0, len(sequences) - len(verify_lengths)))
         if all(s.params.greedy for s in sequences):
-            return verify_greedy(logits.argmax(-1), draft.tokens, lengths)
+            return verify_greedy(first_maximum(logits), draft.tokens, lengths)
         request = torch.arange(len(sequences)).repeat_interleave(lengths + 1)
 
         def per_row(values: list[float]) -> Tensor:
