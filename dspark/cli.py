@@ -407,8 +407,8 @@ def run_data(args: argparse.Namespace) -> None:
         max_prompt_tokens=args.max_prompt_tokens,
         seed=args.seed,
     )
-    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: shells start background jobs with it ignored
-        signal.signal(number, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with SIGINT ignored
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     summary = write_data(config)
     if not args.json:
         print(

@@ -38,7 +38,7 @@ def write_tiny_folder(folder: Path, template: str | None = CHATML) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=len(tokenizer) - 1,
     )
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)

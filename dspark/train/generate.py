@@ -20,7 +20,7 @@ from dspark.sampling import SamplingParams
 from dspark.train.conversation import Conversation
 from dspark.train.data import Prompt, is_text, read_prompts
 from dspark.train.output import answered, only_writer, write_row, written_rows
-from dspark.train.servers import RefusedError, ServerPool
+from dspark.train.servers import RefusedError, ServerPool, base_url
 from dspark.train.work import DataConfig, Work
 
 MARK = "PROMPT-GOES-HERE"
@@ -34,6 +34,7 @@ def write_data(config: DataConfig) -> dict:
 
     Raises ValueError for input that cannot be used, an output that another run writes, and when no server is left.
     """
+    urls = tuple(map(base_url, config.servers))
     prompts = read_prompts(config.prompts, config.limit, config.subset, config.split) if config.prompts else []
     with only_writer(config.out), progress_bar() as progress:
         done = answered(config.out)
@@ -41,7 +42,7 @@ def write_data(config: DataConfig) -> dict:
             tokenizer = load_tokenizer(resolve_model(config.model))
             work = Work(config, prompts, done, tokenizer, config.max_prompt_tokens, progress)
             if config.servers:
-                asyncio.run(answer_by_servers(work))
+                asyncio.run(answer_by_servers(work, urls))
             else:
                 keep_answers(work)
         else:
@@ -156,8 +157,8 @@ def write_prompts(llm: LLM, config: DataConfig, progress: Progress) -> list[Prom
     return [Prompt((text,), task="self-written") for text in list(texts)[:count]]
 
 
-async def answer_by_servers(work: Work) -> None:
-    """Answer everything with the servers of the configuration. Raises ValueError when none is left."""
+async def answer_by_servers(work: Work, urls: tuple[str, ...]) -> None:
+    """Answer everything with the servers at these addresses. Raises ValueError when none is left."""
     config, conversations = work.config, iter(work)
     notes: set[str] = set()
 
@@ -184,8 +185,8 @@ async def answer_by_servers(work: Work) -> None:
                 note(f"servers refuse some requests, first {conversation.prompt.place}: {error}")
                 work.refused(conversation)
 
-    async with ServerPool(config.servers, config.model, config.streams, config.timeout, note) as pool:
-        await asyncio.gather(*(worker(pool) for _ in range(config.streams * len(config.servers))))
+    async with ServerPool(urls, config.model, config.streams, config.timeout, note) as pool:
+        await asyncio.gather(*(worker(pool) for _ in range(config.streams * len(urls))))
 
 
 def request_body(conversation: Conversation) -> dict:

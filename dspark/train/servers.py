@@ -6,6 +6,7 @@ A server that fails pauses, each time for longer, while the others go on; one th
 import asyncio
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -13,7 +14,7 @@ from email.utils import parsedate_to_datetime
 
 import httpx2
 
-RETRIES = 6  # failures in a row before a server is dropped
+RETRIES = 6  # before a server is dropped, or a request that fails where others are answered
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds after a failure: doubled each time, up to the longest
 LONGEST_RETRY_AFTER = 600.0
 CONNECT_SECONDS = 10.0
@@ -40,6 +41,7 @@ class Server:
     url: str
     model: str = ""  # as the server calls it, known after the first request
     in_flight: int = 0
+    answered: int = 0
     failures: int = 0  # in a row; requests under way together count once
     refusals: int = 0  # "come back later" in a row
     ready_at: float = 0.0
@@ -48,14 +50,13 @@ class Server:
 class ServerPool:
     """Sends each request to the server that has the fewest in flight, at most `streams` each.
 
-    model: preferred where a server has several. note: told in a sentence what the user should know.
-    Raises ValueError for an address that is none; use as an async context manager.
+    urls: as `base_url` gives them. model: preferred where a server has several. note: told in a sentence what the user
+    should know. Use as an async context manager.
     """
 
     def __init__(self, urls: tuple[str, ...], model: str, streams: int, timeout: float, note: Callable[[str], None]):
-        self.servers = [Server(base_url(url)) for url in urls]
+        self.servers = [Server(url) for url in urls]
         self.model, self.streams, self.note = model, streams, note
-        self.most_failures = RETRIES * len(urls)
         key = os.environ.get("OPENAI_API_KEY")
         self.client = httpx2.AsyncClient(
             headers={"Authorization": f"Bearer {key}"} if key else {},
@@ -74,7 +75,7 @@ class ServerPool:
 
         Raises RefusedError if it cannot be had, ValueError if no server is left or one cannot be used at all.
         """
-        failures = 0
+        failures, answered = 0, Counter[str]()
         while True:
             server = await self.free_server()
             started = time.monotonic()
@@ -82,6 +83,7 @@ class ServerPool:
             try:
                 reply = await self.send(server, body)
                 server.failures = server.refusals = 0
+                server.answered += 1
                 return reply
             except BusyError as busy:
                 if started >= server.ready_at:
@@ -89,9 +91,10 @@ class ServerPool:
                     pause = busy.seconds if busy.seconds is not None else back_off(server.refusals)
                     server.ready_at = time.monotonic() + pause
             except (FailedError, httpx2.RequestError) as error:
-                failures += 1
                 self.failed(server, started, f"{type(error).__name__} {error}".strip())
-                if failures > self.most_failures:
+                failures += server.answered > answered[server.url]  # a server that answers nothing is to blame itself
+                answered[server.url] = server.answered
+                if failures > RETRIES:
                     raise RefusedError(f"gave up after {failures} failures: {error}") from None
             finally:
                 server.in_flight -= 1
@@ -162,7 +165,7 @@ class ServerPool:
 
 
 def base_url(text: str) -> str:
-    """`http://host:8000` -> `http://host:8000/v1`; an address with a path stays as it is."""
+    """`http://host:8000` -> `http://host:8000/v1`; one with a path stays. Raises ValueError for no address."""
     try:
         url = httpx2.URL(text)
     except httpx2.InvalidURL:

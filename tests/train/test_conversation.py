@@ -94,7 +94,7 @@ def test_unicode_normal_forms_are_the_same_text():
 
 def test_a_template_that_refuses_the_conversation():
     tokenizer = tiny_tokenizer("{{ raise_exception('no system messages') }}")
-    with pytest.raises(ValueError, match="line 7: the model's chat template cannot hold .* no system messages"):
+    with pytest.raises(ValueError, match=r"line 7: the model's chat template cannot hold .* no system messages"):
         Conversation(Prompt(("a",), place="line 7")).ask(tokenizer)
 
 
