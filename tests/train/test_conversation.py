@@ -3,7 +3,7 @@
 from unicodedata import normalize
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers
 
@@ -31,7 +31,7 @@ def converse(tokenizer, turns: list[str], answers: list[tuple[str, str]], system
 
 
 @given(st.lists(st.tuples(TEXT, TEXT, st.sampled_from(["stop", "length"])), min_size=1, max_size=4), st.just("") | TEXT)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_the_masked_tokens_are_the_answers(rounds: list[tuple[str, str, str]], system: str):
     """All turns in one example; an end token belongs to an answer that ended by itself, and to no other."""
     turns, texts, finishes = zip(*rounds)

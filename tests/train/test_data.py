@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dspark.train.data import Example, Prompt, mix, read_examples, read_prompts, split_by_prompt
@@ -143,6 +143,7 @@ def test_line_separators_inside_a_text_do_not_split_the_line(tmp_path: Path):
 LOCAL = st.lists(st.integers(0, 12), max_size=20)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(LOCAL, min_size=1, max_size=3), st.integers(0, 15), LOCAL)
 def test_no_prompt_is_on_both_sides(prompts: list[list[int]], count: int, added: list[int]):
     """Whatever the order of files, and what is trained on is never held out once data is added."""
