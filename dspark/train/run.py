@@ -14,7 +14,7 @@ from dspark.models.decoder import Decoder
 from dspark.models.loader import Target, load_target
 from dspark.models.source import load_state_dict
 from dspark.train.checkpoint import RESUME_FILE, resume_training
-from dspark.train.data import Example, read_examples
+from dspark.train.data import Example, mix, read_examples, split_by_prompt
 from dspark.train.setup import DrafterRecipe, default_recipe, mask_token, new_drafter
 from dspark.train.trainer import StepResult, TrainConfig, Trainer
 
@@ -40,7 +40,8 @@ class TrainRun:
     draft_layers: int = 2
     markov_head: Literal["vanilla", "gated", "rnn", "none"] = "vanilla"
     max_length: int = 512  # tokens of an example, prompt included
-    heldout: int = 24  # examples kept for evaluation, the last ones of the first file
+    weights: tuple[float, ...] = ()  # the files' shares of an epoch; none: every example once
+    heldout: int = 24  # examples kept for evaluation: whole prompts, chosen by hash
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
@@ -89,8 +90,7 @@ def make_trainer(run: TrainRun, target: Target) -> Trainer:
     Raises ValueError for data that cannot be used and for an initial drafter that does not fit the target.
     """
     decoder = target.decoder
-    examples = read_all(run, decoder)
-    heldout, examples = examples[: run.heldout], examples[run.heldout :]
+    heldout, examples = read_all(run, decoder)
     if run.initial is not None:
         model = load_drafter(run.initial)
         check_fit(model.config, decoder.config)
@@ -104,14 +104,11 @@ def make_trainer(run: TrainRun, target: Target) -> Trainer:
     return Trainer(model, decoder, examples, heldout, run.train)
 
 
-def read_all(run: TrainRun, decoder: Decoder) -> list[Example]:
-    """All examples, the held-out ones first. Raises ValueError if there are too few."""
-    examples: list[Example] = []
-    for i, path in enumerate(run.data):
-        found = read_examples(path, decoder.config.vocab_size, run.max_length)
-        examples += found[-run.heldout :] + found[: -run.heldout] if i == 0 else found
-    if len(examples) <= run.heldout:
-        raise ValueError(
-            f"{len(examples)} examples are too few to hold {run.heldout} out; write more with 'dspark data'"
-        )
-    return examples
+def read_all(run: TrainRun, decoder: Decoder) -> tuple[list[Example], list[Example]]:
+    """(held-out examples, those of an epoch). Raises ValueError if there are too few."""
+    files = [read_examples(path, decoder.config.vocab_size, run.max_length) for path in run.data]
+    heldout, files = split_by_prompt(files, run.heldout)
+    examples = mix(files, run.weights) if run.weights else [e for examples in files for e in examples]
+    if not examples:
+        raise ValueError(f"no prompt is left to train on with {run.heldout} examples held out; write more answers")
+    return heldout, examples

@@ -88,7 +88,7 @@ def new_drafter(
 
 def draft_vocabulary(examples: list[Example], size: int, vocab_size: int) -> Tensor:
     """The `size` token ids that occur most in the answers, topped up with low ids (frequent in BPE order), sorted."""
-    counts = Counter(token for e in examples for token in e.answer_ids)
+    counts = Counter(token for e in examples for token in e.answer_tokens)
     ids = [token for token, _ in counts.most_common(size)]
     seen = set(ids)
     ids += [i for i in range(vocab_size) if i not in seen][: size - len(ids)]

@@ -142,7 +142,8 @@ class Trainer:
         length = max(len(examples[i].token_ids) for i in indices)
         loss_mask = torch.zeros(len(indices), length, dtype=torch.bool)
         for row, i in zip(loss_mask, indices, strict=True):
-            row[len(examples[i].prompt_ids) : len(examples[i].token_ids)] = True
+            for start, end in examples[i].answer_spans:
+                row[start:end] = True
         first = (self.config.seed * 1_000_003 + step) * 1_000_003
         generators = [torch.Generator().manual_seed((first + i) % 2**63) for i in indices]
         return sample_blocks(loss_mask, self.model.config.block_size, self.config.anchors_per_sequence, generators)
@@ -278,7 +279,7 @@ class Trainer:
         """What was trained on, for the record."""
         return {
             "examples": len(self.examples),
-            "answer_tokens": sum(len(e.answer_ids) for e in self.examples),
+            "answer_tokens": sum(len(e.answer_tokens) for e in self.examples),
             "heldout_examples": len(self.heldout),
         }
 
