@@ -2,7 +2,7 @@
 
 from llvmlite import ir
 
-from dspark.models.cpu_emitter import F32, I64, VOID, Emitter, Machine, Value, lanes_for
+from dspark.models.cpu_emitter import F32, I32, I64, VOID, Emitter, Machine, Value, lanes_for
 
 KEYS_AHEAD = 32  # that attention fetches: 64 requests of 256 tokens take 0.85 ms a layer instead of 1.12
 
@@ -128,17 +128,27 @@ def attention_kernel(machine: Machine, kv_heads: int, group: int, head_dim: int,
     Keys are read and turned once for all rows of a chunk, `lanes` of them at a time, so that the scores of a query
     against them grow side by side without a sum across lanes. A row's result does not depend on the other rows.
     """
-    e = Emitter(f"f{'h' if in_bf16 else 'f'}ffqiiii", machine, lanes_for(head_dim, machine))
+    packed = 2 if in_bf16 else 1  # numbers of a key in 32 bits, which are turned together
+    e = Emitter(f"f{'h' if in_bf16 else 'f'}ffqiiii", machine, lanes_for(head_dim // packed, machine))
     b, lanes = e.b, e.lanes
+    words = ir.VectorType(I32, lanes)
     q, kv, out, scratch, chunks, q_stride, room, span, _ = e.fields
     parts, slot_size = head_dim // lanes, 2 * kv_heads * head_dim
-    turned = b.gep(scratch, [b.mul(e.thread, room)])  # [head_dim, lanes]
-    scores = b.gep(turned, [I64(head_dim * lanes)])  # [rows, group, span]
+    turned = b.gep(scratch, [b.mul(e.thread, room)])  # [head_dim / packed, lanes]
+    scores = b.gep(turned, [I64(head_dim // packed * lanes)])  # [rows, group, span]
     lane_numbers = ir.Constant(ir.VectorType(I64, lanes), list(range(lanes)))
     lowest = e.constant(-1e30)
 
     def read(pointer: Value, index: Value) -> Value:
         return e.load_bf16(pointer, index) if in_bf16 else e.load(pointer, index)
+
+    def unpacked(key: Value) -> list[Value]:
+        """The numbers of a vector of turned keys: one of each key, or an even and an odd one in bf16."""
+        if not in_bf16:
+            return [key]
+        bits = b.bitcast(key, words)
+        halves = b.shl(bits, ir.Constant(words, [16] * lanes)), b.and_(bits, ir.Constant(words, [-65536] * lanes))
+        return [b.bitcast(half, e.vector) for half in halves]
 
     def before(end: Value, start: Value) -> Value:
         """Which lanes of a vector that begins at `start` lie before `end`."""
@@ -168,22 +178,24 @@ def attention_kernel(machine: Machine, kv_heads: int, group: int, head_dim: int,
             for j in range(lanes):
                 ahead = b.mul(b.add(t, I64(j + KEYS_AHEAD)), I64(slot_size))
                 for base in (keys, values):
-                    for line in range(0, head_dim, 64 // (2 if in_bf16 else 4)):
+                    for line in range(0, head_dim, 16 * packed):
                         e.prefetch(base, b.add(ahead, I64(line)), locality=2)
-            for p in range(parts):
-                block = [read(keys, b.add(place, I64(p * lanes))) for place in places]
+            for p in range(parts // packed):
+                block = [e.load(keys, b.add(place, I64(p * lanes * packed))) for place in places]
                 for d, vector in enumerate(e.transposed(block)):
                     e.store(vector, turned, I64((p * lanes + d) * lanes))
             with e.loop(I64(0), count) as row:
                 query = b.gep(q, [b.add(b.mul(b.add(first_row, row), q_stride), b.mul(head, I64(group * head_dim)))])
                 zeros = [e.constant(0.0)] * (group * parts)
                 with e.sums(I64(0), I64(lanes), zeros) as (d, carried, results):
-                    for p in range(parts):
+                    for p in range(parts // packed):
                         here = b.add(d, I64(p * lanes))
-                        key = e.load(turned, b.mul(here, I64(lanes)))
-                        for g in range(group):
-                            part = e.spread(b.load(b.gep(query, [b.add(here, I64(g * head_dim))])))
-                            carried[g * parts + p] = e.fma(part, key, carried[g * parts + p])
+                        for n, key in enumerate(unpacked(e.load(turned, b.mul(here, I64(lanes))))):
+                            at_query = b.add(b.mul(here, I64(packed)), I64(n))
+                            for g in range(group):
+                                part = e.spread(b.load(b.gep(query, [b.add(at_query, I64(g * head_dim))])))
+                                i = g * parts + p * packed + n
+                                carried[i] = e.fma(part, key, carried[i])
                 seen = before(visible(row), t)
                 for g in range(group):
                     score = results[g * parts]
