@@ -38,6 +38,26 @@ class DrafterConfig:
             raise ValueError(f"draft_vocab_size must lie in 1..{self.decoder.vocab_size}")
 
 
+def check_fit(config: DrafterConfig, theirs: DecoderConfig) -> None:
+    """Raise ValueError unless the drafter's vocabulary, width, heads and tap layers fit the target's shape."""
+    ours = config.decoder
+    for name, what in (
+        ("vocab_size", "vocabulary"),
+        ("hidden_size", "width"),
+        ("head_dim", "head width"),
+        ("rope_theta", "rotary base"),
+    ):
+        if getattr(ours, name) != getattr(theirs, name):
+            raise ValueError(
+                f"the drafter was trained for a target of {what} {getattr(ours, name)}, this target has "
+                f"{getattr(theirs, name)}; train one for this model with 'dspark train'"
+            )
+    if max(config.tap_layers) >= theirs.num_layers:
+        raise ValueError(
+            f"the drafter reads target layers {list(config.tap_layers)}, this target has {theirs.num_layers} layers"
+        )
+
+
 Config = TypeVar("Config", bound=DrafterConfig)
 Rotary = tuple[Tensor, Tensor]  # cos and sin, [..., 1, D] each
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dspark.drafters.dspark import DSparkDrafter, check_fit
+from dspark.drafters.dspark import DSparkDrafter
+from dspark.drafters.layers import check_fit
 from dspark.drafters.model import DSparkModel
 from dspark.models.decoder import layer_shapes
 from dspark.sampling import SamplingParams
@@ -46,7 +47,7 @@ def extended(model: DSparkModel, pieces: tuple[int, ...] = (0, 30), first_slot: 
     taps = taps_of(model, TOKENS)
     for start, end in pairwise(pieces):
         positions = torch.arange(start, end)
-        drafter.extend([t[start:end] for t in taps], positions, positions + first_slot)
+        drafter.extend([t[start:end] for t in taps], torch.tensor(TOKENS[start:end]), positions, positions + first_slot)
     return drafter
 
 
@@ -88,7 +89,7 @@ def test_extending_in_pieces_equals_at_once(pieces: tuple[int, ...]):
     at_once = extended(model).backbone([Request(TOKENS)])[0]
     torch.testing.assert_close(extended(model, pieces).backbone([Request(TOKENS)])[0], at_once, atol=1e-5, rtol=0)
     drafter = extended(model, pieces, first_slot=50)
-    drafter.extend([t[:3] for t in taps_of(model, TOKENS)], torch.arange(3), torch.arange(3))
+    drafter.extend([t[:3] for t in taps_of(model, TOKENS)], torch.tensor(TOKENS[:3]), torch.arange(3), torch.arange(3))
     short, long = drafter.backbone([Request(TOKENS[:4]), Request(TOKENS, first_slot=50)])
     torch.testing.assert_close(long, at_once, atol=1e-5, rtol=0)
     torch.testing.assert_close(short, extended(model).backbone([Request(TOKENS[:4])])[0], atol=1e-5, rtol=0)
@@ -124,7 +125,7 @@ def test_heads_equal_the_trained_ones(markov_head: str | None, draft_vocab_size:
 def test_candidates_are_picked_after_the_markov_bias(monkeypatch: pytest.MonkeyPatch):
     """A bug halved live acceptance: candidates were the top of the base logits, while training scores the whole
     draft vocabulary; the token that the bias favours was seldom among them."""
-    monkeypatch.setattr("dspark.drafters.dspark.NUM_CANDIDATES", 1)
+    monkeypatch.setattr("dspark.drafters.bound.NUM_CANDIDATES", 1)
     model = tiny_model(TARGET.config)
     anchor = ANCHORS[0]
     draft = propose(model, Request(TOKENS[: anchor + 1], SamplingParams(temperature=1.0)))
