@@ -14,7 +14,7 @@ from dspark.drafters.chain import ChainModel
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.eagle3 import Eagle3Config, Eagle3Model
 from dspark.drafters.interface import DraftRequest
-from dspark.drafters.layers import DraftModel
+from dspark.drafters.layers import DrafterConfig, DraftModel
 from dspark.drafters.model import DSparkConfig, DSparkModel
 from dspark.drafters.mtp import MtpConfig, MtpModel
 from dspark.models.config import DecoderConfig
@@ -84,7 +84,7 @@ def tiny_model(
     """An untrained DSpark drafter whose heads are all of notable size; 0 drafts over the whole vocabulary."""
     size = draft_vocab_size or config.vocab_size
     shape = DSparkConfig(config, tap_layers(config), block_size, size, num_layers, markov_rank, 1, **changes)
-    return randomised(DSparkModel(shape), seed)
+    return randomised(DSparkModel, shape, seed)
 
 
 def tiny_chain(
@@ -93,18 +93,19 @@ def tiny_chain(
     """An untrained EAGLE-3 or MTP drafter."""
     size = draft_vocab_size or config.vocab_size
     if kind == "mtp":
-        return randomised(MtpModel(MtpConfig(config, (config.num_layers - 1,), block_size, size, window=window)), seed)
-    return randomised(Eagle3Model(Eagle3Config(config, tap_layers(config), block_size, size, window=window)), seed)
+        return randomised(MtpModel, MtpConfig(config, (config.num_layers - 1,), block_size, size, window=window), seed)
+    return randomised(Eagle3Model, Eagle3Config(config, tap_layers(config), block_size, size, window=window), seed)
 
 
 def tap_layers(config: DecoderConfig) -> tuple[int, ...]:
     return tuple(sorted({0, config.num_layers // 2, config.num_layers - 1}))
 
 
-def randomised(model: AnyModel, seed: int) -> AnyModel:
+def randomised(model_class: type[AnyModel], config: DrafterConfig, seed: int) -> AnyModel:
     """Weights of notable size and a random draft vocabulary."""
-    config = model.config
     generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    model = model_class(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:

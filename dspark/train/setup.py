@@ -84,7 +84,7 @@ def default_recipe(
         source_layers=tuple(range(first, n)),
         mask_token_id=mask_token_id,
         block_size=block_size,
-        markov_rank=DrafterRecipe.markov_rank if drafter == "dspark" else 0,
+        markov_rank=min(DrafterRecipe.markov_rank, target.config.hidden_size) if drafter == "dspark" else 0,
         draft_vocab_size=min(DrafterRecipe.draft_vocab_size, target.config.vocab_size),
         markov_head=markov_head or "vanilla",
         own_position=drafter == "dflash-zlab",
