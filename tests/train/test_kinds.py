@@ -10,20 +10,14 @@ from dspark.drafters.mtp import MtpModel
 from dspark.engine.engine import Engine, EngineConfig
 from dspark.sampling import SamplingParams
 from dspark.train.data import Example
-from dspark.train.setup import DRAFTERS, default_recipe, draft_vocabulary, new_drafter
+from dspark.train.setup import DRAFTERS, default_recipe, new_drafter
 from dspark.train.trainer import CHAIN_LOSS, DFLASH_LOSS, DSPARK_LOSS, TrainConfig, Trainer
 from tests.tiny import plain_greedy, tiny_config, tiny_state_dict, tiny_target
 
 TARGET = tiny_target()
 PROMPTS = [[i, 3 * i + 1, 7] for i in range(6)]
 EXAMPLES = [Example(tuple(p), tuple(plain_greedy(TARGET, p, 24))) for p in PROMPTS]
-KINDS = {
-    "dspark": DSparkModel,
-    "dflash": DSparkModel,
-    "dflash-zlab": DSparkModel,
-    "eagle3": Eagle3Model,
-    "mtp": MtpModel,
-}
+MODELS = {"eagle3": Eagle3Model, "mtp": MtpModel}
 LOSSES = {"dspark": DSPARK_LOSS, "dflash": DFLASH_LOSS, "dflash-zlab": DFLASH_LOSS}
 
 
@@ -47,11 +41,13 @@ def live_accepted_length(trainer: Trainer) -> float:
 @pytest.mark.parametrize("kind", DRAFTERS)
 def test_what_is_learnt_by_heart_is_accepted_live(kind: str):
     trainer = make_trainer(kind, window=6)
-    assert isinstance(trainer.model, KINDS[kind]) and trainer.loss_weights == LOSSES.get(kind, CHAIN_LOSS)
+    assert isinstance(trainer.model, MODELS.get(kind, DSparkModel)) and trainer.loss_weights == LOSSES.get(
+        kind, CHAIN_LOSS
+    )
     before = live_accepted_length(trainer)
     trainer.progress.seconds = 0.04 * 3600  # past the warm-up
-    expected = [trainer.step(list(range(6))).accepted_length for _ in range(80)]
-    assert max(expected[-5:]) > max(expected[:5])
+    for _ in range(80):
+        trainer.step(list(range(6)))
     assert live_accepted_length(trainer) > before + 0.3 * trainer.model.config.block_size
 
 
@@ -67,16 +63,14 @@ def test_every_weight_is_trained(kind: str):
 
 
 def test_recipes_by_name():
-    taps = {kind: default_recipe(TARGET, 1, kind).tap_layers for kind in DRAFTERS}
-    assert taps == {
-        "dspark": (2, 3, 1),
-        "dflash": (2, 3, 1),
-        "dflash-zlab": (2, 3, 1),
-        "eagle3": (1, 3, 2),
-        "mtp": (3,),
+    recipes = {kind: default_recipe(TARGET, 1, kind) for kind in DRAFTERS}
+    assert {kind: (r.tap_layers, r.block_size, r.markov_rank, r.own_position) for kind, r in recipes.items()} == {
+        "dspark": ((2, 3, 1), 4, 32, False),
+        "dflash": ((2, 3, 1), 4, 0, False),
+        "dflash-zlab": ((2, 3, 1), 4, 0, True),
+        "eagle3": ((1, 3, 2), 4, 0, False),
+        "mtp": ((3,), 1, 0, False),
     }
-    sizes = {kind: default_recipe(TARGET, 1, kind).block_size for kind in DRAFTERS}
-    assert sizes == {"dspark": 4, "dflash": 4, "dflash-zlab": 4, "eagle3": 4, "mtp": 1}
     assert default_recipe(TARGET, 1, "eagle3", block_size=7).block_size == 7
 
 
