@@ -6,8 +6,8 @@ import pytest
 
 from dspark.drafters.eagle3 import Eagle3Config, Eagle3Model
 from dspark.models.decoder import layer_shapes
-from tests.drafters.test_dspark import Request
-from tests.drafters.test_kinds import TARGET, TOKENS, WARM, extended, proposal
+from tests.drafters.test_dspark import TARGET, TOKENS, Request, extended
+from tests.drafters.test_kinds import WARM, proposal
 from tests.tiny import plain_logits, tiny_chain, tiny_state_dict
 
 

@@ -5,7 +5,6 @@ Shapes: G slots, V vocabulary.
 
 import json
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,32 +17,12 @@ from dspark.drafters.layers import DraftModel
 from dspark.drafters.load import bind, make_drafter
 from dspark.models.decoder import layer_shapes
 from dspark.sampling import SamplingParams
-from tests.drafters.test_dspark import Request
-from tests.tiny import VARIANTS, PlainAttention, tiny_state_dict, tiny_target, tiny_variant
+from tests.drafters.test_dspark import TARGET, TOKENS, Request, extended, taps_of
+from tests.tiny import VARIANTS, tiny_state_dict, tiny_target, tiny_variant
 
-TARGET = tiny_target()
-TOKENS = torch.randint(0, 64, (30,), generator=torch.Generator().manual_seed(2)).tolist()
 WARM = SamplingParams(temperature=0.8)
 
 pytestmark = pytest.mark.parametrize("variant", VARIANTS)
-
-
-def taps_of(model: DraftModel, token_ids: list[int]) -> list[Tensor]:
-    positions = torch.arange(len(token_ids))
-    return TARGET.forward(torch.tensor(token_ids), positions, PlainAttention(2), model.config.tap_layers).taps
-
-
-def extended(model: DraftModel, pieces: tuple[int, ...] = (0, 30), first_slot: int = 0) -> BoundDrafter:
-    """A drafter that took in TOKENS, piece by piece, into slots from first_slot on."""
-    drafter = bind(model, TARGET)
-    drafter.allocate(150)
-    for storage in drafter._storage:
-        storage.fill_(float("nan"))  # whatever is read must have been written
-    taps = taps_of(model, TOKENS)
-    for start, end in pairwise(pieces):
-        positions = torch.arange(start, end)
-        drafter.extend([t[start:end] for t in taps], torch.tensor(TOKENS[start:end]), positions, positions + first_slot)
-    return drafter
 
 
 def proposal(drafter: BoundDrafter, *requests: Request) -> tuple[list[list[int]], Tensor]:
