@@ -95,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--json", action="store_true", help="print only the summary as a JSON line")
 
-    sub = command("train", run_train, "train a DSpark drafter on answers that 'dspark data' wrote", model)
+    sub = command("train", run_train, "train a drafter on answers that 'dspark data' wrote", model)
     sub.add_argument(
         "--data",
         required=True,
@@ -109,14 +109,18 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--epochs", type=float, help="passes over the data, instead of minutes; repeatable to the bit")
     sub.add_argument("--sequences-per-step", type=int, default=1, help="examples of one update (default 1)")
     sub.add_argument("--anchors", type=int, default=256, help="blocks drawn from an example, at most (default 256)")
-    sub.add_argument("--block-size", type=int, default=4, help="draft tokens a round (default 4)")
-    sub.add_argument("--draft-layers", type=int, default=2, help="layers copied from the target's end (default 2)")
     sub.add_argument(
-        "--markov-head",
-        choices=("vanilla", "gated", "rnn", "none"),
-        default="vanilla",
-        help="what corrects the parallel pass; none trains DFlash (default vanilla)",
+        "--drafter",
+        choices=("dspark", "dflash", "dflash-zlab", "eagle3", "mtp"),
+        default="dspark",
+        help="what is trained; dflash-zlab has masks predict their own position (default dspark)",
     )
+    sub.add_argument("--block-size", type=int, help="draft tokens a round (default 4, mtp 1)")
+    sub.add_argument("--draft-layers", type=int, help="layers copied from the target's end (default 2; eagle3, mtp 1)")
+    sub.add_argument(
+        "--markov-head", choices=("vanilla", "gated", "rnn"), help="DSpark's sequential head (default vanilla)"
+    )
+    sub.add_argument("--window", type=int, default=0, help="context tokens that draft layers see (default 0: all)")
     sub.add_argument("--learning-rate", type=float, default=6e-4, help="peak of the schedule (default 6e-4)")
     sub.add_argument("--max-length", type=int, default=512, help="tokens of an example, prompt included")
     sub.add_argument("--cache-gib", type=float, default=6.0, help="memory for the target's features (default 6)")
@@ -449,9 +453,11 @@ def run_train(args: argparse.Namespace) -> int:
         model=args.model,
         dtype=args.dtype,
         device=args.device,
+        drafter=args.drafter,
         block_size=args.block_size,
         draft_layers=args.draft_layers,
         markov_head=args.markov_head,
+        window=args.window,
         initial=args.initial,
         max_length=args.max_length,
         heldout=args.heldout,
@@ -593,7 +599,7 @@ def run_export(args: argparse.Namespace) -> None:
     import torch
 
     from dspark.drafters.checkpoint import load_drafter, write_official
-    from dspark.drafters.dspark import check_fit
+    from dspark.drafters.layers import check_fit
     from dspark.models.config import DecoderConfig
     from dspark.models.source import load_hf_config, load_state_dict, resolve_model
 

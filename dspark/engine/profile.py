@@ -82,10 +82,11 @@ def measure_costs(
         slots = torch.tensor(firsts, device=decoder.device) + config.context
         positions = torch.full((batch,), config.context, device=decoder.device)
         attention = CachedAttention(cache.storage, slots, segments, decoder.config.group_size)
-        output = decoder.forward(torch.ones_like(positions), positions, attention, taps)
+        tokens = torch.ones_like(positions)
+        output = decoder.forward(tokens, positions, attention, taps)
         first_maximum(decoder.logits(output.hidden)).tolist()
         if drafter is not None and taps:
-            drafter.extend(output.taps, positions, slots)
+            drafter.extend(output.taps, tokens, positions, slots)
 
     def propose(requests: int) -> None:
         assert drafter is not None

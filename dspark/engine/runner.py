@@ -129,7 +129,8 @@ class Runner:
             rejected = span.verify_length - next(kept) if span.reaches_anchor else 0
             rows += range(span.first_row, span.first_row + span.count - rejected)
         index = torch.tensor(rows, device=batch.tokens.device)
-        self.drafter.extend([t[index] for t in output.taps], batch.positions[index], batch.slots[index])
+        taps = [t[index] for t in output.taps]
+        self.drafter.extend(taps, batch.tokens[index], batch.positions[index], batch.slots[index])
 
 
 def row_prefixes(batch: Batch) -> list[Prefix]:

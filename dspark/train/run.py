@@ -2,14 +2,14 @@
 
 import signal
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dspark.drafters.checkpoint import load_drafter
-from dspark.drafters.dspark import check_fit
+from dspark.drafters.layers import check_fit
 from dspark.models.decoder import Decoder
 from dspark.models.loader import Target, load_target
 from dspark.models.source import load_state_dict
@@ -25,8 +25,8 @@ SMOOTHING = 0.05  # weight of the newest step in the figures beside the progress
 class TrainRun:
     """All that a training run depends on.
 
-    `initial` continues from a trained drafter and keeps its shape; otherwise `drafter` is the shape, and with
-    `drafter=None` block_size, draft_layers and markov_head are; `none` trains DFlash.
+    `initial` continues from a trained drafter and keeps its shape; otherwise `drafter` is the shape: a recipe, or a
+    name in `setup.DRAFTERS` of which the fields up to `window` make one (see `default_recipe`).
     """
 
     data: tuple[Path, ...]
@@ -34,11 +34,12 @@ class TrainRun:
     model: str = "smollm2-135m"
     dtype: str = "bf16"
     device: str = "cpu"
-    drafter: DrafterRecipe | None = None
     initial: Path | None = None  # a drafter checkpoint to start from instead of the target's layers
-    block_size: int = 4
-    draft_layers: int = 2
-    markov_head: Literal["vanilla", "gated", "rnn", "none"] = "vanilla"
+    drafter: DrafterRecipe | str = "dspark"
+    block_size: int | None = None
+    draft_layers: int | None = None
+    markov_head: Literal["vanilla", "gated", "rnn"] | None = None
+    window: int = 0
     max_length: int = 512  # tokens of an example, prompt included
     weights: tuple[float, ...] = ()  # the files' shares of an epoch; none: every example once
     heldout: int = 24  # examples kept for evaluation: whole prompts, chosen by hash
@@ -95,11 +96,10 @@ def make_trainer(run: TrainRun, target: Target) -> Trainer:
         model = load_drafter(run.initial)
         check_fit(model.config, decoder.config)
     else:
-        recipe = run.drafter or default_recipe(decoder, mask_token(target.tokenizer), run.block_size, run.draft_layers)
-        if run.drafter is None and run.markov_head == "none":
-            recipe = replace(recipe, markov_rank=0)
-        elif run.drafter is None:
-            recipe = replace(recipe, markov_head=run.markov_head)
+        recipe = run.drafter
+        if isinstance(recipe, str):
+            shape = (run.block_size, run.draft_layers, run.markov_head, run.window)
+            recipe = default_recipe(decoder, mask_token(target.tokenizer), recipe, *shape)
         model = new_drafter(decoder, load_state_dict(target.source), recipe, examples, run.train.seed)
     return Trainer(model, decoder, examples, heldout, run.train)
 
