@@ -57,30 +57,70 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("data", run_data, "let the target answer prompts: training data for a drafter", model)
     source = sub.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompts", type=Path, help="JSON lines with 'turns', 'messages' or 'prompt'")
-    source.add_argument("--self-written", type=int, metavar="N", help="let the target write N prompts itself")
+    source.add_argument(
+        "--prompts",
+        type=Path,
+        help="JSON lines with 'turns', 'messages', 'conversations' or 'prompt'; a dataset's folder or its hub name",
+    )
+    source.add_argument(
+        "--self-written", type=int, default=0, metavar="N", help="let the target write N prompts itself"
+    )
     sub.add_argument("--out", type=Path, required=True, help="JSON lines to write; an unfinished file is continued")
     sub.add_argument("--limit", type=int, help="use only the first N prompts")
+    sub.add_argument("--subset", help="configuration of a dataset that has several")
+    sub.add_argument("--split", default="train", help="split of a dataset (default train)")
+    sub.add_argument("--samples", type=int, default=1, metavar="N", help="answers to each prompt (default 1)")
+    sub.add_argument(
+        "--samplings",
+        default="0,0.2/0.9,0.7/0.95,1",
+        metavar="T/P,...",
+        help="temperature, or temperature/top-p, in turn (default 0,0.2/0.9,0.7/0.95,1)",
+    )
     sub.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (default 256)")
-    sub.add_argument("--streams", type=int, default=32, help="answers generated at once (default 32)")
+    sub.add_argument("--max-prompt-tokens", type=int, metavar="N", help="leave longer ones out, earlier turns included")
+    sub.add_argument("--streams", type=int, default=32, help="answers generated at once, by each server (default 32)")
+    sub.add_argument(
+        "--server",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="an OpenAI-compatible server that runs the model, asked instead of the embedded engine; repeatable",
+    )
+    sub.add_argument("--timeout", type=float, default=600.0, help="seconds for one answer of a server (default 600)")
+    sub.add_argument(
+        "--keep-answers",
+        action="store_true",
+        help="do not ask the target, keep the answers that the prompts file holds: such drafters accept less",
+    )
     sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--json", action="store_true", help="print only the summary as a JSON line")
 
-    sub = command("train", run_train, "train a DSpark drafter on answers that 'dspark data' wrote", model)
-    sub.add_argument("--data", type=Path, required=True, nargs="+", help="JSON lines from 'dspark data'")
+    sub = command("train", run_train, "train a drafter on answers that 'dspark data' wrote", model)
+    sub.add_argument(
+        "--data",
+        required=True,
+        nargs="+",
+        metavar="FILE[:WEIGHT]",
+        help="JSON lines from 'dspark data'; weights are the files' shares of an epoch (default: every answer once)",
+    )
     sub.add_argument("--out", type=Path, required=True, help="checkpoint folder; a run found there is resumed")
     sub.add_argument("--initial", type=Path, metavar="FOLDER", help="a trained drafter to start from, shape included")
     sub.add_argument("--minutes", type=float, default=60.0, help="training time, the schedule follows it (default 60)")
     sub.add_argument("--epochs", type=float, help="passes over the data, instead of minutes; repeatable to the bit")
     sub.add_argument("--sequences-per-step", type=int, default=1, help="examples of one update (default 1)")
     sub.add_argument("--anchors", type=int, default=256, help="blocks drawn from an example, at most (default 256)")
-    sub.add_argument("--block-size", type=int, default=4, help="draft tokens a round (default 4)")
-    sub.add_argument("--draft-layers", type=int, default=2, help="layers copied from the target's end (default 2)")
     sub.add_argument(
-        "--markov-head",
-        choices=("vanilla", "gated", "rnn", "none"),
-        default="vanilla",
-        help="what corrects the parallel pass; none trains DFlash (default vanilla)",
+        "--drafter",
+        choices=("dspark", "dflash", "dflash-zlab", "eagle3", "mtp"),
+        default="dspark",
+        help="what is trained; dflash-zlab has masks predict their own position (default dspark)",
     )
+    sub.add_argument("--block-size", type=int, help="draft tokens a round (default 4, mtp 1)")
+    sub.add_argument("--draft-layers", type=int, help="layers copied from the target's end (default 2; eagle3, mtp 1)")
+    sub.add_argument(
+        "--markov-head", choices=("vanilla", "gated", "rnn"), help="DSpark's sequential head (default vanilla)"
+    )
+    sub.add_argument("--window", type=int, default=0, help="context tokens that draft layers see (default 0: all)")
     sub.add_argument("--learning-rate", type=float, default=6e-4, help="peak of the schedule (default 6e-4)")
     sub.add_argument(
         "--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: for the draft layers' matrices"
@@ -90,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--max-length", type=int, default=512, help="tokens of an example, prompt included")
     sub.add_argument("--cache-gib", type=float, default=6.0, help="memory for the target's features (default 6)")
-    sub.add_argument("--heldout", type=int, default=24, help="examples kept for evaluation (default 24)")
+    sub.add_argument("--heldout", type=int, default=24, help="examples kept for evaluation, whole prompts (default 24)")
     sub.add_argument("--evaluations", type=int, default=8, help="on those, over the run; the best is kept (default 8)")
     sub.add_argument("--tensorboard", type=Path, metavar="FOLDER", help="write TensorBoard scalars there")
     sub.add_argument(
@@ -357,35 +397,57 @@ def run_chat(args: argparse.Namespace) -> None:
 
 
 def run_data(args: argparse.Namespace) -> None:
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    import signal
 
-    from dspark.train.data import read_prompts
-    from dspark.train.generate import DataConfig, done_ids, self_written_prompts, write_answers
+    from dspark.train.generate import write_data
+    from dspark.train.work import DataConfig
 
-    prompts = read_prompts(args.prompts, args.limit) if args.prompts else None
-    llm = load(args, "none", max_streams=args.streams)
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    tokens = 0
-    with Progress(*columns, TextColumn("{task.fields[tokens]} tokens")) as progress:
-        if prompts is None:
-            writing = progress.add_task("prompts", total=args.self_written, tokens=0)
-            prompts = self_written_prompts(llm, args.self_written, args.seed, lambda _: progress.advance(writing))
-        done = len(done_ids(args.out))
-        answering = progress.add_task("answers", total=len(prompts), completed=done, tokens=0)
+    config = DataConfig(
+        out=args.out,
+        prompts=args.prompts,
+        subset=args.subset,
+        split=args.split,
+        limit=args.limit,
+        self_written=args.self_written,
+        keep_answers=args.keep_answers,
+        model=args.model,
+        dtype=args.dtype,
+        device=args.device,
+        streams=args.streams,
+        servers=tuple(args.server),
+        timeout=args.timeout,
+        samples=args.samples,
+        samplings=tuple(parse_sampling(part) for part in args.samplings.split(",")),
+        max_new_tokens=args.max_new_tokens,
+        max_prompt_tokens=args.max_prompt_tokens,
+        seed=args.seed,
+    )
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with SIGINT ignored
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    summary = write_data(config)
+    if not args.json:
+        print(
+            f"{summary['answers']} answers, {summary['tokens']} tokens at {summary['tokens_per_s']}/s, in '{args.out}'"
+        )
+    print(json.dumps(summary))
 
-        def on_answer(count: int) -> None:
-            nonlocal tokens
-            tokens += count
-            progress.update(answering, advance=1, tokens=tokens)
 
-        config = DataConfig(max_new_tokens=args.max_new_tokens, seed=args.seed)
-        write_answers(llm, prompts, args.out, config, on_answer)
+def parse_sampling(text: str) -> tuple[float, float]:
+    """`T` or `T/P` -> temperature and top-p. Raises ValueError naming the option."""
+    try:
+        temperature, _, top_p = text.partition("/")
+        return float(temperature), float(top_p or 1)
+    except ValueError:
+        raise ValueError(
+            f"--samplings must be temperatures or temperature/top-p as in 0,0.7/0.95, not '{text}'"
+        ) from None
 
 
 def run_train(args: argparse.Namespace) -> int:
     from dspark.train.run import TrainRun, train
     from dspark.train.trainer import TrainConfig
 
+    files, weights = zip(*map(parse_weighted, args.data))
     config = TrainConfig(
         minutes=args.minutes,
         epochs=args.epochs,
@@ -400,14 +462,17 @@ def run_train(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     run = TrainRun(
-        data=tuple(args.data),
+        data=files,
+        weights=tuple(weight or 1.0 for weight in weights) if any(weights) else (),
         out=args.out,
         model=args.model,
         dtype=args.dtype,
         device=args.device,
+        drafter=args.drafter,
         block_size=args.block_size,
         draft_layers=args.draft_layers,
         markov_head=args.markov_head,
+        window=args.window,
         initial=args.initial,
         max_length=args.max_length,
         heldout=args.heldout,
@@ -415,6 +480,20 @@ def run_train(args: argparse.Namespace) -> int:
         train=config,
     )
     return 0 if train(run) else 130
+
+
+def parse_weighted(text: str) -> tuple[Path, float | None]:
+    """`FILE:WEIGHT` or `FILE` -> path, and weight if there is one. Raises ValueError for an impossible weight."""
+    name, colon, number = text.rpartition(":")
+    try:
+        weight = float(number)
+    except ValueError:
+        return Path(text), None
+    if not colon:
+        return Path(text), None
+    if not 0 < weight < float("inf"):
+        raise ValueError(f"the weight in '{text}' must be above 0")
+    return Path(name), weight
 
 
 def parse_list(text: str, kind: type, name: str) -> list:
@@ -536,7 +615,7 @@ def run_export(args: argparse.Namespace) -> None:
     import torch
 
     from dspark.drafters.checkpoint import load_drafter, write_official
-    from dspark.drafters.dspark import check_fit
+    from dspark.drafters.layers import check_fit
     from dspark.models.config import DecoderConfig
     from dspark.models.source import load_hf_config, load_state_dict, resolve_model
 

@@ -3,10 +3,11 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from dspark.cli import main
+from dspark.cli import main, parse_weighted
 
 
 def error_of(capsys, *argv: str) -> str:
@@ -56,6 +57,31 @@ def test_prompts_files(capsys, tmp_path):
     path.write_text('{"turns": ["hello"]}\nnot json\n')
     assert "line 2 is not JSON" in error_of(capsys, "data", "--prompts", str(path), "--out", out)
     assert "line 2 is not JSON" in error_of(capsys, "bench", "--prompts", str(path))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--samplings", "0.7/x"], "--samplings"),
+        (["--samplings", "0.7/2"], "top_p"),
+        (["--samples", "0"], "samples must be above 0"),
+        (["--limit", "0"], "limit must be above 0"),
+        (["--server", "localhost"], "--server must be an address"),
+        (["--server", "http://a", "--keep-answers"], "either kept or asked"),
+    ],
+)
+def test_data_options(capsys, tmp_path, options, message):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"turns": ["hello"]}\n')
+    assert message in error_of(capsys, "data", "--prompts", str(path), "--out", str(tmp_path / "out"), *options)
+
+
+def test_weights_of_training_files(capsys):
+    assert parse_weighted("a.jsonl:2.5") == (Path("a.jsonl"), 2.5)
+    assert parse_weighted("a.jsonl") == (Path("a.jsonl"), None)
+    assert parse_weighted("C:\\a.jsonl") == (Path("C:\\a.jsonl"), None)
+    assert parse_weighted("7") == (Path("7"), None)
+    assert "the weight in 'a:-1' must be above 0" in error_of(capsys, "train", "--data", "a:-1", "--out", "b")
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from dspark.sampling import (
     Purpose,
     SamplingParams,
     categorical,
+    first_maximum,
     token_logprobs,
     truncated_probs,
     uniform,
@@ -272,3 +275,22 @@ def test_uniform_looks_uniform_and_independent() -> None:
     cells = np.histogram2d(base, neighbours["next position"], bins=20, range=[[0, 1], [0, 1]])[0]
     chi_square = ((cells - count / 400) ** 2 / (count / 400)).sum()
     assert abs(chi_square - 399) < 5 * math.sqrt(2 * 399)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(1, 4), vocab=st.integers(1, 700), seed=st.integers(0, 2**31))
+def test_first_maximum_is_argmax(rows: int, vocab: int, seed: int):
+    values = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)).round()  # many ties
+    assert torch.equal(first_maximum(values), values.argmax(-1))
+
+
+@settings(max_examples=60, deadline=None)
+@given(vocab=st.integers(1, 700), u=st.floats(0, 1), seed=st.integers(0, 2**31))
+def test_draw_in_blocks_is_the_draw_of_the_whole_cumulative_sum(vocab: int, u: float, seed: int):
+    probs = torch.rand(1, vocab, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    probs[0, 1:][probs[0, 1:] < 0.5] = 0
+    drawn = int(categorical(probs, torch.tensor([u], dtype=torch.float64)))
+    cumulative = probs[0].cumsum(-1)
+    below = float(cumulative[drawn] - probs[0, drawn])
+    assert probs[0, drawn] > 0
+    assert below - 1e-9 <= u * float(cumulative[-1]) <= float(cumulative[drawn]) + 1e-9

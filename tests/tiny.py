@@ -5,17 +5,24 @@ Shapes: N tokens, T positions, V vocabulary, R requests, G slots of a block.
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from dspark.drafters.chain import ChainModel
 from dspark.drafters.dspark import DSparkDrafter
+from dspark.drafters.eagle3 import Eagle3Config, Eagle3Model
 from dspark.drafters.interface import DraftRequest
+from dspark.drafters.layers import DrafterConfig, DraftModel
 from dspark.drafters.model import DSparkConfig, DSparkModel
+from dspark.drafters.mtp import MtpConfig, MtpModel
 from dspark.models.config import DecoderConfig
 from dspark.models.decoder import Decoder, layer_shapes
 from dspark.sampling import Purpose, SamplingParams, categorical, truncated_probs, uniform
 from dspark.spec.draft import Draft
+
+AnyModel = TypeVar("AnyModel", bound=DraftModel)
 
 # ---- models
 
@@ -76,17 +83,37 @@ def tiny_model(
 ) -> DSparkModel:
     """An untrained DSpark drafter whose heads are all of notable size; 0 drafts over the whole vocabulary."""
     size = draft_vocab_size or config.vocab_size
-    taps = tuple(sorted({0, config.num_layers // 2, config.num_layers - 1}))
+    shape = DSparkConfig(config, tap_layers(config), block_size, size, num_layers, markov_rank, 1, **changes)
+    return randomised(DSparkModel, shape, seed)
+
+
+def tiny_chain(
+    kind: str, config: DecoderConfig, seed: int = 0, block_size: int = 4, draft_vocab_size: int = 0, window: int = 0
+) -> ChainModel:
+    """An untrained EAGLE-3 or MTP drafter."""
+    size = draft_vocab_size or config.vocab_size
+    if kind == "mtp":
+        return randomised(MtpModel, MtpConfig(config, (config.num_layers - 1,), block_size, size, window=window), seed)
+    return randomised(Eagle3Model, Eagle3Config(config, tap_layers(config), block_size, size, window=window), seed)
+
+
+def tap_layers(config: DecoderConfig) -> tuple[int, ...]:
+    return tuple(sorted({0, config.num_layers // 2, config.num_layers - 1}))
+
+
+def randomised(model_class: type[AnyModel], config: DrafterConfig, seed: int) -> AnyModel:
+    """Weights of notable size and a random draft vocabulary."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    model = DSparkModel(DSparkConfig(config, taps, block_size, num_layers, markov_rank, 1, size, **changes))
+    model = model_class(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter.shape[1]))
             else:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-        model.d2t.copy_(torch.randperm(config.vocab_size, generator=generator)[:size].sort().values)
+        tokens = torch.randperm(config.decoder.vocab_size, generator=generator)
+        model.d2t.copy_(tokens[: config.draft_vocab_size].sort().values)
     return model
 
 
@@ -94,6 +121,19 @@ def tiny_drafter(
     target: Decoder, seed: int = 0, block_size: int = 4, draft_vocab_size: int = 0, num_layers: int = 2
 ) -> DSparkDrafter:
     return DSparkDrafter(tiny_model(target.config, seed, block_size, draft_vocab_size, num_layers), target)
+
+
+def tiny_variant(
+    name: str, target: Decoder, window: int = 0, block_size: int = 4, draft_vocab_size: int = 0, seed: int = 0
+) -> DraftModel:
+    """One of VARIANTS, untrained."""
+    shape = {"block_size": block_size, "draft_vocab_size": draft_vocab_size, "window": window, "seed": seed}
+    if name in ("eagle3", "mtp"):
+        return tiny_chain(name, target.config, **shape)
+    return tiny_model(target.config, **shape, own_position=name == "own position")
+
+
+VARIANTS = ("dspark", "own position", "eagle3", "mtp")
 
 
 # ---- what the output must be
@@ -161,7 +201,7 @@ class OracleDrafter:
     def allocate(self, num_slots: int) -> None:
         pass
 
-    def extend(self, taps: list[Tensor], positions: Tensor, slots: Tensor) -> None:
+    def extend(self, taps: list[Tensor], tokens: Tensor, positions: Tensor, slots: Tensor) -> None:
         pass
 
     def copy(self, source_slot: int, target_slot: int, count: int) -> None:

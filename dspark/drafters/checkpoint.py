@@ -4,6 +4,7 @@ Folders in the format of the official implementation are read too, see `official
 """
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -12,8 +13,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dspark.config import from_dict, parse_json, write_json
+from dspark.drafters.eagle3 import Eagle3Config, Eagle3Model
+from dspark.drafters.layers import DrafterConfig, DraftModel
 from dspark.drafters.model import DSparkConfig, DSparkModel
+from dspark.drafters.mtp import MtpConfig, MtpModel
 from dspark.drafters.official import config_to_official, drafter_tensors, official_tensors, official_to_config
+
+MODELS: dict[type[DrafterConfig], type[DraftModel]] = {
+    DSparkConfig: DSparkModel,
+    Eagle3Config: Eagle3Model,
+    MtpConfig: MtpModel,
+}
+CONFIGS = {config.kind: config for config in MODELS}
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -27,7 +38,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     temporary.replace(path)
 
 
-def save_drafter(model: DSparkModel, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+def save_drafter(model: DraftModel, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write atomically: a reader sees the old files or the new ones, never half of one."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -35,16 +46,18 @@ def save_drafter(model: DSparkModel, folder: Path, dtype: torch.dtype = torch.bf
         for name, t in model.state_dict().items()
     }
     save_tensors(tensors, folder / "model.safetensors")
-    write_json(model.config, folder / "config.json")
+    write_json({"kind": model.config.kind} | asdict(model.config), folder / "config.json")
 
 
 def write_official(
-    model: DSparkModel, embedding: Tensor, lm_head: Tensor, folder: Path, dtype: torch.dtype = torch.bfloat16
+    model: DraftModel, embedding: Tensor, lm_head: Tensor, folder: Path, dtype: torch.dtype = torch.bfloat16
 ) -> None:
     """Write a drafter for the big engines; embedding and lm_head [V, C] are those of its target.
 
     Raises ValueError for what the format cannot say and OSError if the disk refuses.
     """
+    if not isinstance(model, DSparkModel):
+        raise ValueError(f"the official format is for DSpark and DFlash, not for {model.config.kind}")
     tensors = official_tensors(model, embedding, lm_head, dtype)
     config = config_to_official(model.config, dtype)
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,18 +67,21 @@ def write_official(
     temporary.replace(folder / "config.json")
 
 
-def read_config(path: Path) -> tuple[DSparkConfig, bool]:
+def read_config(path: Path) -> tuple[DrafterConfig, bool]:
     """A drafter's config and whether it is of the official format. Raises ValueError naming the file."""
     data, where = parse_json(path), f"'{path}'"
     if not isinstance(data, dict) or "architectures" not in data:
-        return from_dict(DSparkConfig, data, where), False
+        kind = data.pop("kind", DSparkConfig.kind) if isinstance(data, dict) else DSparkConfig.kind  # once the only one
+        if kind not in list(CONFIGS):
+            raise ValueError(f"{where}: a drafter is of kind {', '.join(CONFIGS)}, not '{kind}'")
+        return from_dict(CONFIGS[kind], data, where), False
     try:
         return official_to_config(data), True
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{where}: {error}") from None
 
 
-def load_drafter(folder: Path) -> DSparkModel:
+def load_drafter(folder: Path) -> DraftModel:
     """The model in fp32, from either format. Raises ValueError for missing, damaged or mismatched files."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"'{folder}' is not a drafter checkpoint: it has no config.json")
@@ -75,7 +91,7 @@ def load_drafter(folder: Path) -> DSparkModel:
         tensors = load_file(weights)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"'{weights}' cannot be read, it is missing or damaged: {error}") from None
-    model = DSparkModel(config)
+    model = MODELS[type(config)](config)
     if official:
         tensors = drafter_tensors(tensors, config)
     try:

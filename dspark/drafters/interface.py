@@ -55,10 +55,11 @@ class Drafter(Protocol):
         """Make per-token storage for the engine's arena of `num_slots` tokens; called once before all else."""
         ...
 
-    def extend(self, taps: list[Tensor], positions: Tensor, slots: Tensor) -> None:
-        """Take in committed tokens: one [N, C] a tap layer, positions and slots [N] int64.
+    def extend(self, taps: list[Tensor], tokens: Tensor, positions: Tensor, slots: Tensor) -> None:
+        """Take in committed tokens: one [N, C] a tap layer; token ids, positions and slots [N] int64.
 
-        Slots may be written again after a request ends or is recomputed; the last write counts.
+        A request's positions come in order. Slots may be written again after it ends or is recomputed; the last
+        write counts.
         """
         ...
 
@@ -69,6 +70,6 @@ class Drafter(Protocol):
     def propose(self, requests: list[DraftRequest]) -> Draft:
         """Draft for R >= 1 requests whose tokens before the anchor were all taken in by `extend`.
 
-        May write storage at the anchor and the block_size - 1 positions after it, nowhere else.
+        May write storage at the anchor and the block_size positions after it, nowhere else.
         """
         ...

@@ -3,9 +3,13 @@
 from pathlib import Path
 
 from dspark.config import read_json
+from dspark.drafters.bound import BoundDrafter
 from dspark.drafters.checkpoint import load_drafter
 from dspark.drafters.dspark import DSparkDrafter
+from dspark.drafters.eagle3 import Eagle3Drafter
 from dspark.drafters.interface import Drafter
+from dspark.drafters.layers import DraftModel
+from dspark.drafters.mtp import MtpDrafter
 from dspark.drafters.ngram import NgramDrafter
 from dspark.models.decoder import Decoder
 from dspark.spec.calibration import Calibration
@@ -14,8 +18,8 @@ from dspark.spec.calibration import Calibration
 PACKAGE = Path(__file__).parents[1]
 CHECKPOINTS = PACKAGE / "checkpoints" if (PACKAGE / "checkpoints").is_dir() else PACKAGE.parent / "checkpoints"
 
-
 CALIBRATION_FILE = "calibration.json"
+DRAFTERS = {"dspark": DSparkDrafter, "eagle3": Eagle3Drafter, "mtp": MtpDrafter}  # by kind of checkpoint
 
 
 def drafter_folder(name: str, model: str) -> Path | None:
@@ -41,7 +45,12 @@ def make_drafter(name: str, model: str, target: Decoder) -> Drafter | None:
     folder = drafter_folder(name, model)
     if folder is None:
         return NgramDrafter() if name == "ngram" else None
-    return DSparkDrafter(load_drafter(folder), target)
+    return bind(load_drafter(folder), target)
+
+
+def bind(model: DraftModel, target: Decoder) -> BoundDrafter:
+    """The drafter that serves what was trained. Raises ValueError if it does not fit the target."""
+    return DRAFTERS[model.config.kind](model, target)  # pyright: ignore
 
 
 def load_calibration(name: str, model: str) -> Calibration | None:

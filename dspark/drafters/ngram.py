@@ -22,7 +22,7 @@ class NgramDrafter:
     def allocate(self, num_slots: int) -> None:
         pass
 
-    def extend(self, taps: list[Tensor], positions: Tensor, slots: Tensor) -> None:
+    def extend(self, taps: list[Tensor], tokens: Tensor, positions: Tensor, slots: Tensor) -> None:
         pass
 
     def copy(self, source_slot: int, target_slot: int, count: int) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from dspark.drafters.layers import DrafterConfig
 from dspark.drafters.model import DSparkConfig, DSparkModel
 from dspark.models.config import DecoderConfig
 
@@ -48,7 +49,7 @@ def _field(config: dict, name: str):
     return config[name]
 
 
-def drafter_tensors(tensors: dict[str, Tensor], config: DSparkConfig) -> dict[str, Tensor]:
+def drafter_tensors(tensors: dict[str, Tensor], config: DrafterConfig) -> dict[str, Tensor]:
     """The state dict of `DSparkModel`: without the target's tensors, with the whole vocabulary to draft from."""
     state = {name: t for name, t in tensors.items() if name not in FROZEN}
     return state | {"d2t": torch.arange(config.decoder.vocab_size)}
@@ -68,8 +69,10 @@ def official_tensors(model: DSparkModel, embedding: Tensor, lm_head: Tensor, dty
 
 
 def config_to_official(config: DSparkConfig, dtype: torch.dtype) -> dict:
-    """config.json of the format. Raises ValueError for drafters of a target that is no Qwen3."""
+    """config.json of the format. Raises ValueError for what it cannot say and for a target that is no Qwen3."""
     c = config.decoder
+    if config.window or config.own_position:
+        raise ValueError("the official format has no draft window and no masks that predict their own position")
     if not c.qk_norm or c.qkv_bias:
         raise ValueError("the official format is for drafters of Qwen3 targets")
     heads = {"enable_confidence_head": config.confidence_head, "markov_rank": config.markov_rank}

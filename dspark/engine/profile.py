@@ -20,7 +20,7 @@ from dspark.machine import machine_name
 from dspark.models.attention import CachedAttention, Segment
 from dspark.models.download import cache_folder
 from dspark.models.loader import Target
-from dspark.sampling import SamplingParams
+from dspark.sampling import SamplingParams, first_maximum
 from dspark.spec.cost_table import CostTable
 
 BATCH_TOKENS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 13, 16, 20, 24, 25, 32, 40, 48, 64, 80, 96, 128, 192, 256, 320)
@@ -68,7 +68,7 @@ def measure_costs(
     room = config.context + 1 + gamma
     # Requests share cache slots where memory would grow beyond reason: what they read costs the same.
     regions = min(most, 64)
-    cache = KVCache(decoder.config, regions * room, decoder.compute_dtype, decoder.device)
+    cache = KVCache(decoder.config, regions * room, decoder.kv_dtype, decoder.device)
     for storage in cache.storage:
         storage.normal_()
     taps = drafter.tap_layers if drafter is not None else ()
@@ -82,10 +82,11 @@ def measure_costs(
         slots = torch.tensor(firsts, device=decoder.device) + config.context
         positions = torch.full((batch,), config.context, device=decoder.device)
         attention = CachedAttention(cache.storage, slots, segments, decoder.config.group_size)
-        output = decoder.forward(torch.ones_like(positions), positions, attention, taps)
-        decoder.logits(output.hidden).argmax(-1).tolist()
+        tokens = torch.ones_like(positions)
+        output = decoder.forward(tokens, positions, attention, taps)
+        first_maximum(decoder.logits(output.hidden)).tolist()
         if drafter is not None and taps:
-            drafter.extend(output.taps, positions, slots)
+            drafter.extend(output.taps, tokens, positions, slots)
 
     def propose(requests: int) -> None:
         assert drafter is not None

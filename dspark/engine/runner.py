@@ -18,7 +18,15 @@ from dspark.engine.scheduler import StepPlan
 from dspark.engine.sequence import Sequence
 from dspark.models.decoder import Decoder, DecoderOutput
 from dspark.penalties import Prefix, adjusted_logits
-from dspark.sampling import Purpose, TokenLogprobs, categorical, token_logprobs, truncated_probs, uniforms
+from dspark.sampling import (
+    Purpose,
+    TokenLogprobs,
+    categorical,
+    first_maximum,
+    token_logprobs,
+    truncated_probs,
+    uniforms,
+)
 from dspark.spec.draft import Draft
 from dspark.spec.verify import Verdict, verify, verify_greedy
 
@@ -70,7 +78,7 @@ class Runner:
         """
         lengths = torch.nn.functional.pad(verify_lengths, (0, len(sequences) - len(verify_lengths)))
         if all(s.params.greedy for s in sequences):
-            return verify_greedy(logits.argmax(-1), draft.tokens, lengths)
+            return verify_greedy(first_maximum(logits), draft.tokens, lengths)
         request = torch.arange(len(sequences)).repeat_interleave(lengths + 1)
 
         def per_row(values: list[float]) -> Tensor:
@@ -121,7 +129,8 @@ class Runner:
             rejected = span.verify_length - next(kept) if span.reaches_anchor else 0
             rows += range(span.first_row, span.first_row + span.count - rejected)
         index = torch.tensor(rows, device=batch.tokens.device)
-        self.drafter.extend([t[index] for t in output.taps], batch.positions[index], batch.slots[index])
+        taps = [t[index] for t in output.taps]
+        self.drafter.extend(taps, batch.tokens[index], batch.positions[index], batch.slots[index])
 
 
 def row_prefixes(batch: Batch) -> list[Prefix]:

@@ -72,10 +72,11 @@ def verify(
     # The round ends in one row per request: its first rejection, or the bonus row if nothing was rejected.
     every = torch.arange(len(accepted), device=accepted.device)
     final_probs = target_probs[first_row + accepted]  # [R, V]
-    residual = residual_probs(final_probs, support[every, accepted], draft_probs[every, accepted])
-    bonus = accepted == verify_lengths  # [R]
-    next_token = categorical(torch.where(bonus[:, None], final_probs, residual), target_uniforms[every, accepted])
-    return Verdict(accepted, next_token)
+    rejected = (accepted < verify_lengths).nonzero().squeeze(-1)
+    if len(rejected):
+        at = rejected, accepted[rejected]
+        final_probs[rejected] = residual_probs(final_probs[rejected], support[at], draft_probs[at])
+    return Verdict(accepted, categorical(final_probs, target_uniforms[every, accepted]))
 
 
 def verify_greedy(target_argmax: Tensor, tokens: Tensor, verify_lengths: Tensor) -> Verdict:

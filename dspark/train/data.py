@@ -1,33 +1,71 @@
-"""Prompts and training examples on disk: JSON lines, one object a line, read with errors that name the line."""
+"""Prompts and training examples: JSON lines or a Hugging Face dataset, read with errors that name the line."""
 
+import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from typing_extensions import TypeIs
 
+from dspark.models.source import first_line
+
+ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
+
 
 @dataclass(frozen=True)
 class Prompt:
-    """User turns of a conversation (the first is what a single-turn task uses) and where they come from."""
+    """User turns of a conversation (the first is what a single-turn task uses) and where they come from.
+
+    answers: what the source holds as answers to the first of them. place: names the line in errors.
+    """
 
     turns: tuple[str, ...]
     domain: str = "other"
     task: str = ""
+    system: str = ""
+    answers: tuple[str, ...] = field(default=(), compare=False)
+    place: str = field(default="", compare=False)
+
+    @property
+    def number(self) -> int:
+        """60 bits that depend on the texts alone, wherever they stand."""
+        texts = json.dumps([self.system, *self.turns])
+        return int(hashlib.sha256(texts.encode()).hexdigest()[:15], 16)
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and the target's own answer to it, as token ids; only the answer is trained on."""
+    """A conversation as token ids; only the answers in it are trained on.
+
+    prompt_ids: all before the last answer; earlier: [start, end) of the answers among them, in order.
+    """
 
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
     domain: str = "other"
+    earlier: tuple[tuple[int, int], ...] = ()
 
     @property
     def token_ids(self) -> tuple[int, ...]:
         return self.prompt_ids + self.answer_ids
+
+    @property
+    def answer_spans(self) -> tuple[tuple[int, int], ...]:
+        """[start, end) of every answer in `token_ids`: what the loss mask covers."""
+        return (*self.earlier, (len(self.prompt_ids), len(self.token_ids)))
+
+    @property
+    def first_prompt(self) -> tuple[int, ...]:
+        """All before the first answer."""
+        return self.token_ids[: self.answer_spans[0][0]]
+
+    @property
+    def answer_tokens(self) -> list[int]:
+        """The tokens of all answers."""
+        token_ids = self.token_ids
+        return [i for start, end in self.answer_spans for i in token_ids[start:end]]
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
@@ -48,22 +86,15 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
         yield number, row
 
 
-def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
-    """Prompts from lines with `turns` (list of user turns), `messages` (role/content) or `prompt` (text).
+def read_prompts(path: Path, limit: int | None = None, subset: str | None = None, split: str = "train") -> list[Prompt]:
+    """Prompts from JSON lines, or from a Hugging Face dataset where `path` is a folder or a hub name (owner/name).
 
-    Raises ValueError for an unreadable or empty file and for a line of another form.
+    A row holds `turns` (list of user turns), `messages` (role/content), `conversations` (from/value) or `prompt`.
+    Raises ValueError for what cannot be read or is empty and for a row of another form.
     """
     prompts = []
-    for number, row in read_jsonl(path):
-        turns = row.get("turns")
-        if turns is None and isinstance(row.get("messages"), list):
-            turns = [m.get("content") for m in row["messages"] if isinstance(m, dict) and m.get("role") == "user"]
-        if turns is None and "prompt" in row:
-            turns = [row["prompt"]]
-        texts = [t for t in turns if isinstance(t, str) and t.strip()] if isinstance(turns, list) else []
-        if not isinstance(turns, list) or not texts or len(texts) != len(turns):
-            raise ValueError(f"'{path}' line {number} needs 'turns', 'messages' or 'prompt' with non-empty text")
-        prompts.append(Prompt(tuple(texts), str(row.get("domain", "other")), str(row.get("task", ""))))
+    for place, row in dataset_rows(path, subset, split) if is_dataset(path) else jsonl_rows(path):
+        prompts.append(parse_prompt(row, place))
         if len(prompts) == limit:
             break
     if not prompts:
@@ -71,24 +102,117 @@ def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
     return prompts
 
 
+def jsonl_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    return ((f"'{path}' line {number}", row) for number, row in read_jsonl(path))
+
+
+def is_dataset(path: Path) -> bool:
+    """A folder, or what can only be a name on the hub."""
+    of_a_hub = len(path.parts) == 2 and not path.is_absolute() and path.suffix not in (".json", ".jsonl")
+    return path.is_dir() or (of_a_hub and not path.parent.exists())
+
+
+def dataset_rows(path: Path, subset: str | None, split: str) -> Iterator[tuple[str, dict]]:
+    """Rows of a dataset, read as they are needed. Raises ValueError if `datasets` is missing or cannot read it."""
+    name = path.as_posix()
+    try:
+        from datasets import load_dataset  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ValueError(f"cannot read the dataset '{name}': pip install 'dspark[datasets]' first") from None
+    try:
+        for number, row in enumerate(load_dataset(name, subset, split=split, streaming=True), 1):
+            yield f"'{name}' row {number}", row
+    except Exception as error:  # hub, network, Arrow and its own errors all mean the same here
+        raise ValueError(f"cannot read the dataset '{name}': {first_line(error)}") from None
+
+
+def parse_prompt(row: dict, place: str) -> Prompt:
+    """One row as a prompt. Raises ValueError naming `place` for a row of another form."""
+    turns, system, answers = row.get("turns"), row.get("system"), ()
+    messages = row.get("messages") or row.get("conversations")
+    if turns is None and isinstance(messages, list):
+        rows = [m if isinstance(m, dict) else {} for m in messages]
+        pairs = [(str(m.get("role") or m.get("from")), m.get("content") or m.get("value")) for m in rows]
+        pairs = [(ROLES.get(role, role), text) for role, text in pairs]
+        system = pairs.pop(0)[1] if pairs and pairs[0][0] == "system" else system
+        turns = [text for role, text in pairs if role == "user"]
+        given = [text for role, text in pairs if role == "assistant" and is_text(text)]
+        paired = [role for role, _ in pairs[: 2 * len(given)]] == ["user", "assistant"] * len(given)
+        answers = tuple(given) if paired else ()
+    if turns is None and "prompt" in row:
+        turns = [row["prompt"]]
+    texts = [text for text in turns if is_text(text)] if isinstance(turns, list) else []
+    if not isinstance(turns, list) or not texts or len(texts) != len(turns):
+        raise ValueError(f"{place} needs 'turns', 'messages', 'conversations' or 'prompt' with non-empty text")
+    domain, task = str(row.get("domain", "other")), str(row.get("task", ""))
+    return Prompt(tuple(texts), domain, task, system if is_text(system) else "", answers, place)
+
+
+def is_text(value: object) -> TypeIs[str]:
+    """Not blank, and valid Unicode: JSON can spell half a character."""
+    return isinstance(value, str) and bool(value.strip()) and value == value.encode(errors="ignore").decode()
+
+
 def is_token_list(value: object, vocab_size: int) -> TypeIs[list[int]]:
     return isinstance(value, list) and all(type(i) is int and 0 <= i < vocab_size for i in value)
 
 
 def read_examples(path: Path, vocab_size: int, max_length: int) -> list[Example]:
-    """Examples from lines with `prompt_ids` and `answer_ids`, cut to max_length tokens.
+    """Examples from lines with `prompt_ids`, `answer_ids` and perhaps `earlier`, cut to max_length tokens.
 
-    Lines whose answer is shorter than two tokens after the cut train nothing and are left out.
-    Raises ValueError for an unreadable file, a malformed line, ids outside the vocabulary, or no example left.
+    Answers shorter than two tokens after the cut train nothing and are left out of the mask, lines of only such are
+    left out altogether. Raises ValueError for an unreadable file, a malformed line, ids outside the vocabulary, or no
+    example left.
     """
     examples = []
-    for number, row in read_jsonl(path):
-        prompt_ids, answer_ids = row.get("prompt_ids"), row.get("answer_ids")
+    for place, row in jsonl_rows(path):
+        prompt_ids, answer_ids, earlier = row.get("prompt_ids"), row.get("answer_ids"), row.get("earlier", [])
         if not is_token_list(prompt_ids, vocab_size) or not is_token_list(answer_ids, vocab_size):
-            raise ValueError(f"'{path}' line {number} needs 'prompt_ids' and 'answer_ids' below {vocab_size}")
-        answer_ids = answer_ids[: max(0, max_length - len(prompt_ids))]
-        if len(answer_ids) >= 2:
-            examples.append(Example(tuple(prompt_ids), tuple(answer_ids), str(row.get("domain", "other"))))
+            raise ValueError(f"{place} needs 'prompt_ids' and 'answer_ids' below {vocab_size}")
+        if not are_spans(earlier, len(prompt_ids)):
+            raise ValueError(f"{place}: 'earlier' must hold the [start, end) of answers in 'prompt_ids', in order")
+        token_ids = prompt_ids + answer_ids
+        spans = [*earlier, (len(prompt_ids), len(token_ids))]
+        spans = [(start, min(end, max_length)) for start, end in spans if min(end, max_length) - start >= 2]
+        if spans:
+            *before, (start, end) = spans
+            domain = str(row.get("domain", "other"))
+            examples.append(Example(tuple(token_ids[:start]), tuple(token_ids[start:end]), domain, tuple(before)))
     if not examples:
         raise ValueError(f"'{path}' holds no example with an answer of two tokens or more")
     return examples
+
+
+def are_spans(value: object, length: int) -> TypeIs[list[list[int]]]:
+    if not isinstance(value, list) or not all(is_token_list(s, length + 1) and len(s) == 2 for s in value):
+        return False
+    bounds = [bound for span in value for bound in span]
+    return bounds == sorted(bounds)
+
+
+def split_by_prompt(files: list[list[Example]], count: int) -> tuple[list[Example], list[list[Example]]]:
+    """(held out, the others by file): the fewest prompts with `count` examples or more, those of the smallest hash.
+
+    A prompt is on one side with all its answers, and one that was trained on stays there when data is added.
+    """
+    hashes = [[hashlib.sha256(str(e.first_prompt).encode()).digest() for e in examples] for examples in files]
+    sizes = Counter(key for of_file in hashes for key in of_file)
+    keys: set[bytes] = set()
+    for key in sorted(sizes):
+        if sum(sizes[k] for k in keys) >= count:
+            break
+        keys.add(key)
+    pairs = [list(zip(*both)) for both in zip(files, hashes)]
+    heldout = [example for of_file in pairs for example, key in of_file if key in keys]
+    return heldout, [[example for example, key in of_file if key not in keys] for of_file in pairs]
+
+
+def mix(files: list[list[Example]], weights: tuple[float, ...]) -> list[Example]:
+    """Examples of an epoch in which the files have shares as their weights: each once, those short of it repeated."""
+    total = max(len(examples) / weight for examples, weight in zip(files, weights, strict=True))
+    return [
+        examples[i % len(examples)]
+        for examples, weight in zip(files, weights)
+        if examples
+        for i in range(round(total * weight))
+    ]

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dspark.drafters.dspark import DSparkDrafter
-from dspark.drafters.model import DSparkModel
+from dspark.drafters.layers import DraftModel
+from dspark.drafters.load import bind
 from dspark.engine.rounds import acceptance_by_domain
 from dspark.models.loader import Target
 from dspark.train.data import Example
@@ -61,7 +61,7 @@ def expected_acceptance(trainer: "Trainer") -> dict:
     }
 
 
-def decoded_acceptance(target: Target, model: DSparkModel, heldout: list[Example]) -> list[dict]:
+def decoded_acceptance(target: Target, model: DraftModel, heldout: list[Example]) -> list[dict]:
     """What the engine accepts when it answers some of the held-out prompts with this drafter, a row a domain and
     temperature and their macro averages, as of `dspark eval`. Empty where the prompts give no whole round.
     """
@@ -73,7 +73,7 @@ def decoded_acceptance(target: Target, model: DSparkModel, heldout: list[Example
     prompts: dict[str, list[list[int]]] = {}
     for _, example in sorted(turns, key=lambda turn: turn[0])[:DECODED_PROMPTS]:
         prompts.setdefault(example.domain, []).append(list(example.prompt_ids))
-    drafter = DSparkDrafter(model, target.decoder)
+    drafter = bind(model, target.decoder)
     rows = []
     for temperature in DECODED_TEMPERATURES:
         try:

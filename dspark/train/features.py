@@ -69,7 +69,7 @@ class FeatureSource:
         positions = torch.arange(len(tokens), device=device)
         output = self.target.forward(tokens, positions, attention, self.tap_layers)
         hidden = self.target.final_hidden(output.hidden)
-        answer = len(example.prompt_ids)  # nothing in the prompt is trained towards
+        answer = len(example.first_prompt)  # nothing before the first answer is trained towards
         chunks = [self.target.lm_head(rows).float().logsumexp(-1) for rows in hidden[answer:].split(LOGIT_ROWS)]
         return Features(
             torch.cat(output.taps, -1).to(torch.bfloat16),

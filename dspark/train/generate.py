@@ -1,97 +1,201 @@
-"""Training data from the target itself: prompts it writes, answers it gives, by our own batched engine.
+"""Training data: answers of the target itself to prompts that are given or that it writes.
 
-Output lines hold `id`, `turns`, `prompt_ids`, `answer_ids`, `answer`, `temperature`, `top_p`, `finish`, `domain`,
-`task`. A run that was stopped continues where it was: ids that are already in the file are skipped.
+Lines hold the texts (`turns`, `answers`, `system`), the tokens and where the answers are in them (`prompt_ids`,
+`answer_ids`, `earlier`: see `Example`), `sample`, `temperature`, `top_p`, `finish`, `domain`, `task`. A run that was
+stopped continues where it was: what the file holds is not asked for again.
 """
 
-import json
+import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from typing import TypeVar
 
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dspark.engine.engine import EngineConfig
 from dspark.engine.llm import LLM, Completion
+from dspark.engine.sequence import Sequence
+from dspark.models.source import load_tokenizer, resolve_model
 from dspark.sampling import SamplingParams
-from dspark.train.data import Prompt, read_jsonl
+from dspark.train.conversation import Conversation
+from dspark.train.data import Prompt, is_text, read_prompts
+from dspark.train.output import answered, only_writer, write_row, written_rows
+from dspark.train.servers import RefusedError, ServerPool, base_url
+from dspark.train.work import DataConfig, Work
 
-WINDOW = 256  # requests handed to the engine at once: memory stays bounded, streams stay full
 MARK = "PROMPT-GOES-HERE"
+ATTEMPTS = 4  # at each self-written prompt, on average, before fewer are taken
+
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    """How answers are sampled. Prompt i uses the i-th sampling setting, round and round."""
+def write_data(config: DataConfig) -> dict:
+    """Write or continue `config.out`, with a progress bar on stderr; a summary of the run.
 
-    max_new_tokens: int = 256
-    samplings: tuple[tuple[float, float], ...] = ((0.2, 0.9), (1.0, 1.0))  # (temperature, top_p)
-    seed: int = 0
+    Raises ValueError for input that cannot be used, an output that another run writes, and when no server is left.
+    """
+    urls = tuple(map(base_url, config.servers))
+    prompts = read_prompts(config.prompts, config.limit, config.subset, config.split) if config.prompts else []
+    with only_writer(config.out), progress_bar() as progress:
+        done = answered(config.out)
+        if config.servers or config.keep_answers:
+            tokenizer = load_tokenizer(resolve_model(config.model))
+            work = Work(config, prompts, done, tokenizer, config.max_prompt_tokens, progress)
+            if config.servers:
+                asyncio.run(answer_by_servers(work, urls))
+            else:
+                keep_answers(work)
+        else:
+            llm = LLM(
+                config.model, "none", dtype=config.dtype, device=config.device, config=EngineConfig(config.streams)
+            )
+            progress.console.print(f"{llm.target.describe()}; {llm.engine.limits()}", soft_wrap=True, markup=False)
+            if config.self_written:
+                prompts = write_prompts(llm, config, progress)
+            longest = llm.engine.longest_request - config.max_new_tokens
+            longest = min(longest, config.max_prompt_tokens or longest)
+            work = Work(config, prompts, done, llm.tokenizer, longest, progress)
+            answer_by_engine(llm, work)
+        return work.summary()
 
 
-def self_written_prompts(llm: LLM, count: int, seed: int, on_finish: Callable[[int], None]) -> list[Prompt]:
+def progress_bar() -> Progress:
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True, highlight=False)
+    return Progress(*columns, TextColumn("{task.fields[tokens]}"), console=console, speed_estimate_period=300)
+
+
+def keep_answers(work: Work) -> None:
+    """Write the answers that the prompts came with. Raises ValueError naming the line of one that cannot be kept."""
+    for conversation in work:
+        more = True
+        while more:
+            text = conversation.prompt.answers[len(conversation.answers)]
+            more = work.answer(conversation, text, conversation.encode(work.tokenizer, text, "stop"), "stop")
+
+
+def answer_by_engine(llm: LLM, work: Work) -> None:
+    """Answer everything with the embedded engine."""
+
+    def on_finish(conversation: Conversation, answer: Completion) -> Conversation | None:
+        more = work.answer(conversation, answer.text, answer.token_ids, answer.finish_reason)
+        return conversation if more else None
+
+    conversations = iter(work)
+    run_engine(llm, lambda: next(conversations, None), lambda c: (c.asked[0], c.params or SamplingParams()), on_finish)
+
+
+def run_engine(
+    llm: LLM,
+    next_item: Callable[[], T | None],
+    request: Callable[[T], tuple[list[int], SamplingParams]],
+    on_finish: Callable[[T, Completion], T | None],
+) -> None:
+    """Run the requests of items, so many in flight that the engine's streams stay full, until there is none.
+
+    next_item: None while there is none to start. on_finish may return an item that goes on at once.
+    """
+    running: dict[int, tuple[Sequence, T]] = {}
+
+    def start(item: T) -> None:
+        sequence = llm.engine.add(*request(item))
+        running[sequence.request_id] = sequence, item
+
+    try:
+        while True:
+            while len(running) < 2 * llm.engine.config.max_streams and (item := next_item()) is not None:
+                start(item)
+            if not running:
+                return
+            for new in llm.engine.step():
+                if new.sequence.finish_reason is not None:
+                    sequence, item = running.pop(new.sequence.request_id)
+                    if (more := on_finish(item, llm.completion(sequence))) is not None:
+                        start(more)
+    finally:
+        for sequence, _ in running.values():
+            llm.engine.cancel(sequence)
+
+
+def write_prompts(llm: LLM, config: DataConfig, progress: Progress) -> list[Prompt]:
     """User turns that an instruction-tuned target writes when started right after its user header.
 
-    Empty and repeated ones are dropped, so fewer than `count` may come back.
+    They are kept in `config.written_prompts`, and those it holds are not written again. Empty and repeated ones are
+    dropped; fewer come back where too many are. Raises ValueError for a model without a chat template.
     """
     template = str(llm.tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False))
     if MARK not in template:
         raise ValueError("the model has no chat template to write prompts from; give a prompts file")
-    header = llm.tokenizer(template.split(MARK)[0], add_special_tokens=False)["input_ids"]
-    params = [SamplingParams(temperature=1.0, top_p=0.95, max_new_tokens=128, seed=seed + i) for i in range(count)]
-    answers = llm.generate([header] * count, params, lambda i, _: on_finish(i))  # pyright: ignore
-    texts = dict.fromkeys(a.text.strip() for a in answers if a.finish_reason == "stop" and a.text.strip())
-    return [Prompt((text,), task="self-written") for text in texts]
+    header: list[int] = llm.tokenizer(template.split(MARK)[0], add_special_tokens=False)["input_ids"]  # pyright: ignore
+    path, count = config.written_prompts, config.self_written
+    rows = [row for _, row in written_rows(path)]
+    texts = dict.fromkeys(row["prompt"] for row in rows)
+    first = attempt = max((row["attempt"] + 1 for row in rows), default=0)
+    running = 0
+    task = progress.add_task("prompts", total=count, completed=len(texts), tokens="")
+
+    def next_attempt() -> int | None:
+        nonlocal attempt, running
+        if len(texts) + running >= count or attempt - first >= ATTEMPTS * count:
+            return None
+        attempt, running = attempt + 1, running + 1
+        return attempt - 1
+
+    def request(attempt: int) -> tuple[list[int], SamplingParams]:
+        return header, SamplingParams(1.0, top_p=0.95, seed=config.seed + attempt, max_new_tokens=128)
+
+    def on_finish(attempt: int, answer: Completion) -> None:
+        nonlocal running
+        running -= 1
+        text = answer.text.strip()
+        if answer.finish_reason == "stop" and is_text(text) and text not in texts:
+            texts[text] = None
+            write_row(path, {"prompt": text, "task": "self-written", "attempt": attempt})
+            progress.advance(task)
+
+    run_engine(llm, next_attempt, request, on_finish)
+    return [Prompt((text,), task="self-written") for text in list(texts)[:count]]
 
 
-def done_ids(path: Path) -> set[int]:
-    """Ids already answered in `path`; a line torn by a kill is cut off first."""
-    if not path.exists():
-        return set()
-    raw = path.read_bytes()
-    whole = raw[: raw.rfind(b"\n") + 1]
-    if len(whole) != len(raw):
-        path.write_bytes(whole)
-    return {row["id"] for _, row in read_jsonl(path) if "id" in row} if whole.strip() else set()
+async def answer_by_servers(work: Work, urls: tuple[str, ...]) -> None:
+    """Answer everything with the servers at these addresses. Raises ValueError when none is left."""
+    config, conversations = work.config, iter(work)
+    notes: set[str] = set()
+
+    def note(text: str) -> None:
+        if text not in notes:
+            notes.add(text)
+            work.progress.console.print(f"dspark: {text}", soft_wrap=True, markup=False)
+
+    async def answer(pool: ServerPool, conversation: Conversation) -> bool:
+        """Whether another turn is to be answered."""
+        text, finish, usage = await pool.chat(request_body(conversation))
+        expected = len(conversation.asked[0])
+        if not conversation.answers and usage.get("prompt_tokens", expected) != expected:
+            note(f"a server counts other prompt tokens than '{config.model}': do both have the same chat template?")
+        token_ids = conversation.encode(work.tokenizer, text, finish)
+        return work.answer(conversation, text, token_ids, finish)
+
+    async def worker(pool: ServerPool) -> None:
+        for conversation in conversations:
+            try:
+                while await answer(pool, conversation):
+                    pass
+            except RefusedError as error:
+                note(f"servers refuse some requests, first {conversation.prompt.place}: {error}")
+                work.refused(conversation)
+
+    async with ServerPool(urls, config.model, config.streams, config.timeout, note) as pool:
+        await asyncio.gather(*(worker(pool) for _ in range(config.streams * len(urls))))
 
 
-def write_answers(
-    llm: LLM, prompts: list[Prompt], path: Path, config: DataConfig, on_answer: Callable[[int], None]
-) -> None:
-    """Answer every prompt that `path` does not hold yet; a line is written as each answer ends.
-
-    on_answer(tokens) after each. Prompts too long for the engine are left out.
-    """
-    done = done_ids(path)
-    pending = [i for i in range(len(prompts)) if i not in done]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as out:
-        for start in range(0, len(pending), WINDOW):
-            window = []
-            for i in pending[start : start + WINDOW]:
-                prompt_ids = llm.encode(prompts[i].turns[0])
-                if len(prompt_ids) + config.max_new_tokens <= llm.engine.longest_request:
-                    window.append((i, prompt_ids))
-            samplings = [config.samplings[i % len(config.samplings)] for i, _ in window]
-            params = [
-                SamplingParams(t, top_p=p, seed=config.seed + i, max_new_tokens=config.max_new_tokens)
-                for (t, p), (i, _) in zip(samplings, window)
-            ]
-
-            def write(position: int, answer: Completion, window=window, samplings=samplings) -> None:
-                i, prompt_ids = window[position]
-                temperature, top_p = samplings[position]
-                row = {
-                    "id": i,
-                    "turns": list(prompts[i].turns[:1]),
-                    "answer": answer.text,
-                    "prompt_ids": prompt_ids,
-                    "answer_ids": answer.token_ids,
-                    "temperature": temperature,
-                    "top_p": top_p,
-                    "finish": answer.finish_reason,
-                    "task": prompts[i].task,
-                    "domain": prompts[i].domain,
-                }
-                out.write(json.dumps(row, ensure_ascii=False) + "\n")
-                out.flush()
-                on_answer(len(answer.token_ids))
-
-            llm.generate([ids for _, ids in window], params, write)
+def request_body(conversation: Conversation) -> dict:
+    params = conversation.params
+    assert params is not None and params.seed is not None
+    return {
+        "messages": conversation.messages,
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "max_tokens": params.max_new_tokens,
+        "seed": params.seed % 2**31,
+    }

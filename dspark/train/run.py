@@ -12,15 +12,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dspark.drafters.checkpoint import load_drafter
-from dspark.drafters.dspark import check_fit
-from dspark.drafters.model import DSparkModel
+from dspark.drafters.layers import DraftModel, check_fit
 from dspark.engine.rounds import MACRO_AVERAGE
 from dspark.models.decoder import Decoder
 from dspark.models.loader import Target, load_target
 from dspark.models.source import load_state_dict
 from dspark.train import parallel
 from dspark.train.checkpoint import RESUME_FILE, resume_training
-from dspark.train.data import Example, read_examples
+from dspark.train.data import Example, mix, read_examples, split_by_prompt
 from dspark.train.evaluate import decoded_acceptance
 from dspark.train.scalars import Scalars
 from dspark.train.setup import DrafterRecipe, default_recipe, mask_token, new_drafter
@@ -33,8 +32,8 @@ SMOOTHING = 0.05  # weight of the newest step in the figures beside the progress
 class TrainRun:
     """All that a training run depends on.
 
-    `initial` continues from a trained drafter and keeps its shape; otherwise `drafter` is the shape, and with
-    `drafter=None` block_size, draft_layers and markov_head are; `none` trains DFlash.
+    `initial` continues from a trained drafter and keeps its shape; otherwise `drafter` is the shape: a recipe, or a
+    name in `setup.DRAFTERS` of which the fields up to `window` make one (see `default_recipe`).
     """
 
     data: tuple[Path, ...]
@@ -42,13 +41,15 @@ class TrainRun:
     model: str = "smollm2-135m"
     dtype: str = "bf16"
     device: str = "cpu"
-    drafter: DrafterRecipe | None = None
     initial: Path | None = None  # a drafter checkpoint to start from instead of the target's layers
-    block_size: int = 4
-    draft_layers: int = 2
-    markov_head: Literal["vanilla", "gated", "rnn", "none"] = "vanilla"
+    drafter: DrafterRecipe | str = "dspark"
+    block_size: int | None = None
+    draft_layers: int | None = None
+    markov_head: Literal["vanilla", "gated", "rnn"] | None = None
+    window: int = 0
     max_length: int = 512  # tokens of an example, prompt included
-    heldout: int = 24  # examples kept for evaluation, the last ones of the first file
+    weights: tuple[float, ...] = ()  # the files' shares of an epoch; none: every example once
+    heldout: int = 24  # examples kept for evaluation: whole prompts, chosen by hash
     tensorboard: Path | None = None  # folder for its event files
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -131,33 +132,28 @@ def make_trainer(run: TrainRun, target: Target) -> Trainer:
     Raises ValueError for data that cannot be used and for an initial drafter that does not fit the target.
     """
     decoder = target.decoder
-    examples = read_all(run, decoder)
-    heldout, examples = examples[: run.heldout], examples[run.heldout :]
+    heldout, examples = read_all(run, decoder)
     if run.initial is not None:
         model = load_drafter(run.initial)
         check_fit(model.config, decoder.config)
     else:
-        recipe = run.drafter or default_recipe(decoder, mask_token(target.tokenizer), run.block_size, run.draft_layers)
-        if run.drafter is None and run.markov_head == "none":
-            recipe = replace(recipe, markov_rank=0)
-        elif run.drafter is None:
-            recipe = replace(recipe, markov_head=run.markov_head)
+        recipe = run.drafter
+        if isinstance(recipe, str):
+            shape = (run.block_size, run.draft_layers, run.markov_head, run.window)
+            recipe = default_recipe(decoder, mask_token(target.tokenizer), recipe, *shape)
         model = new_drafter(decoder, load_state_dict(target.source), recipe, examples, run.train.seed)
 
-    def decode(drafter: DSparkModel) -> list[dict]:
+    def decode(drafter: DraftModel) -> list[dict]:
         return decoded_acceptance(target, drafter, heldout)
 
     return Trainer(model, decoder, examples, heldout, run.train, decode)
 
 
-def read_all(run: TrainRun, decoder: Decoder) -> list[Example]:
-    """All examples, the held-out ones first. Raises ValueError if there are too few."""
-    examples: list[Example] = []
-    for i, path in enumerate(run.data):
-        found = read_examples(path, decoder.config.vocab_size, run.max_length)
-        examples += found[-run.heldout :] + found[: -run.heldout] if i == 0 else found
-    if len(examples) <= run.heldout:
-        raise ValueError(
-            f"{len(examples)} examples are too few to hold {run.heldout} out; write more with 'dspark data'"
-        )
-    return examples
+def read_all(run: TrainRun, decoder: Decoder) -> tuple[list[Example], list[Example]]:
+    """(held-out examples, those of an epoch). Raises ValueError if there are too few."""
+    files = [read_examples(path, decoder.config.vocab_size, run.max_length) for path in run.data]
+    heldout, files = split_by_prompt(files, run.heldout)
+    examples = mix(files, run.weights) if run.weights else [e for examples in files for e in examples]
+    if not examples:
+        raise ValueError(f"no prompt is left to train on with {run.heldout} examples held out; write more answers")
+    return heldout, examples

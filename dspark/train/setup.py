@@ -8,14 +8,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dspark.drafters.model import DSparkConfig, DSparkModel
+from dspark.drafters.checkpoint import CONFIGS, MODELS
+from dspark.drafters.layers import DraftModel
 from dspark.models.decoder import Decoder, layer_shapes
 from dspark.train.data import Example
+
+DRAFTERS = ("dspark", "dflash", "dflash-zlab", "eagle3", "mtp")  # what can be trained
 
 
 @dataclass(frozen=True)
 class DrafterRecipe:
-    """The choices that make a drafter. `source_layers`: target layers that its draft layers start as copies of."""
+    """The choices that make a drafter. `source_layers`: target layers that its draft layers start as copies of.
+
+    Mask, own_position and Markov head are DSpark's alone, see `DSparkConfig`.
+    """
 
     tap_layers: tuple[int, ...]
     source_layers: tuple[int, ...]
@@ -24,6 +30,9 @@ class DrafterRecipe:
     markov_rank: int = 128
     draft_vocab_size: int = 8_192
     markov_head: Literal["vanilla", "gated", "rnn"] = "vanilla"
+    own_position: bool = False
+    kind: Literal["dspark", "eagle3", "mtp"] = "dspark"
+    window: int = 0
 
     @property
     def is_dflash(self) -> bool:
@@ -42,39 +51,71 @@ def mask_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return max((i for i in tokenizer.all_special_ids if i not in used), default=0)
 
 
-def default_recipe(target: Decoder, mask_token_id: int, block_size: int = 4, draft_layers: int = 2) -> DrafterRecipe:
-    """Taps spread over the depth, the last one being the input of the first copied layer and the output after it."""
+def default_recipe(
+    target: Decoder,
+    mask_token_id: int,
+    drafter: str = "dspark",
+    block_size: int | None = None,
+    draft_layers: int | None = None,
+    markov_head: Literal["vanilla", "gated", "rnn"] | None = None,
+    window: int = 0,
+) -> DrafterRecipe:
+    """Taps spread over the depth, the last one being the input of the first copied layer and the output after it.
+
+    drafter: one of DRAFTERS. Block size 4, of MTP 1; two draft layers, of EAGLE-3 and MTP one. Raises ValueError for
+    what the drafter does not have.
+    """
+    is_chain = drafter in ("eagle3", "mtp")
+    if is_chain and draft_layers not in (None, 1):
+        raise ValueError(f"{drafter} has one draft layer, not {draft_layers}")
+    if drafter != "dspark" and markov_head is not None:
+        raise ValueError(f"{drafter} has no sequential head that could be {markov_head}")
+    if draft_layers is None:
+        draft_layers = 1 if is_chain else 2
     n = target.config.num_layers
     first = max(1, n - draft_layers)
     taps = sorted({max(0, n // 4), max(0, (n * 4) // 7), n - 1, first - 1})
     # The identity start of `fc` is on the last tap: put the copied layers' own input there.
     ordered = tuple(t for t in taps if t != first - 1) + (first - 1,)
+    if block_size is None:
+        block_size = 1 if drafter == "mtp" else 4
     return DrafterRecipe(
-        tap_layers=ordered,
+        tap_layers=(n - 1,) if drafter == "mtp" else ordered,
         source_layers=tuple(range(first, n)),
         mask_token_id=mask_token_id,
         block_size=block_size,
+        markov_rank=min(DrafterRecipe.markov_rank, target.config.hidden_size) if drafter == "dspark" else 0,
         draft_vocab_size=min(DrafterRecipe.draft_vocab_size, target.config.vocab_size),
+        markov_head=markov_head or "vanilla",
+        own_position=drafter == "dflash-zlab",
+        kind=drafter if is_chain else "dspark",  # pyright: ignore
+        window=window,
     )
 
 
 def new_drafter(
     target: Decoder, state_dict: dict[str, Tensor], recipe: DrafterRecipe, examples: list[Example], seed: int
-) -> DSparkModel:
-    """An untrained DSparkModel: late layers copied from the target, draft vocabulary counted on the examples."""
-    config = DSparkConfig(
-        decoder=target.config,
-        tap_layers=recipe.tap_layers,
-        block_size=recipe.block_size,
-        num_draft_layers=len(recipe.source_layers),
-        markov_rank=recipe.markov_rank,
-        mask_token_id=recipe.mask_token_id,
-        draft_vocab_size=recipe.draft_vocab_size,
-        markov_head=recipe.markov_head,
-        confidence_head=not recipe.is_dflash,
-    )
+) -> DraftModel:
+    """An untrained drafter: late layers copied from the target, draft vocabulary counted on the examples."""
+    shape = {
+        "decoder": target.config,
+        "tap_layers": recipe.tap_layers,
+        "block_size": recipe.block_size,
+        "draft_vocab_size": recipe.draft_vocab_size,
+        "window": recipe.window,
+    }
+    if recipe.kind == "dspark":
+        shape |= {
+            "num_draft_layers": len(recipe.source_layers),
+            "markov_rank": recipe.markov_rank,
+            "mask_token_id": recipe.mask_token_id,
+            "markov_head": recipe.markov_head,
+            "confidence_head": not recipe.is_dflash,
+            "own_position": recipe.own_position,
+        }
+    config = CONFIGS[recipe.kind](**shape)
     torch.manual_seed(seed)
-    model = DSparkModel(config)
+    model = MODELS[type(config)](config)
     model.d2t.copy_(draft_vocabulary(examples, recipe.draft_vocab_size, target.config.vocab_size))
     layers = [
         {name: state_dict[f"model.layers.{i}.{name}"].float() for name in layer_shapes(target.config)}
@@ -88,7 +129,7 @@ def new_drafter(
 
 def draft_vocabulary(examples: list[Example], size: int, vocab_size: int) -> Tensor:
     """The `size` token ids that occur most in the answers, topped up with low ids (frequent in BPE order), sorted."""
-    counts = Counter(token for e in examples for token in e.answer_ids)
+    counts = Counter(token for e in examples for token in e.answer_tokens)
     ids = [token for token, _ in counts.most_common(size)]
     seen = set(ids)
     ids += [i for i in range(vocab_size) if i not in seen][: size - len(ids)]

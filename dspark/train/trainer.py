@@ -1,4 +1,4 @@
-"""Training a DSpark drafter against a frozen target.
+"""Training a drafter against a frozen target.
 
 `Trainer.step` is the whole of it: features, blocks, backbone, loss, update. Everything around it is
 time keeping, evaluation and checkpoints. In several processes each takes its share of a step's examples.
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from dspark.drafters.checkpoint import save_drafter
-from dspark.drafters.model import DSparkModel
+from dspark.drafters.layers import DraftModel
+from dspark.drafters.model import DSparkConfig
 from dspark.models.decoder import Decoder
 from dspark.models.layers import has_bf16_products
 from dspark.train import parallel
@@ -34,6 +35,7 @@ from dspark.train.parallel import ParallelKind
 
 DSPARK_LOSS = LossWeights(distillation=1.0)  # the paper's three terms and a fourth for short runs
 DFLASH_LOSS = LossWeights(cross_entropy=1.0, total_variation=0.0, confidence=0.0)
+CHAIN_LOSS = LossWeights(cross_entropy=0.0, total_variation=0.0, confidence=0.0, distillation=1.0)
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class TrainConfig:
     decode_every: int = 4  # evaluations; such a one, and the last, really decodes too
     save_every_minutes: float = 5.0
     seed: int = 0
-    loss: LossWeights | None = None  # None: DSPARK_LOSS, or DFLASH_LOSS for a drafter without a sequential head
+    loss: LossWeights | None = None  # None: what `default_loss` says
 
     def __post_init__(self) -> None:
         if not self.minutes > 0 or (self.epochs is not None and not self.epochs > 0):
@@ -105,12 +107,12 @@ class Trainer:
 
     def __init__(
         self,
-        model: DSparkModel,
+        model: DraftModel,
         target: Decoder,
         examples: list[Example],
         heldout: list[Example],
         config: TrainConfig,
-        decode: Callable[[DSparkModel], list[dict]] = lambda _: [],
+        decode: Callable[[DraftModel], list[dict]] = lambda _: [],
     ):
         """Raises ValueError without held-out examples, or if a step has fewer examples than there are processes."""
         if not heldout:
@@ -119,7 +121,7 @@ class Trainer:
             raise ValueError(
                 f"{parallel.size()} processes need an example each at every step: raise sequences_per_step"
             )
-        self.loss_weights = config.loss or (DSPARK_LOSS if model.config.markov_rank else DFLASH_LOSS)
+        self.loss_weights = config.loss or default_loss(model)
         self.model, self.target, self.config = model, target, replace(config, loss=self.loss_weights)
         self.examples, self.heldout = examples, heldout
         # Held-out examples carry negative indices, so that both share one bounded cache.
@@ -130,7 +132,6 @@ class Trainer:
         self.average = WeightAverage(model, config.weight_average) if config.weight_average else None
         self.decode = decode
         self.progress = Progress()
-        self.mask_embedding = target.embedding[model.config.mask_token_id].float()
         self.bind_draft_vocabulary()
 
     def bind_draft_vocabulary(self) -> None:
@@ -176,7 +177,8 @@ class Trainer:
         length = max(len(examples[i].token_ids) for i in indices)
         loss_mask = torch.zeros(len(indices), length, dtype=torch.bool, device=self.target.device)
         for row, i in zip(loss_mask, indices, strict=True):
-            row[len(examples[i].prompt_ids) : len(examples[i].token_ids)] = True
+            for start, end in examples[i].answer_spans:
+                row[start:end] = True
         first = (self.config.seed * 1_000_003 + step) * 1_000_003
         generators = [torch.Generator().manual_seed((first + i) % 2**63) for i in indices]
         return sample_blocks(loss_mask, self.model.config.block_size, self.config.anchors_per_sequence, generators)
@@ -190,16 +192,11 @@ class Trainer:
 
         weight_sum: of the slot weights of the whole step, of which the batch may be a part.
         """
-        model = self.model
-        anchor_embeddings = self.target.embed(batch.tokens.gather(1, blocks.anchors)).float()
         with self.autocast():
-            hidden = model(batch.taps.float(), blocks.anchors, anchor_embeddings, self.mask_embedding).float()
-        supervised, positions = blocks.supervised, blocks.positions()
-        known = positions.clamp(max=batch.tokens.shape[1] - 1)  # slots past the end are not supervised
-        tokens = batch.tokens.gather(1, known.flatten(1)).view(positions.shape)
-        features, confidence = model.heads(hidden, tokens)
+            outputs = self.model(batch.taps.float(), batch.tokens, blocks.anchors, self.target.embedding)
+        supervised = blocks.supervised
         sequence, _, slots = supervised.nonzero(as_tuple=True)  # [N] each
-        positions = positions[supervised]
+        positions = blocks.positions()[supervised]
         targets = SlotTargets(
             batch.hidden[sequence, positions].float(),
             batch.logsumexp[sequence, positions],
@@ -208,11 +205,11 @@ class Trainer:
             self.slot_weights(slots),
         )
         loss, acceptance = dspark_loss(
-            hidden[supervised],
-            features[supervised],
-            model.w2,
+            outputs.hidden[supervised],
+            outputs.features[supervised],
+            outputs.w2,
             self.head,
-            None if confidence is None else confidence[supervised],
+            None if outputs.confidence is None else outputs.confidence[supervised],
             targets,
             self.loss_weights,
             weight_sum,
@@ -341,7 +338,7 @@ class Trainer:
         return {
             "target": {"dtype": str(self.target.dtype), "digest": sha256(some_weights).hexdigest()},
             "training": {name: value for name, value in asdict(self.config).items() if name not in FREE},
-            "drafter": asdict(self.model.config),
+            "drafter": {"kind": self.model.config.kind, **asdict(self.model.config)},
             "data": self.describe_data(),
         }
 
@@ -352,7 +349,14 @@ class Trainer:
             digest.update(repr(example).encode())
         return {
             "examples": len(self.examples),
-            "answer_tokens": sum(len(e.answer_ids) for e in self.examples),
+            "answer_tokens": sum(len(e.answer_tokens) for e in self.examples),
             "heldout_examples": len(self.heldout),
             "digest": digest.hexdigest(),
         }
+
+
+def default_loss(model: DraftModel) -> LossWeights:
+    """Of DSpark, of DFlash where it has no sequential head, or of drafters that draft token by token."""
+    if not isinstance(model.config, DSparkConfig):
+        return CHAIN_LOSS
+    return DSPARK_LOSS if model.config.markov_rank else DFLASH_LOSS

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dspark.drafters.dspark import DSparkDrafter, check_fit
+from dspark.drafters.dspark import DSparkDrafter
+from dspark.drafters.layers import DraftModel, check_fit
+from dspark.drafters.load import bind
 from dspark.drafters.model import DSparkModel
 from dspark.models.decoder import layer_shapes
 from dspark.sampling import SamplingParams
@@ -32,31 +34,29 @@ class Request:
     first_slot: int = 0
 
 
-def taps_of(model: DSparkModel, token_ids: list[int]) -> list[Tensor]:
+def taps_of(model: DraftModel, token_ids: list[int]) -> list[Tensor]:
     positions = torch.arange(len(token_ids))
     return TARGET.forward(torch.tensor(token_ids), positions, PlainAttention(2), model.config.tap_layers).taps
 
 
-def extended(model: DSparkModel, pieces: tuple[int, ...] = (0, 30), first_slot: int = 0) -> DSparkDrafter:
-    """A drafter that took in the taps of TOKENS, piece by piece, into slots from first_slot on."""
-    drafter = DSparkDrafter(model, TARGET)
-    drafter.allocate(first_slot + 40)
+def extended(model: DraftModel, pieces: tuple[int, ...] = (0, 30), first_slot: int = 0) -> Any:
+    """A drafter of any kind that took in TOKENS, piece by piece, into slots from first_slot on."""
+    drafter = bind(model, TARGET)
+    drafter.allocate(150)
     for storage in drafter._storage:
         storage.fill_(float("nan"))  # whatever is read must have been written
     taps = taps_of(model, TOKENS)
     for start, end in pairwise(pieces):
         positions = torch.arange(start, end)
-        drafter.extend([t[start:end] for t in taps], positions, positions + first_slot)
+        drafter.extend([t[start:end] for t in taps], torch.tensor(TOKENS[start:end]), positions, positions + first_slot)
     return drafter
 
 
 def trained_hidden(model: DSparkModel, anchors: tuple[int, ...]) -> Tensor:
     """What training computes for blocks at these anchors of TOKENS, [A, G, C]."""
-    index = torch.tensor([anchors])
-    embeddings = TARGET.embed(torch.tensor(TOKENS))[index]
-    mask = TARGET.embedding[model.config.mask_token_id]
+    taps = torch.cat(taps_of(model, TOKENS), -1)[None]
     with torch.no_grad():
-        return model(torch.cat(taps_of(model, TOKENS), -1)[None], index, embeddings, mask)[0]
+        return model.backbone(taps, torch.tensor([TOKENS]), torch.tensor([anchors]), TARGET.embedding)[0]
 
 
 def propose(model: DSparkModel, *requests: Request) -> Draft:
@@ -78,23 +78,9 @@ def test_a_block_depends_on_nothing_past_its_anchor():
         torch.testing.assert_close(trained_hidden(model, (anchor,))[0], together[i], atol=1e-5, rtol=0)
     taps = torch.cat(taps_of(model, TOKENS), -1)[None]
     taps[:, 13:] = 7.0
-    embedding, mask = TARGET.embed(torch.tensor([[TOKENS[13]]])), TARGET.embedding[1]
     with torch.no_grad():
-        padded = model(taps, torch.tensor([[13]]), embedding, mask)[0]
+        padded = model.backbone(taps, torch.tensor([TOKENS[:14]]), torch.tensor([[13]]), TARGET.embedding)[0]
     torch.testing.assert_close(padded[0], together[2], atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("pieces", [(0, 1, 30), (0, 7, 8, 20, 30)])
-def test_extending_in_pieces_equals_at_once(pieces: tuple[int, ...]):
-    """And the place in the arena does not matter, nor do the requests beside it."""
-    model = tiny_model(TARGET.config)
-    at_once = extended(model).backbone([Request(TOKENS)])[0]
-    torch.testing.assert_close(extended(model, pieces).backbone([Request(TOKENS)])[0], at_once, atol=1e-5, rtol=0)
-    drafter = extended(model, pieces, first_slot=50)
-    drafter.extend([t[:3] for t in taps_of(model, TOKENS)], torch.arange(3), torch.arange(3))
-    short, long = drafter.backbone([Request(TOKENS[:4]), Request(TOKENS, first_slot=50)])
-    torch.testing.assert_close(long, at_once, atol=1e-5, rtol=0)
-    torch.testing.assert_close(short, extended(model).backbone([Request(TOKENS[:4])])[0], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("markov_head", ["vanilla", "gated", "rnn", None])
@@ -127,7 +113,7 @@ def test_heads_equal_the_trained_ones(markov_head: str | None, draft_vocab_size:
 def test_candidates_are_picked_after_the_markov_bias(monkeypatch: pytest.MonkeyPatch):
     """A bug halved live acceptance: candidates were the top of the base logits, while training scores the whole
     draft vocabulary; the token that the bias favours was seldom among them."""
-    monkeypatch.setattr("dspark.drafters.dspark.NUM_CANDIDATES", 1)
+    monkeypatch.setattr("dspark.drafters.bound.NUM_CANDIDATES", 1)
     model = tiny_model(TARGET.config)
     anchor = ANCHORS[0]
     draft = propose(model, Request(TOKENS[: anchor + 1], SamplingParams(temperature=1.0)))
@@ -139,16 +125,6 @@ def test_candidates_are_picked_after_the_markov_bias(monkeypatch: pytest.MonkeyP
         scores = TARGET.lm_head_weight[model.d2t] @ hidden[k] + bias
         assert token == model.d2t[scores.argmax()]
         previous = token
-
-
-def test_each_request_drafts_by_its_own_seed_and_temperature():
-    requests = [Request(TOKENS, SamplingParams(t), seed) for t, seed in ((0.0, 1), (1.0, 1), (1.0, 2), (1.0, 1))]
-    model = tiny_model(TARGET.config)
-    together = propose(model, *requests)
-    for i, request in enumerate(requests):
-        assert propose(model, request).tokens[0].tolist() == together.tokens[i].tolist()
-    assert together.tokens[1].tolist() == together.tokens[3].tolist()
-    assert len({tuple(row) for row in together.tokens.tolist()}) == 3
 
 
 def test_initialised_from_the_target_it_is_made_of_target_layers():

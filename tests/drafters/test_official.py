@@ -48,7 +48,9 @@ class Golden(NamedTuple):
 def golden(variant: str) -> Golden:
     folder = GOLDEN / variant
     files = (load_file(folder / f"{n}.safetensors") for n in ("training_forward", "inference_rounds", "greedy_run"))
-    return Golden(load_drafter(folder), *files)
+    model = load_drafter(folder)
+    assert isinstance(model, DSparkModel)
+    return Golden(model, *files)
 
 
 def close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-4) -> None:
@@ -74,10 +76,8 @@ def block_tokens(training: dict[str, Tensor]) -> Tensor:
 
 
 def backbone(model: DSparkModel, training: dict[str, Tensor]) -> Tensor:
-    anchors = training["anchor_positions"]
-    embeddings = target().embedding[FORWARD["input_ids"].gather(1, anchors)]
-    mask = target().embedding[model.config.mask_token_id]
-    return model(FORWARD["tap_hidden_states"], anchors, embeddings, mask)
+    tokens, anchors = FORWARD["input_ids"], training["anchor_positions"]
+    return model.backbone(FORWARD["tap_hidden_states"], tokens, anchors, target().embedding)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -147,7 +147,8 @@ def test_two_cached_rounds(variant: str):
     done = 0
     for name in ("round0", "round1"):
         start = int(rounds[f"{name}.start"])
-        drafter.extend(list(taps[done:start].split(64, -1)), torch.arange(done, start), torch.arange(done, start))
+        positions = torch.arange(done, start)
+        drafter.extend(list(taps[done:start].split(64, -1)), tokens[done:start], positions, positions)
         done = start
         request = Request(tokens[: start + 1].tolist())
         hidden = drafter.backbone([request])

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from dspark.drafters.interface import Drafter
+from dspark.drafters.load import bind
 from dspark.drafters.ngram import NgramDrafter
 from dspark.engine.engine import Engine, EngineConfig
 from dspark.engine.sequence import Sequence
 from dspark.sampling import SamplingParams
 from dspark.spec.prefix_scheduler import FixedLength
-from tests.tiny import AdversarialDrafter, OracleDrafter, plain_greedy, tiny_drafter, tiny_target
+from tests.tiny import AdversarialDrafter, OracleDrafter, plain_greedy, tiny_drafter, tiny_target, tiny_variant
 
 TARGET = tiny_target()
 NEW_TOKENS = 20
@@ -22,6 +23,10 @@ DRAFTERS = {
     "ngram": lambda: NgramDrafter(4, min_ngram=1),
     "random": lambda: tiny_drafter(TARGET),
     "pruned": lambda: tiny_drafter(TARGET, draft_vocab_size=20),
+    "own position": lambda: bind(tiny_variant("own position", TARGET), TARGET),
+    "windowed": lambda: bind(tiny_variant("dspark", TARGET, window=5), TARGET),
+    "eagle3": lambda: bind(tiny_variant("eagle3", TARGET, draft_vocab_size=20), TARGET),
+    "mtp": lambda: bind(tiny_variant("mtp", TARGET, window=5, block_size=1), TARGET),
     "adversarial": lambda: AdversarialDrafter(TARGET),
     "identical": lambda: OracleDrafter(TARGET),
 }
@@ -67,7 +72,7 @@ def test_output_equals_the_plain_loop(drafter: str, streams: int):
 
 
 @pytest.mark.parametrize("prefill_tokens", [1, 5])
-@pytest.mark.parametrize("drafter", ["none", "random", "adversarial"])
+@pytest.mark.parametrize("drafter", ["none", "random", "eagle3", "adversarial"])
 def test_prompts_computed_in_chunks_beside_decoding_requests(drafter: str, prefill_tokens: int):
     engine = make_engine(DRAFTERS[drafter](), prefill_tokens=prefill_tokens)
     sequences = [engine.add(prompt(i), greedy()) for i in range(5)]
@@ -75,7 +80,7 @@ def test_prompts_computed_in_chunks_beside_decoding_requests(drafter: str, prefi
     assert [s.output_ids for s in sequences] == [expected(i) for i in range(5)]
 
 
-@pytest.mark.parametrize("drafter", ["ngram", "random", "adversarial", "identical"])
+@pytest.mark.parametrize("drafter", ["ngram", "random", "own position", "mtp", "adversarial", "identical"])
 def test_requests_join_and_are_cancelled_between_steps(drafter: str):
     engine = make_engine(DRAFTERS[drafter](), max_streams=3, prefill_tokens=8)
     sequences: list[Sequence] = []

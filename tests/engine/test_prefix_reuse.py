@@ -4,13 +4,14 @@ import random
 
 import pytest
 
-from dspark.drafters.dspark import DSparkDrafter
+from dspark.drafters.bound import BoundDrafter
 from dspark.drafters.interface import DraftRequest
+from dspark.drafters.load import bind
 from dspark.engine.engine import Engine, EngineConfig
 from dspark.engine.sequence import Sequence
 from dspark.sampling import SamplingParams
 from dspark.spec.draft import Draft
-from tests.tiny import tiny_drafter, tiny_target
+from tests.tiny import VARIANTS, tiny_target, tiny_variant
 
 TARGET = tiny_target()
 SHARED = [random.Random(0).randrange(64) for _ in range(40)]
@@ -18,9 +19,9 @@ GREEDY = SamplingParams(max_new_tokens=16)
 SEEDED = SamplingParams(0.9, seed=5, max_new_tokens=16)
 
 
-def make_engine(reuse: bool = True, drafter: bool = True, **limits: int) -> Engine:
+def make_engine(reuse: bool = True, drafter: str | None = "dspark", **limits: int) -> Engine:
     config = EngineConfig(**{"max_streams": 8, "max_model_len": 96, "reuse_prefixes": reuse, **limits})  # pyright: ignore
-    return Engine(TARGET, tiny_drafter(TARGET) if drafter else None, config=config)
+    return Engine(TARGET, bind(tiny_variant(drafter, TARGET), TARGET) if drafter else None, config=config)
 
 
 def finish(engine: Engine) -> None:
@@ -41,8 +42,8 @@ def same_course(a: Sequence, b: Sequence) -> bool:
 
 
 @pytest.mark.parametrize("params", [GREEDY, SEEDED], ids=["greedy", "seeded"])
-@pytest.mark.parametrize("drafter", [False, True], ids=["plain", "drafted"])
-def test_what_a_finished_request_computed_is_not_computed_again(params: SamplingParams, drafter: bool):
+@pytest.mark.parametrize("drafter", [None, *VARIANTS])
+def test_what_a_finished_request_computed_is_not_computed_again(params: SamplingParams, drafter: str | None):
     engine = make_engine(drafter=drafter)
     first = run(engine, SHARED + [1, 2, 3], params)
     assert (engine.counters.reused_tokens, engine.counters.computed_prompt_tokens) == (0, 43)
@@ -69,11 +70,12 @@ def test_a_running_request_lends_what_it_has_computed_so_far(params: SamplingPar
     assert same_course(borrower, run(make_engine(False), SHARED + [9], params))
 
 
-def test_the_drafters_storage_is_copied_too(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("drafter", VARIANTS)
+def test_the_drafters_storage_is_copied_too(drafter: str, monkeypatch: pytest.MonkeyPatch):
     """Without its part of the copy it would guess from whatever lies there, and guess something else."""
 
     def guesses(reuse: bool) -> list[list[int]]:
-        engine, seen = make_engine(reuse), []
+        engine, seen = make_engine(reuse, drafter), []
         assert engine.drafter is not None
         for storage in engine.drafter._storage:  # pyright: ignore
             storage.zero_()  # so that a forgotten copy leaves numbers there
@@ -91,7 +93,7 @@ def test_the_drafters_storage_is_copied_too(monkeypatch: pytest.MonkeyPatch):
 
     expected = guesses(False)
     assert guesses(True) == expected
-    monkeypatch.setattr(DSparkDrafter, "copy", lambda *_: None)
+    monkeypatch.setattr(BoundDrafter, "copy", lambda *_: None)
     assert guesses(True) != expected, "the test sees a copy that was forgotten"
 
 

@@ -8,17 +8,19 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from dspark.drafters.load import bind
 from dspark.engine.engine import Engine, EngineConfig
 from dspark.engine.kv_cache import slot_bytes
 from dspark.engine.sequence import Sequence
 from dspark.sampling import SamplingParams
-from tests.tiny import AdversarialDrafter, tiny_drafter, tiny_target
+from tests.tiny import AdversarialDrafter, tiny_drafter, tiny_target, tiny_variant
 
 TARGET = tiny_target(vocab_size=24, num_layers=2)
 ADVERSARIAL = AdversarialDrafter(TARGET, 3)  # accepts and rejects; remembers what it computed
 DRAFTERS = {
     "none": lambda: None,
     "random": lambda: tiny_drafter(TARGET, block_size=3),
+    "eagle3": lambda: bind(tiny_variant("eagle3", TARGET, window=6, block_size=3), TARGET),
     "adversarial": lambda: ADVERSARIAL,
 }
 SHARED = (5, 1, 7, 7, 2, 9, 4, 4, 1, 0, 3, 3, 8, 2, 6, 1, 9, 0, 5, 2)

@@ -15,18 +15,19 @@ import torch
 from scipy.stats import chisquare
 from torch import Tensor
 
-import dspark.drafters.dspark
+import dspark.drafters.bound
 import dspark.engine.runner
 import dspark.spec.verify
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.interface import Drafter, DraftRequest
+from dspark.drafters.load import bind
 from dspark.engine.engine import Engine, EngineConfig
 from dspark.penalties import Prefix
 from dspark.sampling import SamplingParams
 from dspark.spec.draft import Draft
 from dspark.spec.prefix_scheduler import PrefixScheduler, Threshold
 from tests.engine.plain import AdjustedTarget
-from tests.tiny import AdversarialDrafter, OracleDrafter, tiny_drafter, tiny_target
+from tests.tiny import AdversarialDrafter, OracleDrafter, tiny_drafter, tiny_target, tiny_variant
 
 VOCAB, OUTPUT = 6, 4  # the prompt gives one token, a round of up to two draft tokens the others
 REQUESTS, STREAMS = 2048, 64
@@ -88,6 +89,8 @@ DRAFTERS: dict[str, Callable[[], Drafter | None]] = {
     "none": lambda: None,
     "random": lambda: tiny_drafter(TARGET, 1, block_size=2, num_layers=1),
     "pruned": lambda: tiny_drafter(TARGET, 1, block_size=2, draft_vocab_size=4, num_layers=1),
+    "eagle3": lambda: bind(tiny_variant("eagle3", TARGET, block_size=2, seed=1), TARGET),
+    "mtp": lambda: bind(tiny_variant("mtp", TARGET, block_size=1, seed=1), TARGET),
     "adversarial": lambda: AdversarialDrafter(TARGET, 2),
 }
 
@@ -98,9 +101,14 @@ def test_output_follows_the_joint_law(drafter: str, filters: str):
     assert p_value(DRAFTERS[drafter](), FILTERS[filters]) > 1e-3
 
 
+@pytest.mark.parametrize("drafter", ["eagle3", "mtp"])
+def test_output_follows_the_joint_law_with_other_kinds(drafter: str):
+    assert p_value(DRAFTERS[drafter](), FILTERS["everything"]) > 1e-3
+
+
 def test_output_follows_the_joint_law_with_few_candidates(monkeypatch: pytest.MonkeyPatch):
     """Drafts over a pruned vocabulary, and there from the best candidates only."""
-    monkeypatch.setattr(dspark.drafters.dspark, "NUM_CANDIDATES", 3)
+    monkeypatch.setattr(dspark.drafters.bound, "NUM_CANDIDATES", 3)
     assert p_value(DRAFTERS["pruned"]()) > 1e-3
 
 
@@ -176,7 +184,7 @@ def test_draft_probs_of_tokens_that_were_no_candidates_are_caught(filters: str, 
     drafter = tiny_drafter(TARGET, 1, block_size=2, num_layers=1)
     drafter.__class__ = Untruncated
     assert p_value(drafter, FILTERS[filters]) > 1e-3
-    monkeypatch.setattr(dspark.drafters.dspark, "NUM_CANDIDATES", 1)
+    monkeypatch.setattr(dspark.drafters.bound, "NUM_CANDIDATES", 1)
     assert p_value(drafter, FILTERS[filters]) < 1e-6
 
 

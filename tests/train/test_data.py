@@ -1,10 +1,14 @@
 """Reading prompts and examples: what is accepted, and errors that name the file and the line."""
 
+import json
+import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from dspark.train.data import Example, Prompt, read_examples, read_prompts
+from dspark.train.data import Example, Prompt, mix, read_examples, read_prompts, split_by_prompt
 
 GOOD = '{"prompt": "hello"}\n'
 
@@ -15,14 +19,28 @@ def write(folder: Path, text: str | bytes) -> Path:
     return path
 
 
-def test_the_three_forms_of_a_prompt(tmp_path: Path):
+def test_the_forms_of_a_prompt(tmp_path: Path):
     path = write(
         tmp_path,
         '{"turns": ["a", "b"], "domain": "chat", "task": "mt"}\n\n'
-        '{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]}\n' + GOOD,
+        '{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]}\n'
+        '{"conversations": [{"from": "human", "value": "h"}, {"from": "gpt", "value": "g"}]}\n' + GOOD,
     )
-    assert read_prompts(path) == [Prompt(("a", "b"), "chat", "mt"), Prompt(("u",)), Prompt(("hello",))]
+    prompts = [Prompt(("a", "b"), "chat", "mt"), Prompt(("u",), system="s"), Prompt(("h",)), Prompt(("hello",))]
+    assert read_prompts(path) == prompts
+    assert [prompt.place for prompt in read_prompts(path)][:2] == [f"'{path}' line 1", f"'{path}' line 3"]
     assert len(read_prompts(path, limit=2)) == 2
+    assert len({prompt.number for prompt in prompts}) == 4
+
+
+@pytest.mark.parametrize(
+    "roles, answers",
+    [("uaua", ("1", "3")), ("suau", ("2",)), ("uau", ("1",)), ("uu", ()), ("auau", ()), ("uaau", ())],
+)
+def test_given_answers_are_kept_where_turns_alternate(tmp_path: Path, roles: str, answers: tuple[str, ...]):
+    names = {"u": "user", "a": "assistant", "s": "system"}
+    messages = [{"role": names[role], "content": str(i)} for i, role in enumerate(roles)]
+    assert read_prompts(write(tmp_path, json.dumps({"messages": messages})))[0].answers == answers
 
 
 @pytest.mark.parametrize(
@@ -38,6 +56,8 @@ def test_the_three_forms_of_a_prompt(tmp_path: Path):
         '{"turns": ["a", null]}',
         '{"messages": [{"role": "assistant", "content": "a"}]}',
         '{"messages": [{"role": "user"}]}',
+        '{"messages": ["text"]}',
+        '{"prompt": "half a \\ud83d character"}',
     ],
 )
 def test_a_bad_prompt_is_named_by_file_and_line(tmp_path: Path, line: str):
@@ -68,6 +88,31 @@ def test_examples_are_cut_to_length_and_empty_ones_left_out(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    "max_length, expected",
+    [
+        (99, Example((1, 2, 3, 4, 5, 6, 7), (8, 9), earlier=((1, 3), (4, 6)))),
+        (8, Example((1, 2, 3, 4), (5, 6), earlier=((1, 3),))),  # one token of the last answer trains nothing
+        (5, Example((1,), (2, 3))),
+    ],
+)
+def test_examples_of_several_turns(tmp_path: Path, max_length: int, expected: Example):
+    path = write(tmp_path, '{"prompt_ids": [1,2,3,4,5,6,7], "answer_ids": [8,9], "earlier": [[1,3], [4,6]]}')
+    (example,) = read_examples(path, 10, max_length)
+    assert example == expected
+    assert example.answer_tokens == [i for s, e in example.answer_spans for i in example.token_ids[s:e]]
+    assert example.first_prompt == (1,)
+
+
+@pytest.mark.parametrize(
+    "earlier", ["3", "[3]", "[[1]]", "[[2, 1]]", "[[1, 2], [0, 1]]", "[[0, 4]]", "[[-1, 1]]", '["ab"]']
+)
+def test_bad_spans_are_named_by_file_and_line(tmp_path: Path, earlier: str):
+    line = f'{{"prompt_ids": [1, 2, 3], "answer_ids": [4, 5], "earlier": {earlier}}}'
+    with pytest.raises(ValueError, match=r"data\.jsonl' line 1: 'earlier' must hold"):
+        read_examples(write(tmp_path, line), 10, 100)
+
+
+@pytest.mark.parametrize(
     "line",
     [
         '{"prompt_ids": [1]}',
@@ -93,3 +138,73 @@ def test_line_separators_inside_a_text_do_not_split_the_line(tmp_path: Path):
     """JSON allows U+2028 and U+0085 unescaped in strings; str.splitlines cut such prompts in two."""
     path = write(tmp_path, '{"prompt": "a\u2028b\u0085c"}\r\n' + GOOD)
     assert [p.turns for p in read_prompts(path)] == [("a\u2028b\u0085c",), ("hello",)]
+
+
+LOCAL = st.lists(st.integers(0, 12), max_size=20)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(LOCAL, min_size=1, max_size=3), st.integers(0, 15), LOCAL)
+def test_no_prompt_is_on_both_sides(prompts: list[list[int]], count: int, added: list[int]):
+    """Whatever the order of files, and what is trained on is never held out once data is added."""
+    files = [[Example((p,), (i, i)) for i, p in enumerate(of_file)] for of_file in prompts]
+    heldout, rest = split_by_prompt(files, count)
+    trained = [e for of_file in rest for e in of_file]
+    assert len(heldout) + len(trained) == sum(map(len, files))
+    held = {e.prompt_ids for e in heldout}
+    assert not held & {e.prompt_ids for e in trained}
+    assert len(heldout) >= count or not trained
+    assert held == {e.prompt_ids for e in split_by_prompt(files[::-1], count)[0]}
+    more = split_by_prompt([*files, [Example((p,), (99, 99)) for p in added]], count)[0]
+    assert not {e.prompt_ids for e in more} & {e.prompt_ids for e in trained}
+
+
+def test_files_are_mixed_by_weight():
+    a, b = ([Example((i, 0), (0, 0)) for i in r] for r in (range(4), range(10, 22)))
+    epoch = mix([a, b], (2.0, 1.0))
+    assert epoch == a * 6 + b  # 24 : 12, b once
+    assert mix([a, b], (1.0, 3.0)) == a + b
+    assert mix([a, []], (1.0, 1.0)) == a
+
+
+# ---- datasets
+
+
+def test_a_dataset_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for name in (tmp_path, Path("HuggingFaceH4/ultrachat_200k")):
+        with pytest.raises(ValueError, match=rf"cannot read the dataset '{name}': pip install 'dspark\[datasets\]'"):
+            read_prompts(name)
+
+
+def test_a_dataset_folder(tmp_path: Path):
+    pytest.importorskip("datasets")
+    from pyarrow import Table, parquet  # pyright: ignore[reportMissingImports]
+
+    (tmp_path / "data").mkdir()
+    rows = [
+        {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a"}]} for i in range(5)
+    ]
+    parquet.write_table(Table.from_pylist(rows[:3]), tmp_path / "data" / "train-00000-of-00001.parquet")
+    parquet.write_table(Table.from_pylist(rows[3:]), tmp_path / "data" / "test-00000-of-00001.parquet")
+    prompts = read_prompts(tmp_path)
+    assert prompts == [Prompt((f"q{i}",)) for i in range(3)] and prompts[2].answers == ("a",)
+    assert prompts[2].place == f"'{tmp_path}' row 3"
+    assert read_prompts(tmp_path, split="test", limit=1) == [Prompt(("q3",))]
+    with pytest.raises(ValueError, match="cannot read the dataset"):
+        read_prompts(tmp_path, split="nonsense")
+
+
+def test_a_dataset_folder_of_json_lines(tmp_path: Path):
+    pytest.importorskip("datasets")
+    write(tmp_path, GOOD + '{"prompt": ""}\n')
+    with pytest.raises(ValueError, match=f"'{tmp_path}' row 2 needs"):
+        read_prompts(tmp_path)
+
+
+def test_a_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="cannot read the dataset 'nobody/nothing-here'"):
+        read_prompts(Path("nobody/nothing-here"))

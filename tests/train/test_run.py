@@ -8,14 +8,14 @@ import torch
 
 from dspark.drafters.checkpoint import load_drafter, save_drafter
 from dspark.models.loader import Target
-from dspark.train.run import TrainRun, make_trainer
+from dspark.train.run import TrainRun, make_trainer, read_all
 from tests.tiny import tiny_model, tiny_target
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     path = tmp_path / "answers.jsonl"
-    rows = [{"prompt_ids": [1, 2, 3], "answer_ids": [5 + i % 40, 7, 9, 11, 13, 4]} for i in range(12)]
+    rows = [{"prompt_ids": [1, 2, i], "answer_ids": [5 + i % 40, 7, 9, 11, 13, 4]} for i in range(12)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -35,3 +35,17 @@ def test_a_drafter_of_another_model_is_refused(tmp_path: Path, data: Path):
     run = TrainRun((data,), tmp_path / "out", initial=tmp_path / "other", heldout=3)
     with pytest.raises(ValueError, match="vocabulary 70, this target has 64"):
         make_trainer(run, Target(None, tiny_target(), None, frozenset()))  # pyright: ignore
+
+
+def test_files_are_mixed_and_split_by_prompt(tmp_path: Path, data: Path):
+    """Each prompt has two answers; those of one prompt are held out together, and the other file by its weight."""
+    rows = [{"prompt_ids": [i, i], "answer_ids": [a, a, a]} for i in range(8) for a in (1, 2)]
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = TrainRun((data, other), tmp_path / "out", weights=(1.0, 3.0), heldout=3)
+    heldout, examples = read_all(run, tiny_target())
+    assert len(heldout) >= 3 and not {e.prompt_ids for e in heldout} & {e.prompt_ids for e in examples}
+    of_other = [e for e in examples if len(e.prompt_ids) == 2]
+    assert abs(len(of_other) - 3 * (len(examples) - len(of_other))) <= 3
+    with pytest.raises(ValueError, match="no prompt is left to train on"):
+        read_all(TrainRun((data,), tmp_path / "out", heldout=12), tiny_target())

@@ -67,6 +67,15 @@ def test_every_part_of_every_head_is_trained(tmp_path):
             assert not torch.equal(parameter, before[name]), name
 
 
+def test_every_answer_of_a_conversation_is_supervised_and_nothing_else():
+    trainer = make_trainer(anchors_per_sequence=99)
+    example = Example(tuple(range(12)), (20, 21, 22), earlier=((2, 5), (7, 9)))
+    blocks = trainer.sample_blocks([0], [example], 1)
+    positions = (blocks.positions() + 1)[blocks.supervised]
+    assert set(positions.tolist()) == {3, 4, 8, 13, 14}
+    assert set(blocks.anchors[blocks.supervised[..., 0]].tolist()) == {2, 3, 7, 12, 13}
+
+
 @pytest.mark.parametrize("changes", [{}, {"optimizer": "muon", "weight_average": 0.9}, DFLASH], ids=str)
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path, changes: dict):
     whole = make_trainer(**changes)

@@ -1,0 +1,125 @@
+"""What trained drafters share when they serve: their target, per-token storage, and the drawing of slots.
+
+Shapes: R requests, G slots, M candidates, V' draft vocabulary.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dspark.drafters.interface import DraftRequest
+from dspark.drafters.layers import DraftModel, check_fit
+from dspark.models.attention import Segment, copy_slots, empty_cache
+from dspark.models.decoder import Decoder
+from dspark.models.layers import linear_map
+from dspark.sampling import Purpose, categorical, first_maximum, truncated_probs, uniforms
+from dspark.spec.draft import Draft
+
+NUM_CANDIDATES = 64  # tokens a slot is sampled from: the likeliest, after a sequential head's bias if there is one
+
+
+class Slot(NamedTuple):
+    """One slot of all blocks: token [R], and what it was drawn from, support and draft_probs [R, M]."""
+
+    token: Tensor
+    support: Tensor
+    draft_probs: Tensor
+
+
+class BoundDrafter(ABC):
+    """A trained drafter bound to its target, with storage for all running requests.
+
+    Sampling covers each slot's NUM_CANDIDATES likeliest tokens; the verifier gets that very distribution.
+    """
+
+    def __init__(self, model: DraftModel, target: Decoder, slot_shapes: list[tuple[int, ...]]):
+        """slot_shapes: what is stored for a token. Raises ValueError if the target is of another shape."""
+        check_fit(model.config, target.config)
+        self.target, self.slot_shapes = target, slot_shapes
+        self.block_size: int = model.config.block_size
+        self.tap_layers: tuple[int, ...] = model.config.tap_layers
+        self.window: int = model.config.window
+        self.d2t = model.d2t.to(target.device)
+        self.head = linear_map(target.lm_head_weight[self.d2t], target.dtype)
+        self._storage: list[Tensor] = []
+
+    has_confidence: bool
+
+    @abstractmethod
+    def extend(self, taps: list[Tensor], tokens: Tensor, positions: Tensor, slots: Tensor) -> None: ...
+
+    @abstractmethod
+    def propose(self, requests: list[DraftRequest]) -> Draft: ...
+
+    def place(self, weight: Tensor) -> Tensor:
+        return weight.detach().to(self.target.device, self.target.compute_dtype)
+
+    @property
+    def slot_bytes(self) -> int:
+        return sum(map(math.prod, self.slot_shapes)) * self.target.kv_dtype.itemsize
+
+    def allocate(self, num_slots: int) -> None:
+        dtype, device = self.target.kv_dtype, self.target.device
+        self._storage = [empty_cache((num_slots, *shape), dtype, device) for shape in self.slot_shapes]
+
+    @torch.inference_mode()
+    def copy(self, source_slot: int, target_slot: int, count: int) -> None:
+        copy_slots(self._storage, source_slot, target_slot, count)
+
+    def segment(self, request: DraftRequest, rows: int, own: int) -> Segment:
+        """`rows` rows that see the context in the window before the anchor and `own` slots from the anchor on."""
+        anchor = len(request.token_ids) - 1
+        unseen = max(0, anchor - self.window) if self.window else 0
+        return Segment(rows, request.first_slot + unseen, anchor - unseen + own, causal=False)
+
+    def sampler(self, requests: list[DraftRequest]) -> Callable[[int, Tensor], Slot]:
+        """What draws slot k of all blocks from its logits [R, V'], each by its request's parameters and seed."""
+        if all(q.params.greedy for q in requests):
+            return lambda k, logits: self.best(logits)
+        settings, draws = self._settings(requests), self._draws(requests)  # [R] each, [R, G]
+        return lambda k, logits: self.sample(logits, settings, draws[:, k])
+
+    def best(self, logits: Tensor) -> Slot:
+        """The likeliest token of each row [R, V'], no randomness."""
+        token = self.d2t[first_maximum(logits)]
+        return Slot(token, token[:, None], torch.ones_like(logits[:, :1]))
+
+    def sample(self, logits: Tensor, settings: list[Tensor], draws: Tensor) -> Slot:
+        """Logits [R, V'] -> one token a row, from its likeliest candidates under the request's own parameters."""
+        logits, candidates = logits.topk(min(NUM_CANDIDATES, logits.shape[-1]))
+        candidates, order = candidates.sort(-1)  # in the target's order a shared draw lands in the same place, mostly
+        logits = logits.gather(-1, order)
+        support = self.d2t[candidates]
+        draft_probs = truncated_probs(logits.nan_to_num(), *settings)  # a broken drafter costs time, not the engine
+        index = categorical(draft_probs, draws)[:, None]
+        return Slot(support.gather(1, index).squeeze(1), support, draft_probs)
+
+    def _settings(self, requests: list[DraftRequest]) -> list[Tensor]:
+        """Temperature, top-k, top-p and min-p, [R] each."""
+        params = [q.params for q in requests]
+        values = zip(*((p.temperature, p.top_k, p.top_p, p.min_p) for p in params), strict=True)
+        return [torch.tensor(column, device=self.d2t.device) for column in values]
+
+    def _draws(self, requests: list[DraftRequest]) -> Tensor:
+        """The uniform [R, G] that samples each slot; the token of slot k lands at anchor position + 1 + k."""
+        slots = range(self.block_size)
+        seeds = [[q.seed] for q in requests]
+        positions = [[len(q.token_ids) + k for k in slots] for q in requests]
+        draws = uniforms(seeds, positions, Purpose.DRAFT, list(slots))
+        coupled = np.array([[q.coupled] for q in requests])
+        if coupled.any():  # the target's own draw for the position
+            draws = np.where(coupled, uniforms(seeds, positions, Purpose.TARGET), draws)
+        return torch.from_numpy(draws).to(self.d2t.device)
+
+
+def whole_draft(slots: list[Slot], confidence: Tensor | None = None) -> Draft:
+    """All slots of a round; confidence logits [R, G], without which they say nothing."""
+    tokens, support, draft_probs = (torch.stack(column, 1) for column in zip(*slots, strict=True))
+    if confidence is None:
+        confidence = torch.zeros(tokens.shape, device=tokens.device)
+    return Draft(tokens, support, draft_probs, confidence, torch.full((len(tokens),), len(slots)))

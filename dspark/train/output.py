@@ -1,0 +1,55 @@
+"""JSON lines that a run writes one by one: never two writers, and after a kill every line is whole or not there."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from dspark.train.data import Prompt, jsonl_rows
+
+
+@contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """Hold `path` for this process; a killed one lets go of it. Raises ValueError while another holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{path}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"another 'dspark data' is writing '{path}'; wait for it or choose another --out") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def written_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """(place, row) of each line of an unfinished file, none if it does not exist; a torn last line is cut off first."""
+    if path.exists():
+        raw = path.read_bytes()
+        if raw and not raw.endswith(b"\n"):
+            os.truncate(path, raw.rfind(b"\n") + 1)
+        yield from jsonl_rows(path)
+
+
+def write_row(path: Path, row: dict) -> None:
+    """Append one line."""
+    with path.open("a", encoding="utf-8") as out:
+        out.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def answered(path: Path) -> set[tuple[int, int]]:
+    """(prompt number, sample) of the answers in an unfinished file.
+
+    Raises ValueError for lines that are not from 'dspark data'.
+    """
+    done = set()
+    for place, row in written_rows(path):
+        if not isinstance(row.get("turns"), list) or "prompt_ids" not in row:
+            raise ValueError(f"{place} was not written by 'dspark data'; choose another --out")
+        prompt = Prompt(tuple(row["turns"]), system=row.get("system", ""))
+        done.add((prompt.number, row.get("sample", 0)))
+    return done

@@ -1,0 +1,192 @@
+"""Answers from OpenAI-compatible servers, spread over any number of addresses.
+
+A server that fails pauses, each time for longer, while the others go on; one that keeps failing is dropped.
+"""
+
+import asyncio
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+
+import httpx2
+
+RETRIES = 6  # before a server is dropped, or a request that fails where others are answered
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds after a failure: doubled each time, up to the longest
+LONGEST_RETRY_AFTER = 600.0
+CONNECT_SECONDS = 10.0
+POLL_SECONDS = 0.02  # while no server is free
+
+
+class RefusedError(Exception):
+    """The request cannot be answered, whatever the server."""
+
+
+class BusyError(Exception):
+    """The server asks to come back later, after so many seconds if it says so."""
+
+    def __init__(self, seconds: float | None):
+        self.seconds = seconds
+
+
+class FailedError(Exception):
+    """The server did not answer this time."""
+
+
+@dataclass
+class Server:
+    url: str
+    model: str = ""  # as the server calls it, known after the first request
+    in_flight: int = 0
+    answered: int = 0
+    failures: int = 0  # in a row; requests under way together count once
+    refusals: int = 0  # "come back later" in a row
+    ready_at: float = 0.0
+
+
+class ServerPool:
+    """Sends each request to the server that has the fewest in flight, at most `streams` each.
+
+    urls: as `base_url` gives them. model: preferred where a server has several. note: told in a sentence what the user
+    should know. Use as an async context manager.
+    """
+
+    def __init__(self, urls: tuple[str, ...], model: str, streams: int, timeout: float, note: Callable[[str], None]):
+        self.servers = [Server(url) for url in urls]
+        self.model, self.streams, self.note = model, streams, note
+        key = os.environ.get("OPENAI_API_KEY")
+        self.client = httpx2.AsyncClient(
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=httpx2.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS)),
+            limits=httpx2.Limits(max_connections=None),
+        )
+
+    async def __aenter__(self) -> "ServerPool":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.client.aclose()
+
+    async def chat(self, body: dict) -> tuple[str, str, dict]:
+        """(text, finish reason, usage) of a chat completion, tried again until a server gives it.
+
+        Raises RefusedError if it cannot be had, ValueError if no server is left or one cannot be used at all.
+        """
+        failures, answered = 0, Counter[str]()
+        while True:
+            server = await self.free_server()
+            started = time.monotonic()
+            server.in_flight += 1
+            try:
+                reply = await self.send(server, body)
+                server.failures = server.refusals = 0
+                server.answered += 1
+                return reply
+            except BusyError as busy:
+                if started >= server.ready_at:
+                    server.refusals += 1
+                    pause = busy.seconds if busy.seconds is not None else back_off(server.refusals)
+                    server.ready_at = time.monotonic() + pause
+            except (FailedError, httpx2.RequestError) as error:
+                self.failed(server, started, f"{type(error).__name__} {error}".strip())
+                failures += server.answered > answered[server.url]  # a server that answers nothing is to blame itself
+                answered[server.url] = server.answered
+                if failures > RETRIES:
+                    raise RefusedError(f"gave up after {failures} failures: {error}") from None
+            finally:
+                server.in_flight -= 1
+
+    async def free_server(self) -> Server:
+        """Wait for a server that may be asked. Raises ValueError if all were dropped."""
+        while self.servers:
+            free = [s for s in self.servers if s.in_flight < self.streams and s.ready_at <= time.monotonic()]
+            if free:
+                return min(free, key=lambda s: s.in_flight)
+            await asyncio.sleep(POLL_SECONDS)
+        raise ValueError("no server is left; the same command goes on when one is up again")
+
+    def failed(self, server: Server, started: float, problem: str) -> None:
+        """Pause a server, or drop it."""
+        if started < server.ready_at or server not in self.servers:
+            return  # it has already paused for what went wrong together
+        server.failures += 1
+        server.ready_at = time.monotonic() + back_off(server.failures)
+        if server.failures > RETRIES:
+            self.servers.remove(server)
+            self.note(f"'{server.url}' is dropped after {RETRIES} retries ({problem}); {len(self.servers)} left")
+
+    async def send(self, server: Server, body: dict) -> tuple[str, str, dict]:
+        if not server.model:
+            server.model = await self.find_model(server)
+        reply = self.checked(
+            server, await self.client.post(f"{server.url}/chat/completions", json={"model": server.model, **body})
+        )
+        try:
+            choice = reply["choices"][0]
+            text, finish = choice["message"].get("content") or "", choice["finish_reason"]
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise FailedError("the reply is no chat completion") from None
+        if choice["message"].get("reasoning_content") or choice["message"].get("reasoning"):
+            raise ValueError(f"'{server.url}' splits reasoning off the answers; start it without a reasoning parser")
+        return text, finish, reply.get("usage") or {}
+
+    async def find_model(self, server: Server) -> str:
+        """Raises ValueError if the server has several models and none of the preferred name."""
+        reply = self.checked(server, await self.client.get(f"{server.url}/models"))
+        try:
+            names = [model["id"] for model in reply["data"]]
+        except (KeyError, TypeError):
+            raise FailedError("the reply is no list of models") from None
+        if self.model in names:
+            return self.model
+        if len(names) != 1:
+            raise ValueError(f"'{server.url}' serves {', '.join(names) or 'no model'}: name one of them with --model")
+        return names[0]
+
+    def checked(self, server: Server, response: httpx2.Response) -> dict:
+        """The JSON of a reply; its status as an exception otherwise."""
+        status = response.status_code
+        problem = f"HTTP {status}: {response.text[:200]}"
+        if status == 429 or (status == 503 and "retry-after" in response.headers):
+            raise BusyError(retry_after(response.headers.get("retry-after", "")))
+        if status in (400, 413, 422):
+            raise RefusedError(problem)
+        if status in (408, 409, 425) or status >= 500:
+            raise FailedError(problem)
+        if status != 200:
+            raise ValueError(f"'{server.url}' cannot be used, {problem}")
+        try:
+            return response.json()
+        except ValueError:
+            raise FailedError("the reply is not JSON") from None
+
+
+def base_url(text: str) -> str:
+    """`http://host:8000` -> `http://host:8000/v1`; one with a path stays. Raises ValueError for no address."""
+    try:
+        url = httpx2.URL(text)
+    except httpx2.InvalidURL:
+        url = httpx2.URL()
+    if url.scheme not in ("http", "https") or not url.host:
+        raise ValueError(f"--server must be an address such as http://localhost:8000, not '{text}'")
+    return text.rstrip("/") + ("/v1" if url.path == "/" else "")
+
+
+def back_off(times: int) -> float:
+    """Seconds to pause after so many failures in a row."""
+    return min(FIRST_PAUSE * 2 ** (times - 1), LONGEST_PAUSE)
+
+
+def retry_after(header: str) -> float | None:
+    """Seconds that a Retry-After header asks for, as a number or as a date; None if it does not."""
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            seconds = (parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds()
+        except (ValueError, TypeError):  # TypeError: a date without a time zone
+            return None
+    return min(max(0.0, seconds), LONGEST_RETRY_AFTER)  # in this order NaN is 0

@@ -1,0 +1,88 @@
+"""Drafters of every kind learn, and what they learn shows in live decoding; recipes make what their name says."""
+
+import pytest
+import torch
+
+from dspark.drafters.eagle3 import Eagle3Model
+from dspark.drafters.load import bind
+from dspark.drafters.model import DSparkModel
+from dspark.drafters.mtp import MtpModel
+from dspark.engine.engine import Engine, EngineConfig
+from dspark.sampling import SamplingParams
+from dspark.train.data import Example
+from dspark.train.setup import DRAFTERS, default_recipe, new_drafter
+from dspark.train.trainer import CHAIN_LOSS, DFLASH_LOSS, DSPARK_LOSS, TrainConfig, Trainer
+from tests.tiny import plain_greedy, tiny_config, tiny_state_dict, tiny_target
+
+TARGET = tiny_target()
+PROMPTS = [[i, 3 * i + 1, 7] for i in range(6)]
+EXAMPLES = [Example(tuple(p), tuple(plain_greedy(TARGET, p, 24))) for p in PROMPTS]
+MODELS = {"eagle3": Eagle3Model, "mtp": MtpModel}
+LOSSES = {"dspark": DSPARK_LOSS, "dflash": DFLASH_LOSS, "dflash-zlab": DFLASH_LOSS}
+
+
+def make_trainer(kind: str, **changes) -> Trainer:
+    recipe = default_recipe(TARGET, 63, kind, **changes)
+    model = new_drafter(TARGET, tiny_state_dict(tiny_config()), recipe, EXAMPLES, seed=0)
+    return Trainer(model, TARGET, EXAMPLES, EXAMPLES[:1], TrainConfig(learning_rate=3e-3, sequences_per_step=6))
+
+
+def live_accepted_length(trainer: Trainer) -> float:
+    """Tokens a round, greedy, on the prompts that were trained on."""
+    drafter = bind(trainer.model, TARGET)
+    engine = Engine(TARGET, drafter, config=EngineConfig(max_streams=8, max_model_len=96))
+    sequences = [engine.add(p, SamplingParams(max_new_tokens=24)) for p in PROMPTS]
+    while engine.has_work:
+        engine.step()
+    assert [tuple(s.output_ids) for s in sequences] == [e.answer_ids for e in EXAMPLES]
+    return sum(len(s.output_ids) - 1 for s in sequences) / sum(s.rounds for s in sequences)
+
+
+@pytest.mark.parametrize("kind", DRAFTERS)
+def test_what_is_learnt_by_heart_is_accepted_live(kind: str):
+    trainer = make_trainer(kind, window=6)
+    assert isinstance(trainer.model, MODELS.get(kind, DSparkModel)) and trainer.loss_weights == LOSSES.get(
+        kind, CHAIN_LOSS
+    )
+    before = live_accepted_length(trainer)
+    trainer.progress.seconds = 0.04 * 3600  # past the warm-up
+    for _ in range(80):
+        trainer.step(list(range(6)))
+    assert live_accepted_length(trainer) > before + 0.3 * trainer.model.config.block_size
+
+
+@pytest.mark.parametrize("kind", DRAFTERS)
+def test_every_weight_is_trained(kind: str):
+    trainer = make_trainer(kind)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.progress.seconds = 0.04 * 3600
+    for _ in range(3):
+        trainer.step(list(range(6)))
+    for name, parameter in trainer.model.named_parameters():
+        assert not torch.equal(parameter, before[name]), name
+
+
+def test_recipes_by_name():
+    recipes = {kind: default_recipe(TARGET, 1, kind) for kind in DRAFTERS}
+    assert {kind: (r.tap_layers, r.block_size, r.markov_rank, r.own_position) for kind, r in recipes.items()} == {
+        "dspark": ((2, 3, 1), 4, 32, False),
+        "dflash": ((2, 3, 1), 4, 0, False),
+        "dflash-zlab": ((2, 3, 1), 4, 0, True),
+        "eagle3": ((1, 3, 2), 4, 0, False),
+        "mtp": ((3,), 1, 0, False),
+    }
+    assert default_recipe(TARGET, 1, "eagle3", block_size=7).block_size == 7
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("eagle3", {"draft_layers": 2}, "eagle3 has one draft layer, not 2"),
+        ("mtp", {"draft_layers": 3}, "mtp has one draft layer, not 3"),
+        ("dflash", {"markov_head": "rnn"}, "dflash has no sequential head"),
+        ("mtp", {"markov_head": "vanilla"}, "mtp has no sequential head"),
+    ],
+)
+def test_what_a_drafter_does_not_have_is_refused(kind: str, changes: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        default_recipe(TARGET, 1, kind, **changes)
