@@ -79,7 +79,7 @@ def tiny_model(
     taps = tuple(sorted({0, config.num_layers // 2, config.num_layers - 1}))
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    model = DSparkModel(DSparkConfig(config, taps, block_size, num_layers, markov_rank, 1, size, **changes))
+    model = DSparkModel(DSparkConfig(config, taps, block_size, size, num_layers, markov_rank, 1, **changes))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:

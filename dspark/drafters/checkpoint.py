@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dspark.config import from_dict, parse_json, write_json
+from dspark.drafters.layers import DraftModel
 from dspark.drafters.model import DSparkConfig, DSparkModel
 from dspark.drafters.official import config_to_official, drafter_tensors, official_tensors, official_to_config
 
@@ -27,7 +28,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     temporary.replace(path)
 
 
-def save_drafter(model: DSparkModel, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+def save_drafter(model: DraftModel, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write atomically: a reader sees the old files or the new ones, never half of one."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {

@@ -1,4 +1,4 @@
-"""Training a DSpark drafter against a frozen target.
+"""Training a drafter against a frozen target.
 
 `Trainer.step` is the whole of it: features, blocks, backbone, loss, update. Everything around it is
 time keeping, evaluation and checkpoints.
@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dspark.drafters.model import DSparkModel
+from dspark.drafters.layers import DraftModel
+from dspark.drafters.model import DSparkConfig
 from dspark.models.decoder import Decoder
 from dspark.models.layers import has_bf16_products
 from dspark.train.blocks import Blocks, sample_blocks
@@ -25,6 +26,7 @@ from dspark.train.loss import LossWeights, SlotTargets, dspark_loss
 
 DSPARK_LOSS = LossWeights(distillation=1.0)  # the paper's three terms and a fourth for short runs
 DFLASH_LOSS = LossWeights(cross_entropy=1.0, total_variation=0.0, confidence=0.0)
+CHAIN_LOSS = LossWeights(cross_entropy=0.0, total_variation=0.0, confidence=0.0, distillation=1.0)
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class TrainConfig:
     cache_gib: float = 6.0
     eval_every_minutes: float = 5.0
     seed: int = 0
-    loss: LossWeights | None = None  # None: DSPARK_LOSS, or DFLASH_LOSS for a drafter without a sequential head
+    loss: LossWeights | None = None  # None: what `default_loss` says
 
     def __post_init__(self) -> None:
         if not self.minutes > 0 or (self.epochs is not None and not self.epochs > 0):
@@ -81,13 +83,13 @@ class Trainer:
 
     def __init__(
         self,
-        model: DSparkModel,
+        model: DraftModel,
         target: Decoder,
         examples: list[Example],
         heldout: list[Example],
         config: TrainConfig,
     ):
-        self.loss_weights = config.loss or (DSPARK_LOSS if model.config.markov_rank else DFLASH_LOSS)
+        self.loss_weights = config.loss or default_loss(model)
         self.model, self.target, self.config = model, target, replace(config, loss=self.loss_weights)
         self.examples, self.heldout = examples, heldout
         # Held-out examples carry negative indices, so that both share one bounded cache.
@@ -102,7 +104,6 @@ class Trainer:
             fused=True,  # one pass over the weights: 21 % of a step became 1 %
         )
         self.progress = Progress()
-        self.mask_embedding = target.embedding[model.config.mask_token_id].float()
         self.bind_draft_vocabulary()
 
     def bind_draft_vocabulary(self) -> None:
@@ -156,16 +157,11 @@ class Trainer:
 
         weight_sum: of the slot weights of the whole step, of which the batch may be a part.
         """
-        model = self.model
-        anchor_embeddings = self.target.embed(batch.tokens.gather(1, blocks.anchors)).float()
         with self.autocast():
-            hidden = model(batch.taps.float(), blocks.anchors, anchor_embeddings, self.mask_embedding).float()
-        supervised, positions = blocks.supervised, blocks.positions()
-        known = positions.clamp(max=batch.tokens.shape[1] - 1)  # slots past the end are not supervised
-        tokens = batch.tokens.gather(1, known.flatten(1)).view(positions.shape)
-        features, confidence = model.heads(hidden, tokens)
+            outputs = self.model(batch.taps.float(), batch.tokens, blocks.anchors, self.target.embedding)
+        supervised = blocks.supervised
         sequence, _, slots = supervised.nonzero(as_tuple=True)  # [N] each
-        positions = positions[supervised]
+        positions = blocks.positions()[supervised]
         targets = SlotTargets(
             batch.hidden[sequence, positions].float(),
             batch.logsumexp[sequence, positions],
@@ -174,11 +170,11 @@ class Trainer:
             self.slot_weights(slots),
         )
         loss, acceptance = dspark_loss(
-            hidden[supervised],
-            features[supervised],
-            model.w2,
+            outputs.hidden[supervised],
+            outputs.features[supervised],
+            outputs.w2,
             self.head,
-            None if confidence is None else confidence[supervised],
+            None if outputs.confidence is None else outputs.confidence[supervised],
             targets,
             self.loss_weights,
             weight_sum,
@@ -304,6 +300,13 @@ class Trainer:
         }
         self.progress.history.append(entry)
         return entry
+
+
+def default_loss(model: DraftModel) -> LossWeights:
+    """Of DSpark, of DFlash where it has no sequential head, or of drafters that draft token by token."""
+    if not isinstance(model.config, DSparkConfig):
+        return CHAIN_LOSS
+    return DSPARK_LOSS if model.config.markov_rank else DFLASH_LOSS
 
 
 def accepted_length(acceptance: Tensor, slots: Tensor, block_size: int) -> float:

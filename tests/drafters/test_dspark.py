@@ -52,11 +52,9 @@ def extended(model: DSparkModel, pieces: tuple[int, ...] = (0, 30), first_slot: 
 
 def trained_hidden(model: DSparkModel, anchors: tuple[int, ...]) -> Tensor:
     """What training computes for blocks at these anchors of TOKENS, [A, G, C]."""
-    index = torch.tensor([anchors])
-    embeddings = TARGET.embed(torch.tensor(TOKENS))[index]
-    mask = TARGET.embedding[model.config.mask_token_id]
+    taps = torch.cat(taps_of(model, TOKENS), -1)[None]
     with torch.no_grad():
-        return model(torch.cat(taps_of(model, TOKENS), -1)[None], index, embeddings, mask)[0]
+        return model.backbone(taps, torch.tensor([TOKENS]), torch.tensor([anchors]), TARGET.embedding)[0]
 
 
 def propose(model: DSparkModel, *requests: Request) -> Draft:
@@ -78,9 +76,8 @@ def test_a_block_depends_on_nothing_past_its_anchor():
         torch.testing.assert_close(trained_hidden(model, (anchor,))[0], together[i], atol=1e-5, rtol=0)
     taps = torch.cat(taps_of(model, TOKENS), -1)[None]
     taps[:, 13:] = 7.0
-    embedding, mask = TARGET.embed(torch.tensor([[TOKENS[13]]])), TARGET.embedding[1]
     with torch.no_grad():
-        padded = model(taps, torch.tensor([[13]]), embedding, mask)[0]
+        padded = model.backbone(taps, torch.tensor([TOKENS[:14]]), torch.tensor([[13]]), TARGET.embedding)[0]
     torch.testing.assert_close(padded[0], together[2], atol=1e-5, rtol=0)
 
 

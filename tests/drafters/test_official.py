@@ -74,10 +74,8 @@ def block_tokens(training: dict[str, Tensor]) -> Tensor:
 
 
 def backbone(model: DSparkModel, training: dict[str, Tensor]) -> Tensor:
-    anchors = training["anchor_positions"]
-    embeddings = target().embedding[FORWARD["input_ids"].gather(1, anchors)]
-    mask = target().embedding[model.config.mask_token_id]
-    return model(FORWARD["tap_hidden_states"], anchors, embeddings, mask)
+    tokens, anchors = FORWARD["input_ids"], training["anchor_positions"]
+    return model.backbone(FORWARD["tap_hidden_states"], tokens, anchors, target().embedding)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

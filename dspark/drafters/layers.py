@@ -1,0 +1,194 @@
+"""What trainable drafters share: their configuration, what the trainer asks of them, and draft layers.
+
+Parameter names are those of the official checkpoints.
+Shapes: S sequences, T positions, A anchors, G block size, B slots of a block that are seen, C width, H query heads,
+K KV heads, D head width, V' draft vocabulary, r head rank.
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Generic, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dspark.models.config import DecoderConfig
+from dspark.models.layers import apply_rotary, rms_norm, rotary_table
+
+
+@dataclass(frozen=True)
+class DrafterConfig:
+    """What every drafter has; `decoder` is the shape of its target, which its layers share."""
+
+    kind: ClassVar[str]  # what its checkpoints call it
+
+    decoder: DecoderConfig
+    tap_layers: tuple[int, ...]
+    block_size: int
+    draft_vocab_size: int
+    window: int = field(default=0, kw_only=True)  # positions before the anchor that draft layers see; 0: all
+
+    def __post_init__(self) -> None:
+        if not self.tap_layers or not all(0 <= i < self.decoder.num_layers for i in self.tap_layers):
+            raise ValueError(f"tap layers {self.tap_layers} must lie in 0..{self.decoder.num_layers - 1}")
+        for name, least in (("block_size", 1), ("window", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if not 1 <= self.draft_vocab_size <= self.decoder.vocab_size:
+            raise ValueError(f"draft_vocab_size must lie in 1..{self.decoder.vocab_size}")
+
+
+Config = TypeVar("Config", bound=DrafterConfig)
+Rotary = tuple[Tensor, Tensor]  # cos and sin, [..., 1, D] each
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x.to(self.weight.dtype), self.weight, self.eps)  # autocast hands bf16 products in
+
+
+class DraftAttention(nn.Module):
+    """Each block attends to the context before its anchor and to its own slots."""
+
+    def __init__(self, c: DecoderConfig, input_size: int | None = None):
+        super().__init__()
+        self.config, width = c, input_size or c.hidden_size
+        self.q_proj = nn.Linear(width, c.q_size, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(width, c.kv_size, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(width, c.kv_size, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.q_size, c.hidden_size, bias=False)
+        if c.qk_norm:
+            self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.rms_norm_eps) for _ in range(2))
+
+    def queries(self, x: Tensor, rotary: Rotary) -> Tensor:
+        """[..., C] -> rotated [..., H, D]."""
+        heads = self.q_proj(x).unflatten(-1, (self.config.num_heads, self.config.head_dim))
+        return apply_rotary(self.q_norm(heads) if self.config.qk_norm else heads, *rotary)
+
+    def keys_values(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """[..., C] -> rotated keys and values [..., K, D] each."""
+        shape = (self.config.num_kv_heads, self.config.head_dim)
+        keys, values = self.k_proj(x).unflatten(-1, shape), self.v_proj(x).unflatten(-1, shape)
+        return apply_rotary(self.k_norm(keys) if self.config.qk_norm else keys, *rotary), values
+
+    def forward(
+        self, q: Tensor, block: tuple[Tensor, Tensor], context: tuple[Tensor, Tensor], context_mask: Tensor
+    ) -> Tensor:
+        """q [S, A, G, H, D], keys and values of the block [S, A, B, K, D] and of the context [S, T, K, D] ->
+        [S, A, G, C]. All B slots are seen, and the context where context_mask [S, A, T] is True."""
+        c = self.config
+        s, a, g, *_ = q.shape
+        kv_heads, group, d = c.num_kv_heads, c.group_size, c.head_dim
+        q = q.view(s, a, g, kv_heads, group, d).permute(0, 3, 1, 4, 2, 5)  # [S, K, A, group, G, D]
+        k_block, v_block = block[0].permute(0, 3, 1, 4, 2), block[1].permute(0, 3, 1, 2, 4)  # [S, K, A, ...]
+        k_context, v_context = context[0].permute(0, 2, 3, 1), context[1].transpose(1, 2)  # [S, K, ...]
+
+        rows = q.reshape(s, kv_heads, a * group * g, d) * d**-0.5
+        on_context = (rows @ k_context).view(s, kv_heads, a, group * g, -1)
+        on_context = on_context.masked_fill(~context_mask[:, None, :, None], float("-inf"))
+        on_block = rows.view(s, kv_heads, a, group * g, d) @ k_block  # [S, K, A, group*G, B]
+        weights = torch.cat([on_context, on_block], -1).softmax(-1)
+        w_context, w_block = weights.split([k_context.shape[-1], k_block.shape[-1]], -1)
+        out = (w_context.reshape(s, kv_heads, a * group * g, -1) @ v_context).view(s, kv_heads, a, group * g, d)
+        out = (out + w_block @ v_block).view(s, kv_heads, a, group, g, d)
+        return self.o_proj(out.permute(0, 2, 4, 1, 3, 5).reshape(s, a, g, -1))
+
+
+class DraftMLP(nn.Module):
+    def __init__(self, c: DecoderConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DraftLayer(nn.Module):
+    """One decoder layer over blocks; input_size: what its attention reads where that is not C."""
+
+    def __init__(self, c: DecoderConfig, input_size: int | None = None):
+        super().__init__()
+        self.self_attn = DraftAttention(c, input_size)
+        self.mlp = DraftMLP(c)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, x: Tensor, context: Tensor, context_mask: Tensor, of_block: Rotary, of_context: Rotary) -> Tensor:
+        """x [S, A, G, C], whose slots all see each other, and context [S, T, C], not normed here -> [S, A, G, C]."""
+        normed, attention = self.input_layernorm(x), self.self_attn
+        own, seen = attention.keys_values(normed, of_block), attention.keys_values(context, of_context)
+        return self.add_mlp(x + attention(attention.queries(normed, of_block), own, seen, context_mask))
+
+    def add_mlp(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class SlotOutputs(NamedTuple):
+    """What a drafter says of all slots: logits are hidden times the LM head plus features times w2.
+
+    hidden [S, A, G, C]; features [S, A, G, r], w2 [V', r], r = 0 without a sequential head; confidence logits
+    [S, A, G], None without that head.
+    """
+
+    hidden: Tensor
+    features: Tensor
+    w2: Tensor
+    confidence: Tensor | None
+
+
+class DraftModel(nn.Module, Generic[Config]):
+    """A trainable drafter: `forward` for training, weights for the drafter that serves.
+
+    Embedding and LM head are the target's, frozen, and passed in where needed. `d2t` [V'] maps draft vocabulary to
+    target vocabulary.
+    """
+
+    config: Config
+    d2t: Tensor
+    _cos: Tensor
+    _sin: Tensor
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        c = config.decoder
+        self.register_buffer("d2t", torch.arange(config.draft_vocab_size))
+        cos, sin = rotary_table(c.max_position_embeddings, c.head_dim, c.rope_theta, torch.device("cpu"))
+        self.register_buffer("_cos", cos, persistent=False)
+        self.register_buffer("_sin", sin, persistent=False)
+
+    def forward(self, taps: Tensor, tokens: Tensor, anchors: Tensor, embedding: Tensor) -> SlotOutputs:
+        """Blocks teacher forced, each isolated from the others, with the heads in fp32 under autocast too.
+
+        taps [S, T, taps*C] and tokens [S, T] of all positions, anchors [S, A], the target's embedding [V, C]. Slot k
+        of a block sees taps before the anchor and tokens up to k after it.
+        """
+        raise NotImplementedError
+
+    def initialize_from_target(self, layers: list[dict[str, Tensor]], final_norm: Tensor, embedding: Tensor) -> None:
+        """Start with copies of target layers, dicts of Hugging Face names below `model.layers.N.`.
+
+        final_norm [C], embedding [V, C] are the target's too.
+        """
+        raise NotImplementedError
+
+    def rotary(self, positions: Tensor) -> Rotary:
+        """cos and sin [..., 1, D] of positions [...]."""
+        return self._cos[positions][..., None, :], self._sin[positions][..., None, :]
+
+    def context_mask(self, anchors: Tensor, length: int) -> Tensor:
+        """Which of `length` positions a block sees, [S, A, T]: those before its anchor, in the window."""
+        distance = anchors[..., None] - torch.arange(length, device=anchors.device)
+        return (distance > 0) & (distance <= (self.config.window or length))
+
+
+def block_tokens(tokens: Tensor, anchors: Tensor, block_size: int) -> Tensor:
+    """The token before each slot [S, A, G] from tokens [S, T], the last one again past the end."""
+    positions = anchors[..., None] + torch.arange(block_size, device=anchors.device)
+    return tokens.gather(1, positions.clamp(max=tokens.shape[1] - 1).flatten(1)).view(positions.shape)
