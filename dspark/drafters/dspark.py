@@ -13,9 +13,10 @@ from torch import Tensor
 
 from dspark.drafters.interface import DraftRequest
 from dspark.drafters.model import DSparkConfig, DSparkModel
-from dspark.models.attention import CachedAttention, Segment, copy_slots
+from dspark.models.attention import CachedAttention, Segment, copy_slots, empty_cache, store
 from dspark.models.config import DecoderConfig
 from dspark.models.decoder import Decoder, DecoderLayer, layer_shapes
+from dspark.models.layer_stack import LayerStack
 from dspark.models.layers import linear_map, rms_norm, rotate_
 from dspark.sampling import Purpose, categorical, truncated_probs, uniforms
 from dspark.spec.draft import Draft
@@ -51,6 +52,7 @@ class DSparkDrafter:
             for layer in model.layers
         ]
         self.layers = [DecoderLayer(c, w, target.dtype) for w in weights]
+        self._stack = LayerStack(self.layers)
         # The context is the same for every layer, so one product gives the K and V of all of them, keys first.
         context_kv = torch.cat([w[f"self_attn.{n}_proj.weight"] for n in ("k", "v") for w in weights])
         self.context_kv = linear_map(context_kv, target.dtype)
@@ -88,14 +90,12 @@ class DSparkDrafter:
 
     @property
     def slot_bytes(self) -> int:
-        return len(self.layers) * 2 * self.config.decoder.kv_size * self.target.compute_dtype.itemsize
+        return len(self.layers) * 2 * self.config.decoder.kv_size * self.target.kv_dtype.itemsize
 
     def allocate(self, num_slots: int) -> None:
         c = self.config.decoder
         shape = (num_slots, 2, c.num_kv_heads, c.head_dim)
-        self._storage = [
-            torch.empty(shape, dtype=self.target.compute_dtype, device=self.target.device) for _ in self.layers
-        ]
+        self._storage = [empty_cache(shape, self.target.kv_dtype, self.target.device) for _ in self.layers]
 
     @torch.inference_mode()
     def extend(self, taps: list[Tensor], positions: Tensor, slots: Tensor) -> None:
@@ -112,7 +112,7 @@ class DSparkDrafter:
         rotate_(heads, num_keys, *self.target.rotary(positions))
         kv = heads.view(len(positions), 2, len(self.layers), c.num_kv_heads, c.head_dim)
         for storage, layer_kv in zip(self._storage, kv.unbind(2), strict=True):
-            storage.index_copy_(0, slots, layer_kv)
+            store(layer_kv, storage, slots)
 
     @torch.inference_mode()
     def copy(self, source_slot: int, target_slot: int, count: int) -> None:
@@ -136,8 +136,7 @@ class DSparkDrafter:
 
         segments = [Segment(g, r.first_slot, len(r.token_ids) - 1 + g, causal=False) for r in requests]
         attention = CachedAttention(self._storage, slots, segments, self.config.decoder.group_size)
-        for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, i, attention)
+        x, _ = self._stack(x, cos, sin, attention)
         return rms_norm(x, self.norm, self.config.decoder.rms_norm_eps).view(len(requests), g, -1)
 
     def decode_block(self, requests: list[DraftRequest], hidden: Tensor) -> Draft:

@@ -85,7 +85,7 @@ class Engine:
         self.prefix_scheduler = prefix_scheduler or FixedLength(self.block_size)
         self.calibration = calibration or Calibration.identity(self.block_size)
         self.max_model_len = min(config.max_model_len, target.config.max_position_embeddings - self.block_size)
-        per_slot = slot_bytes(target.config, target.compute_dtype) + (drafter.slot_bytes if drafter is not None else 0)
+        per_slot = slot_bytes(target.config, target.kv_dtype) + (drafter.slot_bytes if drafter is not None else 0)
         num_slots = min(
             int(config.kv_gib * 2**30) // per_slot,
             config.max_streams * (self.max_model_len + self.block_size),
@@ -93,9 +93,7 @@ class Engine:
         if num_slots <= self.block_size + 1:
             raise ValueError(f"kv_gib={config.kv_gib} does not hold a single token; {per_slot} bytes are one slot")
         self.kv_bytes = num_slots * per_slot
-        self.cache = KVCache(
-            target.config, num_slots, target.compute_dtype, target.device, drafter, config.reuse_prefixes
-        )
+        self.cache = KVCache(target.config, num_slots, target.kv_dtype, target.device, drafter, config.reuse_prefixes)
         if drafter is not None:
             drafter.allocate(num_slots)
         self.scheduler = Scheduler(self.cache, config.max_streams, config.prefill_tokens, self.block_size)

@@ -68,7 +68,7 @@ def measure_costs(
     room = config.context + 1 + gamma
     # Requests share cache slots where memory would grow beyond reason: what they read costs the same.
     regions = min(most, 64)
-    cache = KVCache(decoder.config, regions * room, decoder.compute_dtype, decoder.device)
+    cache = KVCache(decoder.config, regions * room, decoder.kv_dtype, decoder.device)
     for storage in cache.storage:
         storage.normal_()
     taps = drafter.tap_layers if drafter is not None else ()

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dspark.models import cpu_ops
-from dspark.models.layers import compiled
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,9 @@ class CachedAttention:
         """storage: one tensor [slots, 2, K, D] a layer; slots [N] int64: where each row's keys and values go."""
         self.storage, self.slots, self.segments = storage, slots, segments
         first = storage[0]
-        self.runs = self.masks = None
-        if compiled(first):
-            self.runs = _runs(segments)
+        self.chunks = self.masks = None
+        if compiled_cache(first):
+            self.chunks = cpu_ops.Chunks.of((s.count, s.first_slot, s.length, s.causal) for s in segments)
         else:
             self.masks = [
                 causal_mask(s.count, s.length, group_size, first.dtype, first.device) if s.causal else None
@@ -46,9 +45,10 @@ class CachedAttention:
             ]
 
     def __call__(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
-        storage = self.storage[layer].index_copy_(0, self.slots, kv)
-        if self.runs is not None:
-            return cpu_ops.attend_rows(q, storage, self.runs)
+        storage = self.storage[layer]
+        store(kv, storage, self.slots)
+        if self.chunks is not None:
+            return cpu_ops.attend_chunks(q, storage, self.chunks)
         assert self.masks is not None
         outputs, row = [], 0
         for segment, mask in zip(self.segments, self.masks, strict=True):
@@ -58,14 +58,26 @@ class CachedAttention:
         return torch.cat(outputs)
 
 
-def _runs(segments: list[Segment]) -> cpu_ops.Runs:
-    first_slots: list[int] = []
-    lengths: list[int] = []
-    for s in segments:
-        first_slots += [s.first_slot] * s.count
-        lengths += range(s.length - s.count + 1, s.length + 1) if s.causal else [s.length] * s.count
-    both = torch.tensor([first_slots, lengths], dtype=torch.int64)
-    return cpu_ops.Runs(both[0], both[1], max(lengths, default=0))
+def empty_cache(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised storage of one layer, on a CPU in large memory pages where the system gives them."""
+    storage = torch.empty(shape, dtype=dtype, device=device)
+    if device.type == "cpu":
+        cpu_ops.ask_for_large_pages(storage)
+    return storage
+
+
+def compiled_cache(storage: Tensor) -> bool:
+    """Whether the compiled operations read and write this cache; rows beside it are then fp32."""
+    in_reach = storage.device.type == "cpu" and storage.dtype in (torch.float32, torch.bfloat16)
+    return in_reach and torch.is_inference_mode_enabled() and cpu_ops.available()
+
+
+def store(kv: Tensor, storage: Tensor, slots: Tensor) -> None:
+    """Write keys and values [N, 2, K, D] to the slots [N] of storage [slots, 2, K, D]."""
+    if compiled_cache(storage) and kv[0].is_contiguous():
+        cpu_ops.store(kv, storage, slots)
+    else:
+        storage.index_copy_(0, slots, kv.to(storage.dtype))
 
 
 def copy_slots(storage: list[Tensor], source: int, target: int, count: int) -> None:

@@ -10,18 +10,21 @@ Shapes: N rows, K inputs, M outputs, H query heads, KV key-value heads, D head w
 
 import ctypes
 import functools
-from collections.abc import Callable
+import platform
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import llvmlite.binding as llvm
+import numpy as np
 import torch
 import torch.nn.functional as F
 from llvmlite import ir
 from torch import Tensor
 
-from dspark.models import cpu_kernels
-from dspark.models.cpu_kernels import VECTORS, Machine
+from dspark.models import cpu_kernels, cpu_linear
+from dspark.models.cpu_emitter import Machine
+from dspark.models.cpu_linear import TILE_INPUTS, TILE_ROWS, VECTORS, tile_config
 
 SERIAL_WORK = 1 << 16  # multiply-adds below which waking other threads costs more than it gains
 
@@ -38,28 +41,41 @@ class _Compiler:
         )
         self._parallel = openmp.GOMP_parallel
         self._parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-        names = ("omp_get_thread_num", "omp_get_num_threads")
+        names = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier")
         addresses = [ctypes.cast(getattr(openmp, name), ctypes.c_void_p).value or 0 for name in names]
         wide = bool(features.get("avx512f"))
         dots = bool(features.get("avx512bf16"))
-        self.machine = Machine(16 if wide else 8, 32 if wide else 16, dots, *addresses)
+        tiles = dots and bool(features.get("amx-bf16")) and _may_use_tiles()
+        self.machine = Machine(16 if wide else 8, 32 if wide else 16, dots, tiles, *addresses)
         self._engines = []
 
-    def compile(self, module: ir.Module) -> Callable[[bool, int], None]:
-        """run(parallel, address of the arguments) of the module's `kernel`."""
+    def compile(self, module: ir.Module) -> "Kernel":
         engine = llvm.create_mcjit_compiler(llvm.parse_assembly(str(module)), self._target_machine)
         engine.finalize_object()
         self._engines.append(engine)  # the code lives as long as its engine
-        address = engine.get_function_address("kernel")
-        serial = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
+        return Kernel(engine.get_function_address("kernel"), self._parallel)
 
-        def run(parallel: bool, arguments: int) -> None:
-            if parallel:
-                self._parallel(address, arguments, torch.get_num_threads(), 0)
-            else:
-                serial(arguments)
 
-        return run
+class Kernel:
+    """Compiled code at `address`, called with the address of its fields."""
+
+    def __init__(self, address: int, parallel: Callable):
+        self.address, self._parallel = address, parallel
+        self._serial = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
+
+    def __call__(self, parallel: bool, fields: int) -> None:
+        if parallel:
+            self._parallel(self.address, fields, torch.get_num_threads(), 0)
+        else:
+            self._serial(fields)
+
+
+def _may_use_tiles() -> bool:
+    """Ask Linux for the AMX registers, which a process must do once before it touches them."""
+    if platform.system() != "Linux":
+        return False
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
 @functools.cache
@@ -82,22 +98,53 @@ def usable(x: Tensor) -> bool:
 
 
 @functools.cache
-def _kernel(name: str, *shape: int | float) -> Callable[[bool, int], None]:
+def kernel(name: str, *shape: int | float) -> Kernel:
+    """The kernel of that name in cpu_kernels or cpu_linear. Raises RuntimeError where there are none."""
     compiler = _compiler()
     if compiler is None:
         raise RuntimeError("compiled operations are not available on this machine")
-    return compiler.compile(getattr(cpu_kernels, f"{name}_kernel")(compiler.machine, *shape))
+    module = cpu_linear if name.endswith("linear") else cpu_kernels
+    return compiler.compile(getattr(module, f"{name}_kernel")(compiler.machine, *shape))
 
 
-def _call(kernel: Callable[[bool, int], None], work: int, *arguments: int) -> None:
+def _call(kernel: Kernel, work: int, *arguments: int) -> None:
     packed = (ctypes.c_int64 * len(arguments))(*arguments)  # pointers and sizes are all 8 bytes
     kernel(work >= SERIAL_WORK, ctypes.addressof(packed))
+
+
+class Program:
+    """Kernels and their fields, run in the order added by one call. Fields with a name may be set before each run."""
+
+    WIDTH = 10  # an address and at most nine fields
+
+    def __init__(self):
+        self._rows: list[list[int]] = []
+        self._places: dict[str, list[int]] = {}  # of named fields in the flat table
+        self._table = np.empty(0, np.int64)
+
+    def add(self, kernel: Kernel, *fields: int, **named: int) -> None:
+        """Fields in the kernel's order, those with a name last."""
+        row = [kernel.address, *fields]
+        for name, value in named.items():
+            self._places.setdefault(name, []).append(len(self._rows) * self.WIDTH + len(row))
+            row.append(value)
+        self._rows.append(row + [0] * (self.WIDTH - len(row)))
+
+    def set(self, name: str, value: int | np.ndarray) -> None:
+        """Give all fields of that name this value, or each its own."""
+        if not len(self._table):
+            self._table = np.array(self._rows, dtype=np.int64).reshape(-1)
+        self._table[self._places[name]] = value
+
+    def run(self) -> None:
+        _call(kernel("sequence", self.WIDTH), SERIAL_WORK, self._table.ctypes.data, len(self._rows))
 
 
 class CompiledLinear:
     """Bias-free linear map: x [N, K] fp32 -> [N, M] fp32, weights in bf16 or fp32.
 
-    With bf16 weights on a CPU with AVX512-BF16, x is rounded to bf16 too where K is a multiple of 16.
+    With bf16 weights on a CPU with AVX512-BF16, x is rounded to bf16 too where K is a multiple of 16; where it is one
+    of 32 and the CPU has AMX, rows are multiplied sixteen at a time.
     """
 
     def __init__(self, weight: Tensor):
@@ -106,31 +153,52 @@ class CompiledLinear:
         if compiler is None:
             raise RuntimeError("compiled operations are not available on this machine")
         self.outputs, self.inputs = weight.shape
-        in_bf16, lanes = weight.dtype is torch.bfloat16, compiler.machine.lanes
-        self.rounds_inputs = in_bf16 and compiler.machine.bf16_dots and self.inputs % lanes == 0
-        self._kernel = _kernel("linear", "dots" if self.rounds_inputs else "widened" if in_bf16 else "fp32")
-        step, tile = 2 if self.rounds_inputs else 1, VECTORS * lanes
+        machine, in_bf16 = compiler.machine, weight.dtype is torch.bfloat16
+        self.rounds_inputs = in_bf16 and machine.bf16_dots and self.inputs % machine.lanes == 0
+        self.tiled = self.rounds_inputs and machine.bf16_tiles and self.inputs % TILE_INPUTS == 0
+        if self.tiled:
+            self.kernel = kernel("tiled_linear")
+        else:
+            self.kernel = kernel("linear", "dots" if self.rounds_inputs else "widened" if in_bf16 else "fp32")
+        step, tile = 2 if self.rounds_inputs else 1, VECTORS * machine.lanes
         padded = F.pad(weight, (0, 0, 0, -self.outputs % tile))
         self._tiles, self._padded = len(padded) // tile, len(padded)
+        self.dense = self._padded == self.outputs  # no padding between the rows of y
         # [M / tile, K / step, tile, step]: a tile's weights are read as one stream
         self.weight = padded.view(self._tiles, tile, -1, step).transpose(1, 2).contiguous()
-        self._pointer = self.weight.data_ptr()
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.contiguous()
-        rows = x.shape[0]
-        y = x.new_empty(rows, self._padded)
-        scratch = x.new_empty(torch.get_num_threads() * x.numel() // 2 if self.rounds_inputs else 0)
-        pointers = x.data_ptr(), self._pointer, y.data_ptr(), scratch.data_ptr()
-        _call(self._kernel, rows * self._padded * self.inputs, *pointers, rows, self.inputs, self._tiles)
-        return y if self._padded == self.outputs else y[:, : self.outputs].contiguous()
+        rows = len(x)
+        y = x.new_empty(self._computed(rows), self._padded)
+        scratch = x.new_empty(torch.get_num_threads() * len(y) * self.inputs // 2 if self.rounds_inputs else 0)
+        fields = self.fields(x.data_ptr(), y.data_ptr(), scratch.data_ptr(), rows)
+        _call(self.kernel, rows * self._padded * self.inputs, *fields)
+        y = y[:rows]
+        return y if self.dense else y[:, : self.outputs].contiguous()
+
+    def fields(self, x: int, y: int, scratch: int, rows: int) -> list[int]:
+        """Of `kernel`. y has room for `rows` rounded up to 16, scratch for as many rows of K bf16 a thread."""
+        pointers = [x, self.weight.data_ptr(), y, scratch]
+        if self.tiled:
+            config = _tile_config(min(max(rows, 1), TILE_ROWS)).ctypes.data
+            return [*pointers, config, rows, self._computed(rows), self.inputs, self._tiles]
+        return [*pointers, rows, self.inputs, self._tiles]
+
+    def _computed(self, rows: int) -> int:
+        return rows + -rows % TILE_ROWS if self.tiled and rows > TILE_ROWS else rows
+
+
+@functools.cache
+def _tile_config(rows: int) -> np.ndarray:
+    return np.frombuffer(tile_config(rows), np.uint8)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [N, C] contiguous -> [N, C]."""
     rows, width = x.shape
     y = torch.empty_like(x)
-    _call(_kernel("rms_norm", width, eps), x.numel() * 4, x.data_ptr(), weight.data_ptr(), y.data_ptr(), rows)
+    _call(kernel("rms_norm", width, eps), x.numel() * 4, x.data_ptr(), weight.data_ptr(), y.data_ptr(), rows)
     return y
 
 
@@ -139,34 +207,81 @@ def rotate_(heads: Tensor, count: int, cos: Tensor, sin: Tensor) -> None:
     rows, _, head_dim = heads.shape
     work = rows * count * head_dim * 4
     pointers = heads.data_ptr(), cos.data_ptr(), sin.data_ptr()
-    _call(_kernel("rotary", count, head_dim), work, *pointers, heads.stride(0), rows)
+    _call(kernel("rotary", count, head_dim), work, *pointers, heads.stride(0), rows)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """gate_up [N, 2*M] contiguous -> silu(gate) * up [N, M]."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     y = gate_up.new_empty(rows, width)
-    _call(_kernel("silu_mul", width), y.numel() * 16, gate_up.data_ptr(), y.data_ptr(), rows)
+    _call(kernel("silu_mul", width), y.numel() * 16, gate_up.data_ptr(), y.data_ptr(), rows)
     return y
 
 
+def ask_for_large_pages(storage: Tensor) -> None:
+    """Advise Linux to back a tensor that is not yet written with pages of 2 MiB; elsewhere nothing happens.
+
+    Attention over the caches of 64 requests is much faster for it: small pages outnumber what a core can look up.
+    """
+    if platform.system() == "Linux":
+        page, use_large = 2 << 20, 14
+        start = storage.data_ptr() + -storage.data_ptr() % page
+        size = storage.data_ptr() + storage.nbytes - start
+        if size >= page:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size - size % page), use_large)
+
+
+def store(x: Tensor, cache: Tensor, slots: Tensor) -> None:
+    """Write x [N, ...] fp32 (a row contiguous) to the slots [N] of cache [slots, ...], fp32 or bf16."""
+    width = cache[0].numel()
+    scatter = kernel("store", width, cache.dtype is torch.bfloat16)
+    _call(scatter, x.numel() * 8, *(t.data_ptr() for t in (x, cache, slots)), x.stride(0), len(slots))
+
+
+CHUNK_ROWS = 8  # rows that share the turning of their keys; scores of a chunk stay in the cache nearest to a core
+LANES = 16  # of the widest vector
+
+
 @dataclass
-class Runs:
-    """For each of N rows the cache slots it attends to: first_slots [N] and lengths [N] int64, and the longest."""
+class Chunks:
+    """Rows of a batch and what they attend to: chunks [n, 5] int64, each a few consecutive rows of one request.
 
-    first_slots: Tensor
-    lengths: Tensor
-    longest: int
+    A chunk: first row, number of rows (at most CHUNK_ROWS), first slot, slots that the last row sees, how many fewer
+    each row before it sees (1: causal, or 0).
+    """
+
+    chunks: Tensor
+    longest: int  # slots that any row sees
+
+    def scratch(self, group_size: int, head_dim: int) -> tuple[int, int]:
+        """What attention over them needs: floats a row of scores, and floats a thread."""
+        span = self.longest + LANES  # whole vectors are written
+        return span, head_dim * LANES + CHUNK_ROWS * group_size * span
+
+    @classmethod
+    def of(cls, segments: Iterable[tuple[int, int, int, bool]]) -> "Chunks":
+        """segments: rows, first slot, slots the last row sees, whether causal; rows lie one segment after the other."""
+        segments = list(segments)
+        # Few requests: shorter chunks, so that all threads have work.
+        most = CHUNK_ROWS if len(segments) >= torch.get_num_threads() else CHUNK_ROWS // 2
+        chunks, row = [], 0
+        for count, first_slot, length, causal in segments:
+            pieces = -(-count // most)
+            for i in range(pieces):
+                start, end = count * i // pieces, count * (i + 1) // pieces
+                chunks.append((row + start, end - start, first_slot, length - causal * (count - end), int(causal)))
+            row += count
+        return cls(torch.tensor(chunks, dtype=torch.int64).view(-1, 5), max((s[2] for s in segments), default=0))
 
 
-def attend_rows(q: Tensor, kv: Tensor, runs: Runs) -> Tensor:
-    """q [N, H, D] (heads contiguous) over kv [slots, 2, KV, D] -> [N, H*D]; row i sees its own run of slots."""
-    rows, heads, head_dim = q.shape
+def attend_chunks(q: Tensor, kv: Tensor, rows: Chunks) -> Tensor:
+    """q [N, H, D] fp32 (heads contiguous) over kv [slots, 2, KV, D], fp32 or bf16 -> [N, H*D]."""
+    count, heads, head_dim = q.shape
     kv_heads = kv.shape[2]
-    span = runs.longest + 16  # room for one vector past the end
-    out = q.new_empty(rows, heads * head_dim)
-    scores = q.new_empty(rows * heads * span)
-    pointers = [t.data_ptr() for t in (q, kv, out, scores, runs.first_slots, runs.lengths)]
-    kernel = _kernel("attention", kv_heads, heads // kv_heads, head_dim)
-    _call(kernel, out.numel() * runs.longest, *pointers, q.stride(0), span, rows * kv_heads)
+    span, room = rows.scratch(heads // kv_heads, head_dim)
+    out = q.new_empty(count, heads * head_dim)
+    scratch = q.new_empty(torch.get_num_threads() * room)
+    pointers = [t.data_ptr() for t in (q, kv, out, scratch, rows.chunks)]
+    attention = kernel("attention", kv_heads, heads // kv_heads, head_dim, kv.dtype is torch.bfloat16)
+    _call(attention, out.numel() * rows.longest, *pointers, q.stride(0), room, span, len(rows.chunks) * kv_heads)
     return out

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dspark.models import cpu_ops
 from dspark.models.config import DecoderConfig
+from dspark.models.layer_stack import LayerStack
 from dspark.models.layers import linear_map, rms_norm, rotary_table, rotate_, silu_mul, storage_dtype
 
 
@@ -119,9 +120,16 @@ class Decoder:
             )
             for i in range(config.num_layers)
         ]
+        self._stack = LayerStack(self.layers)
         self._cos, self._sin = rotary_table(
             config.max_position_embeddings, config.head_dim, config.rope_theta, self.device
         )
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """What keys and values are cached in; the compiled attention reads those of a bf16 model in bf16."""
+        in_bf16 = self.dtype is torch.bfloat16 and self.device.type == "cpu" and cpu_ops.available()
+        return torch.bfloat16 if in_bf16 else self.compute_dtype
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos, sin [N, 1, D] of positions [N]."""
@@ -138,13 +146,8 @@ class Decoder:
         """tokens, positions [N] int64 -> hidden states of all N tokens; `logits` turns rows of them into scores."""
         cos, sin = self.rotary(positions)
         tap_layers = tuple(tap_layers)
-        outputs: dict[int, Tensor] = {}
-        x = self.embed(tokens)
-        for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, i, attention)
-            if i in tap_layers:
-                outputs[i] = x
-        return DecoderOutput(x, [outputs[i] for i in tap_layers])
+        hidden, taps = self._stack(self.embed(tokens), cos, sin, attention, tap_layers)
+        return DecoderOutput(hidden, [taps[i] for i in tap_layers])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [N, C] (before the final norm) -> logits [N, V]."""

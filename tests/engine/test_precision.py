@@ -1,16 +1,17 @@
-"""bf16 arithmetic end to end, forced also where this CPU would compute a bf16 model in fp32."""
+"""bf16 arithmetic end to end, as on a CPU with bf16 instructions that cannot run the compiled operations."""
 
 import pytest
 import torch
 
 from dspark.engine.engine import Engine
-from dspark.models import decoder
+from dspark.models import cpu_ops, decoder
 from dspark.sampling import SamplingParams
 from tests.tiny import tiny_drafter, tiny_target
 
 
 @pytest.fixture
 def bf16_arithmetic(monkeypatch):
+    monkeypatch.setattr(cpu_ops, "available", lambda: False)
     monkeypatch.setattr(decoder, "storage_dtype", lambda dtype, device: dtype)
 
 

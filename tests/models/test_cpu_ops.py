@@ -15,19 +15,22 @@ from dspark.models.layers import apply_rotary, rotary_table
 pytestmark = pytest.mark.skipif(not available(), reason="needs an x86 CPU with FMA and PyTorch on GNU OpenMP")
 
 
-@pytest.fixture(params=["all instructions of this CPU", "without bf16 dot products"])
+@pytest.fixture(params=["all instructions of this CPU", "without tiles", "without bf16 dot products"])
 def instructions(request, monkeypatch):
-    """Both ways to multiply with bf16 weights, where this CPU has both."""
+    """Every way to multiply with bf16 weights, of those this CPU has."""
     if request.param.startswith("without"):
         compiler = cpu_ops._compiler()
         assert compiler is not None
-        monkeypatch.setattr(compiler, "machine", dataclasses.replace(compiler.machine, bf16_dots=False))
+        dots = compiler.machine.bf16_dots and request.param == "without tiles"
+        machine = dataclasses.replace(compiler.machine, bf16_dots=dots, bf16_tiles=False)
+        monkeypatch.setattr(compiler, "machine", machine)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.integers(1, 40), inputs=st.integers(1, 300), outputs=st.integers(1, 200), seed=st.integers(0, 2**31))
 @example(rows=13, inputs=144, outputs=70, seed=1)
 @example(rows=1, inputs=16, outputs=1, seed=3)
+@example(rows=37, inputs=96, outputs=70, seed=5)
 def test_equals_the_product_in_float64(instructions, rows: int, inputs: int, outputs: int, seed: int):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(outputs, inputs, generator=generator).to(torch.bfloat16 if seed % 2 else torch.float32)
@@ -42,12 +45,12 @@ def test_equals_the_product_in_float64(instructions, rows: int, inputs: int, out
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("shape", [(33, 7), (960, 576), (4096, 64)])
+@pytest.mark.parametrize("shape", [(33, 7), (960, 576), (4096, 64), (50, 48)])
 def test_a_row_does_not_depend_on_its_neighbours(instructions, shape: tuple[int, int], dtype: torch.dtype):
     linear = CompiledLinear(torch.randn(*shape).to(dtype))
-    x = torch.randn(29, shape[1])
+    x = torch.randn(49, shape[1])
     together = linear(x)
-    for rows in range(1, 30):
+    for rows in range(1, 50):
         assert torch.equal(linear(x[:rows]), together[:rows])
     assert torch.equal(linear(x[17:18]), together[17:18])
 
@@ -82,19 +85,38 @@ def test_norm_activation_and_rotation_match_pytorch(rows: int, seed: int, scale:
     torch.testing.assert_close(heads, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("group, kv_heads, head_dim", [(3, 3, 64), (1, 2, 8), (4, 1, 24), (7, 2, 128)])
-def test_attention_matches_softmax_in_float64(group: int, kv_heads: int, head_dim: int):
+def test_attention_matches_softmax_in_float64(group: int, kv_heads: int, head_dim: int, dtype: torch.dtype):
     generator = torch.Generator().manual_seed(0)
     kv = torch.randn(400, 2, kv_heads, head_dim, generator=generator)
     kv[7] *= 30  # scores of several hundred
-    first, length = torch.tensor([0, 5, 200, 100]), torch.tensor([1, 37, 200, 16])
-    heads = torch.randn(4, group * kv_heads + 3, head_dim, generator=generator)
+    kv[390:] = torch.nan  # of no request
+    kv = kv.to(dtype)
+    segments = [(1, 0, 1, True), (5, 5, 37, True), (20, 100, 200, True), (4, 100, 16, False), (2, 381, 9, True)]
+    count = sum(s[0] for s in segments)
+    heads = torch.randn(count, group * kv_heads + 3, head_dim, generator=generator)
     q = heads[:, : group * kv_heads]  # rows are strided, as in a fused product
-    out = cpu_ops.attend_rows(q, kv, cpu_ops.Runs(first, length, 200))
-    for row, (start, n) in enumerate(zip(first.tolist(), length.tolist())):
-        keys, values = kv[start : start + n].double().repeat_interleave(group, 2).unbind(1)
-        weights = (torch.einsum("hd,thd->ht", q[row].double(), keys) * head_dim**-0.5).softmax(-1)
-        expected = torch.einsum("ht,thd->hd", weights, values).flatten()
-        torch.testing.assert_close(out[row].double(), expected, atol=2e-5, rtol=2e-5)
-        alone = cpu_ops.attend_rows(q[row : row + 1], kv, cpu_ops.Runs(first[row : row + 1], length[row : row + 1], n))
-        assert torch.equal(alone[0], out[row])
+    out = cpu_ops.attend_chunks(q, kv, cpu_ops.Chunks.of(segments))
+    row = 0
+    for rows, start, length, causal in segments:
+        for i in range(rows):
+            n = length - (rows - 1 - i) * causal
+            keys, values = kv[start : start + n].double().repeat_interleave(group, 2).unbind(1)
+            weights = (torch.einsum("hd,thd->ht", q[row].double(), keys) * head_dim**-0.5).softmax(-1)
+            expected = torch.einsum("ht,thd->hd", weights, values).flatten()
+            torch.testing.assert_close(out[row].double(), expected, atol=5e-5, rtol=2e-5)
+            alone = cpu_ops.attend_chunks(q[row : row + 1], kv, cpu_ops.Chunks.of([(1, start, n, True)]))
+            assert torch.equal(alone[0], out[row])
+            row += 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cache_holds_the_nearest_numbers(dtype: torch.dtype):
+    x = torch.cat([torch.randn(5, 2, 2, 8), torch.full((1, 2, 2, 8), torch.nan), torch.full((1, 2, 2, 8), torch.inf)])
+    rows = torch.cat([torch.zeros(7, 3, 2, 8), x], 1)[:, 3:]  # strided
+    cache = torch.zeros(9, 2, 2, 8, dtype=dtype)
+    slots = torch.tensor([8, 0, 3, 4, 6, 2, 5])
+    cpu_ops.store(rows, cache, slots)
+    expected = torch.zeros_like(cache).index_copy_(0, slots, x.to(dtype))
+    assert torch.equal(cache.nan_to_num(7.0), expected.nan_to_num(7.0))
