@@ -124,6 +124,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--learning-rate", type=float, default=6e-4, help="peak of the schedule (default 6e-4)")
     sub.add_argument("--max-length", type=int, default=512, help="tokens of an example, prompt included")
     sub.add_argument("--cache-gib", type=float, default=6.0, help="memory for the target's features (default 6)")
+    sub.add_argument("--feature-cache", metavar="FOLDER", help="keep the target's features on disk, for later runs too")
+    sub.add_argument(
+        "--feature-cache-gib", type=float, default=50.0, help="what they may take there; more is refused (default 50)"
+    )
     sub.add_argument("--heldout", type=int, default=24, help="examples kept for evaluation, whole prompts (default 24)")
     sub.add_argument("--seed", type=int, default=0)
 
@@ -444,6 +448,8 @@ def run_train(args: argparse.Namespace) -> int:
         anchors_per_sequence=args.anchors,
         learning_rate=args.learning_rate,
         cache_gib=args.cache_gib,
+        feature_cache=args.feature_cache,
+        feature_cache_gib=args.feature_cache_gib,
         seed=args.seed,
     )
     run = TrainRun(

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dspark.drafters.autograd import BlockAttention, RMSNormFunction
 from dspark.models.config import DecoderConfig
-from dspark.models.layers import apply_rotary, rms_norm, rotary_table
+from dspark.models.layers import apply_rotary, rotary_table
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,10 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x.to(self.weight.dtype), self.weight, self.eps)  # autocast hands bf16 products in
+        """Computed in fp32; under autocast, in the precision of the products that follow."""
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
+        return RMSNormFunction.apply(x, self.weight, self.eps, dtype)  # pyright: ignore
 
 
 class DraftAttention(nn.Module):
@@ -103,19 +107,13 @@ class DraftAttention(nn.Module):
         c = self.config
         s, a, g, *_ = q.shape
         kv_heads, group, d = c.num_kv_heads, c.group_size, c.head_dim
-        q = q.view(s, a, g, kv_heads, group, d).permute(0, 3, 1, 4, 2, 5)  # [S, K, A, group, G, D]
-        k_block, v_block = block[0].permute(0, 3, 1, 4, 2), block[1].permute(0, 3, 1, 2, 4)  # [S, K, A, ...]
-        k_context, v_context = context[0].permute(0, 2, 3, 1), context[1].transpose(1, 2)  # [S, K, ...]
-
-        rows = q.reshape(s, kv_heads, a * group * g, d) * d**-0.5
-        on_context = (rows @ k_context).view(s, kv_heads, a, group * g, -1)
-        on_context = on_context.masked_fill(~context_mask[:, None, :, None], float("-inf"))
-        on_block = rows.view(s, kv_heads, a, group * g, d) @ k_block  # [S, K, A, group*G, B]
-        weights = torch.cat([on_context, on_block], -1).softmax(-1)
-        w_context, w_block = weights.split([k_context.shape[-1], k_block.shape[-1]], -1)
-        out = (w_context.reshape(s, kv_heads, a * group * g, -1) @ v_context).view(s, kv_heads, a, group * g, d)
-        out = (out + w_block @ v_block).view(s, kv_heads, a, group, g, d)
-        return self.o_proj(out.permute(0, 2, 4, 1, 3, 5).reshape(s, a, g, -1))
+        rows = (q * d**-0.5).view(s, a, g, kv_heads, group, d).permute(0, 3, 1, 4, 2, 5)  # [S, K, A, group, G, D]
+        rows = rows.reshape(s * kv_heads, a * group * g, d)
+        of_block = (t.permute(0, 3, 1, 2, 4).reshape(s * kv_heads * a, -1, d) for t in block)
+        of_context = (t.transpose(1, 2).reshape(s * kv_heads, -1, d) for t in context)
+        out = BlockAttention.apply(rows, *of_context, *of_block, context_mask)  # pyright: ignore
+        out = out.view(s, kv_heads, a, group, g, d).permute(0, 2, 4, 1, 3, 5)
+        return self.o_proj(out.reshape(s, a, g, -1))
 
 
 class DraftMLP(nn.Module):

@@ -21,7 +21,8 @@ from dspark.models.layers import has_bf16_products
 from dspark.train.blocks import Blocks, sample_blocks
 from dspark.train.checkpoint import Progress, save_training
 from dspark.train.data import Example
-from dspark.train.features import FeatureSource
+from dspark.train.feature_cache import FeatureCache
+from dspark.train.features import FeatureSource, FeatureStore
 from dspark.train.loss import LossWeights, SlotTargets, dspark_loss
 
 DSPARK_LOSS = LossWeights(distillation=1.0)  # the paper's three terms and a fourth for short runs
@@ -46,7 +47,9 @@ class TrainConfig:
     sequences_per_step: int = 1
     sequences_at_once: int = 1  # of a step, in memory together; gradients of the others are added to theirs
     anchors_per_sequence: int = 256
-    cache_gib: float = 6.0
+    cache_gib: float = 6.0  # memory for the target's features
+    feature_cache: str | None = None  # a folder for them on disk instead
+    feature_cache_gib: float = 50.0
     eval_every_minutes: float = 5.0
     seed: int = 0
     loss: LossWeights | None = None  # None: what `default_loss` says
@@ -93,7 +96,10 @@ class Trainer:
         self.model, self.target, self.config = model, target, replace(config, loss=self.loss_weights)
         self.examples, self.heldout = examples, heldout
         # Held-out examples carry negative indices, so that both share one bounded cache.
-        self.features = FeatureSource(target, model.config.tap_layers, int(config.cache_gib * 2**30))
+        self.features: FeatureStore = FeatureSource(target, model.config.tap_layers, int(config.cache_gib * 2**30))
+        if config.feature_cache is not None:
+            folder, size = Path(config.feature_cache), int(config.feature_cache_gib * 2**30)
+            self.features = FeatureCache(self.features, folder, examples + heldout, size)
         head = [p for name, p in model.named_parameters() if name.startswith("markov_head.")]
         rest = [p for name, p in model.named_parameters() if not name.startswith("markov_head.")]
         self.optimizer = torch.optim.AdamW(
@@ -194,20 +200,23 @@ class Trainer:
         return torch.autocast(self.target.device.type, torch.bfloat16, enabled=fast)
 
     def collate(self, indices: list[int], examples: list[Example]) -> Batch:
-        """Examples padded to the longest; padding lies behind every anchor, so no block sees it."""
-        sign = -1 if examples is self.heldout else 1
-        features = [self.features.get(sign * (i + 1), examples[i]) for i in indices]
-        length = max(len(f.logsumexp) for f in features)
-        pad = [length - len(f.logsumexp) for f in features]
+        """Examples padded to the longest; no block sees or is trained towards what is padding."""
+        sign, chosen = -1 if examples is self.heldout else 1, [examples[i] for i in indices]
+        features = self.features.get([sign * (i + 1) for i in indices], chosen)
+        length, answers = max(len(e.token_ids) for e in chosen), [len(e.first_prompt) for e in chosen]
 
-        def stack(rows: list[Tensor]) -> Tensor:
-            return torch.stack([torch.nn.functional.pad(r, [0, 0] * (r.ndim - 1) + [0, p]) for r, p in zip(rows, pad)])
+        def stack(rows: list[Tensor], starts: list[int] | None = None) -> Tensor:
+            """[S, T, ...] from rows that begin at `starts`, at 0 by default."""
+            padded = rows[0].new_zeros(len(rows), length, *rows[0].shape[1:])
+            for row, target, start in zip(rows, padded, starts or [0] * len(rows), strict=True):
+                target[start : start + len(row)] = row
+            return padded
 
         return Batch(
-            stack([torch.tensor(examples[i].token_ids) for i in indices]),
+            stack([torch.tensor(e.token_ids) for e in chosen]),
             stack([f.taps for f in features]),
-            stack([f.hidden for f in features]),
-            stack([f.logsumexp for f in features]),
+            stack([f.hidden for f in features], answers),
+            stack([f.logsumexp for f in features], answers),
         )
 
     # -- schedule ---------------------------------------------------------------------------------
