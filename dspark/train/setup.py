@@ -63,8 +63,10 @@ def default_recipe(
     """Taps spread over the depth, the last one being the input of the first copied layer and the output after it.
 
     drafter: one of DRAFTERS. Block size 4, of MTP 1; two draft layers, of EAGLE-3 and MTP one. Raises ValueError for
-    what the drafter does not have.
+    another name and for what the drafter does not have.
     """
+    if drafter not in DRAFTERS:
+        raise ValueError(f"a drafter to train is one of {', '.join(DRAFTERS)}; not '{drafter}'")
     is_chain = drafter in ("eagle3", "mtp")
     if is_chain and draft_layers not in (None, 1):
         raise ValueError(f"{drafter} has one draft layer, not {draft_layers}")
