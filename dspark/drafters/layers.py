@@ -193,10 +193,12 @@ class DraftModel(nn.Module, Generic[Config]):
         """
 
     @abstractmethod
-    def initialize_from_target(self, layers: list[dict[str, Tensor]], final_norm: Tensor, embedding: Tensor) -> None:
+    def initialize_from_target(
+        self, layers: list[dict[str, Tensor]], final_norm: Tensor, embedding: Tensor, tap_rms: float
+    ) -> None:
         """Start with copies of target layers, dicts of Hugging Face names below `model.layers.N.`.
 
-        final_norm [C], embedding [V, C] are the target's too.
+        final_norm [C], embedding [V, C] are the target's too; tap_rms: how large an element of the last tap is.
         """
 
     def rotary(self, positions: Tensor) -> Rotary:
