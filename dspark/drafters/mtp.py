@@ -47,7 +47,7 @@ class MtpModel(ChainModel[MtpConfig]):
     ) -> None:
         """Start as a copy of the one layer given, reading the hidden state; the projection learns the token.
 
-        The hidden state keeps its size, else it drowns in what the layer adds: acceptance after 20 steps 0.05, not 0.10.
+        The hidden state keeps its size, or it drowns in what the layer adds: 0.05 accepted after 20 steps, not 0.10.
         """
         (source,) = layers
         c = self.config.decoder.hidden_size
