@@ -5,6 +5,7 @@ Shapes: S sequences, T positions, A anchors, G block size, B slots of a block th
 K KV heads, D head width, V' draft vocabulary, r head rank.
 """
 
+from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import ClassVar, Generic, NamedTuple, TypeVar
 
@@ -181,20 +182,22 @@ class DraftModel(nn.Module, Generic[Config]):
         self.register_buffer("_cos", cos, persistent=False)
         self.register_buffer("_sin", sin, persistent=False)
 
+    @abstractmethod
     def forward(self, taps: Tensor, tokens: Tensor, anchors: Tensor, embedding: Tensor) -> SlotOutputs:
         """Blocks teacher forced, each isolated from the others, with the heads in fp32 under autocast too.
 
         taps [S, T, taps*C] and tokens [S, T] of all positions, anchors [S, A], the target's embedding [V, C]. Slot k
         of a block sees taps before the anchor and tokens up to k after it.
         """
-        raise NotImplementedError
 
-    def initialize_from_target(self, layers: list[dict[str, Tensor]], final_norm: Tensor, embedding: Tensor) -> None:
+    @abstractmethod
+    def initialize_from_target(
+        self, layers: list[dict[str, Tensor]], final_norm: Tensor, embedding: Tensor, tap_rms: float
+    ) -> None:
         """Start with copies of target layers, dicts of Hugging Face names below `model.layers.N.`.
 
-        final_norm [C], embedding [V, C] are the target's too.
+        final_norm [C], embedding [V, C] are the target's too; tap_rms: how large an element of the last tap is.
         """
-        raise NotImplementedError
 
     def rotary(self, positions: Tensor) -> Rotary:
         """cos and sin [..., 1, D] of positions [...]."""

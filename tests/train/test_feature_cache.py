@@ -196,7 +196,8 @@ except ValueError as error:
 def test_a_full_disk_is_one_clear_error_and_leaves_nothing_broken(tmp_path: Path):
     run = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=True)
     assert run.stdout.startswith(f"cannot write '{tmp_path}") and "stays" in run.stdout
-    assert [path.name for path in tmp_path.iterdir()] == ["features-00001.safetensors"]  # the smaller one, whole
+    (kept,) = tmp_path.iterdir()  # the smaller one, whole
+    assert kept.suffix == ".safetensors"
     cache = make_cache(tmp_path)
     read_all(cache)
     assert computed(cache) == 2
