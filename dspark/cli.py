@@ -130,6 +130,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--max-length", type=int, default=512, help="tokens of an example, prompt included")
     sub.add_argument("--cache-gib", type=float, default=6.0, help="memory for the target's features (default 6)")
+    sub.add_argument("--feature-cache", metavar="FOLDER", help="keep the target's features on disk, for later runs too")
+    sub.add_argument(
+        "--feature-cache-gib", type=float, default=50.0, help="what they may take there; more is refused (default 50)"
+    )
     sub.add_argument("--heldout", type=int, default=24, help="examples kept for evaluation, whole prompts (default 24)")
     sub.add_argument("--evaluations", type=int, default=8, help="on those, over the run; the best is kept (default 8)")
     sub.add_argument("--tensorboard", type=Path, metavar="FOLDER", help="write TensorBoard scalars there")
@@ -459,6 +463,8 @@ def run_train(args: argparse.Namespace) -> int:
         parallel=args.parallel,
         evaluations=args.evaluations,
         cache_gib=args.cache_gib,
+        feature_cache=args.feature_cache,
+        feature_cache_gib=args.feature_cache_gib,
         seed=args.seed,
     )
     run = TrainRun(

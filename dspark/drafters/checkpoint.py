@@ -71,7 +71,8 @@ def read_config(path: Path) -> tuple[DrafterConfig, bool]:
     """A drafter's config and whether it is of the official format. Raises ValueError naming the file."""
     data, where = parse_json(path), f"'{path}'"
     if not isinstance(data, dict) or "architectures" not in data:
-        kind = data.pop("kind", DSparkConfig.kind) if isinstance(data, dict) else DSparkConfig.kind  # once the only one
+        # Folders written before there was more than one kind name none.
+        kind = data.pop("kind", DSparkConfig.kind) if isinstance(data, dict) else DSparkConfig.kind
         if kind not in list(CONFIGS):
             raise ValueError(f"{where}: a drafter is of kind {', '.join(CONFIGS)}, not '{kind}'")
         return from_dict(CONFIGS[kind], data, where), False

@@ -37,7 +37,9 @@ class Eagle3Model(ChainModel[Eagle3Config]):
         return features, torch.cat(normed, -1)
 
     @torch.no_grad()
-    def initialize_from_target(self, layers: list[dict[str, Tensor]], final_norm: Tensor, embedding: Tensor) -> None:
+    def initialize_from_target(
+        self, layers: list[dict[str, Tensor]], final_norm: Tensor, embedding: Tensor, tap_rms: float
+    ) -> None:
         """Start as a copy of the one layer given, which reads the last tap; attention learns to read the token."""
         (source,) = layers
         c = self.config.decoder.hidden_size

@@ -5,6 +5,7 @@ Shapes: S sequences, T positions, A anchors, G block size, B slots of a block th
 K KV heads, D head width, V' draft vocabulary, r head rank.
 """
 
+from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import ClassVar, Generic, NamedTuple, TypeVar
 
@@ -12,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dspark.drafters.autograd import BlockAttention, RMSNormFunction
 from dspark.models.config import DecoderConfig
-from dspark.models.layers import apply_rotary, rms_norm, rotary_table
+from dspark.models.layers import apply_rotary, rotary_table
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,10 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x.to(self.weight.dtype), self.weight, self.eps)  # autocast hands bf16 products in
+        """Computed in fp32; under autocast, in the precision of the products that follow."""
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
+        return RMSNormFunction.apply(x, self.weight, self.eps, dtype)  # pyright: ignore
 
 
 class DraftAttention(nn.Module):
@@ -103,19 +108,13 @@ class DraftAttention(nn.Module):
         c = self.config
         s, a, g, *_ = q.shape
         kv_heads, group, d = c.num_kv_heads, c.group_size, c.head_dim
-        q = q.view(s, a, g, kv_heads, group, d).permute(0, 3, 1, 4, 2, 5)  # [S, K, A, group, G, D]
-        k_block, v_block = block[0].permute(0, 3, 1, 4, 2), block[1].permute(0, 3, 1, 2, 4)  # [S, K, A, ...]
-        k_context, v_context = context[0].permute(0, 2, 3, 1), context[1].transpose(1, 2)  # [S, K, ...]
-
-        rows = q.reshape(s, kv_heads, a * group * g, d) * d**-0.5
-        on_context = (rows @ k_context).view(s, kv_heads, a, group * g, -1)
-        on_context = on_context.masked_fill(~context_mask[:, None, :, None], float("-inf"))
-        on_block = rows.view(s, kv_heads, a, group * g, d) @ k_block  # [S, K, A, group*G, B]
-        weights = torch.cat([on_context, on_block], -1).softmax(-1)
-        w_context, w_block = weights.split([k_context.shape[-1], k_block.shape[-1]], -1)
-        out = (w_context.reshape(s, kv_heads, a * group * g, -1) @ v_context).view(s, kv_heads, a, group * g, d)
-        out = (out + w_block @ v_block).view(s, kv_heads, a, group, g, d)
-        return self.o_proj(out.permute(0, 2, 4, 1, 3, 5).reshape(s, a, g, -1))
+        rows = (q * d**-0.5).view(s, a, g, kv_heads, group, d).permute(0, 3, 1, 4, 2, 5)  # [S, K, A, group, G, D]
+        rows = rows.reshape(s * kv_heads, a * group * g, d)
+        of_block = (t.permute(0, 3, 1, 2, 4).reshape(s * kv_heads * a, -1, d) for t in block)
+        of_context = (t.transpose(1, 2).reshape(s * kv_heads, -1, d) for t in context)
+        out = BlockAttention.apply(rows, *of_context, *of_block, context_mask)  # pyright: ignore
+        out = out.view(s, kv_heads, a, group, g, d).permute(0, 2, 4, 1, 3, 5)
+        return self.o_proj(out.reshape(s, a, g, -1))
 
 
 class DraftMLP(nn.Module):
@@ -183,20 +182,22 @@ class DraftModel(nn.Module, Generic[Config]):
         self.register_buffer("_cos", cos, persistent=False)
         self.register_buffer("_sin", sin, persistent=False)
 
+    @abstractmethod
     def forward(self, taps: Tensor, tokens: Tensor, anchors: Tensor, embedding: Tensor) -> SlotOutputs:
         """Blocks teacher forced, each isolated from the others, with the heads in fp32 under autocast too.
 
         taps [S, T, taps*C] and tokens [S, T] of all positions, anchors [S, A], the target's embedding [V, C]. Slot k
         of a block sees taps before the anchor and tokens up to k after it.
         """
-        raise NotImplementedError
 
-    def initialize_from_target(self, layers: list[dict[str, Tensor]], final_norm: Tensor, embedding: Tensor) -> None:
+    @abstractmethod
+    def initialize_from_target(
+        self, layers: list[dict[str, Tensor]], final_norm: Tensor, embedding: Tensor, tap_rms: float
+    ) -> None:
         """Start with copies of target layers, dicts of Hugging Face names below `model.layers.N.`.
 
-        final_norm [C], embedding [V, C] are the target's too.
+        final_norm [C], embedding [V, C] are the target's too; tap_rms: how large an element of the last tap is.
         """
-        raise NotImplementedError
 
     def rotary(self, positions: Tensor) -> Rotary:
         """cos and sin [..., 1, D] of positions [...]."""

@@ -152,7 +152,9 @@ class DSparkModel(DraftModel[DSparkConfig]):
             return self.fc.weight.new_zeros(self.config.draft_vocab_size, 0)
         return self.markov_head.markov_w2.weight
 
-    def initialize_from_target(self, layers: list[dict[str, Tensor]], final_norm: Tensor, embedding: Tensor) -> None:
+    def initialize_from_target(
+        self, layers: list[dict[str, Tensor]], final_norm: Tensor, embedding: Tensor, tap_rms: float
+    ) -> None:
         """Start as copies of target layers, one for each draft layer, whose first one reads the last tap.
 
         `fc` starts as the identity on the last tap and its norm as the first layer's input norm; the later layers' K

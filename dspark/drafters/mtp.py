@@ -42,14 +42,19 @@ class MtpModel(ChainModel[MtpConfig]):
         return x, self.layer.input_layernorm(x)
 
     @torch.no_grad()
-    def initialize_from_target(self, layers: list[dict[str, Tensor]], final_norm: Tensor, embedding: Tensor) -> None:
-        """Start as a copy of the one layer given, reading the normed hidden state; the projection learns the token."""
+    def initialize_from_target(
+        self, layers: list[dict[str, Tensor]], final_norm: Tensor, embedding: Tensor, tap_rms: float
+    ) -> None:
+        """Start as a copy of the one layer given, reading the hidden state; the projection learns the token.
+
+        The hidden state keeps its size, or it drowns in what the layer adds: 0.05 accepted after 20 steps, not 0.10.
+        """
         (source,) = layers
         c = self.config.decoder.hidden_size
         self.layer.load_state_dict(source)
         self.proj.weight.zero_()
         self.proj.weight[:, :c].copy_(torch.eye(c))
-        self.hidden_norm.weight.copy_(final_norm)
+        self.hidden_norm.weight.fill_(tap_rms)
         self.norm.weight.copy_(final_norm)
 
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from dspark.models.attention import packed_attention
 from dspark.models.decoder import Decoder
-from dspark.train.features import WholeSequenceAttention
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ def first_difference(target: Decoder, prompt: list[int], a: list[int], b: list[i
     if position == min(len(a), len(b)):
         raise AssertionError(f"one answer ends at {position} where the other, equal so far, goes on")
     tokens = torch.tensor(prompt + a[:position], device=target.device)
-    attention = WholeSequenceAttention(target.config.group_size)
+    attention = packed_attention([len(tokens)], target.config, target.kv_dtype, target.device)
     output = target.forward(tokens, torch.arange(len(tokens), device=target.device), attention)
     logits = target.logits(output.hidden[-1:])[0].float()
     return Difference(position, (a[position], b[position]), (logits[a[position]].item(), logits[b[position]].item()))

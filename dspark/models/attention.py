@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dspark.models import cpu_ops
+from dspark.models.config import DecoderConfig
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,21 @@ class CachedAttention:
             outputs.append(attend(q[row : row + segment.count], seen[:, 0], seen[:, 1], mask))
             row += segment.count
         return torch.cat(outputs)
+
+
+def packed_attention(
+    lengths: list[int], config: DecoderConfig, dtype: torch.dtype, device: torch.device
+) -> CachedAttention:
+    """Of whole sequences of these lengths, one after the other in a batch, each seeing itself alone."""
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    # Keys and values of a layer are of no use to the next one: all layers share one cache.
+    cache = torch.empty(sum(lengths), 2, config.num_kv_heads, config.head_dim, dtype=dtype, device=device)
+    return CachedAttention(
+        [cache] * config.num_layers,
+        torch.arange(len(cache), device=device),
+        [Segment(n, start, n) for n, start in zip(lengths, starts, strict=True)],
+        config.group_size,
+    )
 
 
 def empty_cache(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,26 +1,34 @@
 """What the frozen target says about an example: tap features, last hidden state, log-normaliser.
 
-Computed online when a batch needs them; a bounded memory cache keeps what fits for the next epoch.
+Computed online when a batch needs them, several examples in one forward; a bounded memory cache keeps what fits for the
+next epoch, or `feature_cache.py` keeps all of it on disk.
 Logits are never stored: the loss rebuilds them from the last hidden state.
-Shapes: T positions, C width, V vocabulary.
+Shapes: T positions of an example, A of them from its first answer on, N positions of all, C width, V vocabulary.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from dspark.models.attention import packed_attention
 from dspark.models.decoder import Decoder
 from dspark.train.data import Example
 
+PACK_TOKENS = 1024  # positions of one target forward; with more, a CPU is slower: they leave its second-level cache
 LOGIT_ROWS = 64  # full-vocabulary rows alive at once while the log-normaliser is computed
+LOGIT_TILE = 8  # of them, in a CPU's second-level cache
 
 
 @dataclass
 class Features:
-    """taps [T, taps*C] and hidden [T, C] (after the final norm) in bf16; logsumexp [T] fp32 over the vocabulary
-    (0 in the prompt)."""
+    """What training reads of an example, in bf16; a position that no block can use is left out.
+
+    taps [T-2, taps*C]: the last anchor is T-2, and blocks see what is before theirs. hidden [A-1, C] (after the final
+    norm) and logsumexp [A-1] fp32 over the vocabulary: from the first answer on, of the positions that a token follows.
+    """
 
     taps: Tensor
     hidden: Tensor
@@ -31,48 +39,67 @@ class Features:
         return sum(t.numel() * t.element_size() for t in (self.taps, self.hidden, self.logsumexp))
 
 
-class WholeSequenceAttention:
-    """Causal attention of one sequence without a cache."""
+class FeatureStore(Protocol):
+    """Where the trainer gets features from."""
 
-    def __init__(self, group_size: int):
-        self.group_size = group_size
-
-    def __call__(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
-        k, v = (t.transpose(0, 1)[None].repeat_interleave(self.group_size, 1) for t in kv.unbind(1))
-        out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, is_causal=True)
-        return out[0].transpose(0, 1).reshape(q.shape[0], -1)
+    def get(self, indices: Sequence[int], examples: Sequence[Example]) -> list[Features]:
+        """Features of examples and their stable numbers. They are shared: copy them before writing or autograd."""
+        ...
 
 
 class FeatureSource:
-    """Features of examples by index, computed by the target and kept while they fit `cache_bytes`."""
+    """Features computed by the target and kept while they fit `cache_bytes`."""
 
     def __init__(self, target: Decoder, tap_layers: tuple[int, ...], cache_bytes: int):
         self.target, self.tap_layers, self.cache_bytes = target, tap_layers, cache_bytes
         self.used_bytes = 0
         self._kept: dict[int, Features] = {}
 
-    def get(self, index: int, example: Example) -> Features:
-        """index: the example's stable number. The result is shared: do not write to it."""
-        if index in self._kept:
-            return self._kept[index]
-        features = self.compute(example)
-        if self.used_bytes + features.num_bytes <= self.cache_bytes:
-            self._kept[index] = features
-            self.used_bytes += features.num_bytes
-        return features
+    def get(self, indices: Sequence[int], examples: Sequence[Example]) -> list[Features]:
+        """See `FeatureStore`."""
+        missing = {i: e for i, e in zip(indices, examples, strict=True) if i not in self._kept}
+        found = dict(zip(missing, self.compute_all(list(missing.values())), strict=True))
+        for index, features in found.items():
+            if self.used_bytes + features.num_bytes <= self.cache_bytes:
+                self._kept[index] = features
+                self.used_bytes += features.num_bytes
+        return [found.get(i) or self._kept[i] for i in indices]
 
-    @torch.no_grad()
-    def compute(self, example: Example) -> Features:
+    def compute_all(self, examples: Sequence[Example]) -> Iterator[Features]:
+        """In their order, PACK_TOKENS positions at a time."""
+        pack: list[Example] = []
+        for example in examples:
+            if sum(len(e.token_ids) for e in (*pack, example)) > PACK_TOKENS and pack:
+                yield from self.compute(pack)
+                pack = []
+            pack.append(example)
+        if pack:
+            yield from self.compute(pack)
+
+    @torch.inference_mode()
+    def compute(self, examples: Sequence[Example]) -> list[Features]:
+        """One forward for all of them, each seeing itself alone."""
         device = self.target.device
-        tokens = torch.tensor(example.token_ids, device=device)
-        attention = WholeSequenceAttention(self.target.config.group_size)
-        positions = torch.arange(len(tokens), device=device)
+        lengths = [len(e.token_ids) for e in examples]
+        tokens = torch.tensor([token for e in examples for token in e.token_ids], device=device)  # [N]
+        positions = torch.cat([torch.arange(n, device=device) for n in lengths])
+        starts = [sum(lengths[:i]) for i in range(len(lengths))]
+        attention = packed_attention(lengths, self.target.config, self.target.kv_dtype, device)
         output = self.target.forward(tokens, positions, attention, self.tap_layers)
         hidden = self.target.final_hidden(output.hidden)
-        answer = len(example.first_prompt)  # nothing before the first answer is trained towards
-        chunks = [self.target.lm_head(rows).float().logsumexp(-1) for rows in hidden[answer:].split(LOGIT_ROWS)]
-        return Features(
-            torch.cat(output.taps, -1).to(torch.bfloat16),
-            hidden.to(torch.bfloat16),
-            F.pad(torch.cat(chunks), (answer, 0)),
-        )
+        features = []
+        for example, start, length in zip(examples, starts, lengths, strict=True):
+            answer = hidden[start + len(example.first_prompt) : start + length - 1]
+            taps = torch.cat([t[start : start + length - 2] for t in output.taps], -1)
+            hidden_rows = answer.to(torch.bfloat16, copy=True)
+            features.append(Features(taps.to(torch.bfloat16), hidden_rows, self.logsumexp(answer)))
+        return features
+
+    def logsumexp(self, hidden: Tensor) -> Tensor:
+        """hidden [A-1, C] -> [A-1] in fp32."""
+        sums = [hidden.new_empty(0, dtype=torch.float32)]
+        for rows in hidden.split(LOGIT_ROWS):
+            for logits in self.target.lm_head(rows).float().split(LOGIT_TILE):
+                highest = logits.amax(-1, keepdim=True)
+                sums.append(logits.sub_(highest).exp_().sum(-1).log_() + highest[:, 0])
+        return torch.cat(sums)

@@ -1,7 +1,7 @@
-"""The training loss (design §6), fused: products, softmaxes and gradients one chunk of rows at a time.
+"""The training loss (design §6), fused: products one chunk of rows at a time, softmaxes and gradients in tiles of it.
 
 Nothing of size rows x vocabulary outlives its chunk, so memory does not grow with the batch.
-Shapes: N supervised slots, C width, r head rank, V' draft vocabulary.
+Shapes: N supervised slots, n of them in a chunk or tile, C width, r head rank, V' draft vocabulary.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_ROWS = 256  # rows of logits alive at once: 256 x 8,192 fp32 stay within a CPU's last-level cache
+CHUNK_BYTES = 32 << 20  # of each of the two buffers of logits: 2,048 rows of 8,192 in bf16, 110 of 151,936
+TILE_BYTES = 512 << 10  # of each of the three fp32 buffers that a CPU works in: they stay in its second-level cache
 
 
 @dataclass(frozen=True)
@@ -53,40 +54,35 @@ class DistributionLoss(torch.autograd.Function):
         l1_weight: float,
         distillation_weight: float,
     ) -> tuple[Tensor, Tensor]:
-        grad_hidden, grad_markov, grad_w2 = (
-            torch.empty_like(hidden),
-            torch.empty_like(markov),
-            torch.zeros_like(w2),
-        )
+        grad_hidden, grad_markov, grad_w2 = torch.empty_like(hidden), torch.empty_like(markov), torch.zeros_like(w2)
         row_loss, l1 = torch.empty_like(target_logsumexp), torch.empty_like(target_logsumexp)
         # Products run in the precision of the frozen head, everything else in fp32.
         hidden, markov, w2, target_hidden = (t.to(head.dtype) for t in (hidden, markov, w2, target_hidden))
-        for rows in torch.arange(len(hidden), device=hidden.device).split(CHUNK_ROWS):
-            i = slice(int(rows[0]), int(rows[-1]) + 1)
-            target_probs = (target_hidden[i] @ head.T).float().sub_(target_logsumexp[i, None]).exp_()  # [n, V']
-            inside = target_probs.sum(-1)
-            draft_logits = (hidden[i] @ head.T).float().add_(markov[i] @ w2.T)
-            label = labels[i, None].clamp(min=0)
-            in_vocab = (labels[i] >= 0).float()
-            draft_logsumexp = draft_logits.logsumexp(-1)
-            cross_entropy = (draft_logsumexp - draft_logits.gather(1, label).squeeze(1)) * in_vocab
-            distillation = draft_logsumexp * inside - torch.linalg.vecdot(target_probs, draft_logits)
-            draft_probs = draft_logits.sub_(draft_logsumexp[:, None]).exp_()
-            difference = draft_probs - target_probs
-            l1[i] = difference.abs().sum(-1) + (1 - inside).clamp_(min=0)
-            row_loss[i] = ce_weight * cross_entropy + distillation_weight * distillation + l1_weight * l1[i]
-            # d CE(x*) = q - onehot;  d CE(p) = q sum(p) - p;  d L1 = q (s - <q, s>) with s = sign(q - p)
-            sign = difference.sign_()
-            inner = (draft_probs * sign).sum(-1, keepdim=True)
-            scale = ce_weight * in_vocab + distillation_weight * inside
-            grad = sign.sub_(inner).mul_(l1_weight).add_(scale[:, None]).mul_(draft_probs)
-            grad.scatter_add_(1, label, (-ce_weight * in_vocab)[:, None])
-            grad.sub_(target_probs, alpha=distillation_weight)
-            grad.mul_(row_weights[i, None])
-            grad = grad.to(head.dtype)
-            grad_hidden[i] = grad @ head
-            grad_markov[i] = grad @ w2
-            grad_w2.add_(grad.T @ markov[i])
+        weighted_markov = (row_weights[:, None] * markov).to(head.dtype)
+        chunk = max(1, CHUNK_BYTES // (len(head) * head.element_size()))
+        tile = max(1, TILE_BYTES // (len(head) * 4)) if head.device.type == "cpu" else chunk
+        all_logits = [head.new_empty(min(chunk, len(hidden)), len(head)) for _ in range(2)]
+        buffers = head.new_empty(3, min(tile, len(hidden)), len(head), dtype=torch.float32)
+        for first in range(0, len(hidden), chunk):
+            i = slice(first, min(first + chunk, len(hidden)))
+            target_logits, logits = (t[: i.stop - first] for t in all_logits)
+            torch.mm(target_hidden[i], head.T, out=target_logits)
+            torch.mm(hidden[i], head.T, out=logits).addmm_(markov[i], w2.T)
+            for start in range(first, i.stop, tile):
+                rows = slice(start, min(start + tile, i.stop))
+                j = slice(start - first, rows.stop - first)
+                row_loss[rows], l1[rows] = loss_and_gradient(
+                    target_logits[j],
+                    logits[j],
+                    target_logsumexp[rows],
+                    labels[rows],
+                    (ce_weight, l1_weight, distillation_weight),
+                    buffers[:, : rows.stop - start],
+                )
+            # The rows' weights come in where rows are narrow.
+            grad_hidden[i] = row_weights[i, None] * (logits @ head)
+            grad_markov[i] = row_weights[i, None] * (logits @ w2)
+            grad_w2 += logits.T @ weighted_markov[i]
         ctx.save_for_backward(grad_hidden, grad_markov, grad_w2)
         ctx.mark_non_differentiable(l1)
         return (row_weights * row_loss).sum(), l1
@@ -95,6 +91,43 @@ class DistributionLoss(torch.autograd.Function):
     def backward(ctx, grad_loss: Tensor, *_unused: Tensor):  # pyright: ignore
         grad_hidden, grad_markov, grad_w2 = ctx.saved_tensors
         return (grad_loss * grad_hidden, grad_loss * grad_markov, grad_loss * grad_w2, *[None] * 8)
+
+
+def loss_and_gradient(
+    target_logits: Tensor,
+    logits: Tensor,
+    target_logsumexp: Tensor,
+    labels: Tensor,
+    weights: tuple[float, float, float],
+    buffers: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Loss and L1 [n] of rows of logits [n, V'], which are replaced by the loss's gradient with respect to them.
+
+    weights: of CE(x*), L1 and CE(target_probs); buffers [3, n, V'] fp32 are written over.
+    """
+    ce_weight, l1_weight, distillation_weight = weights
+    target_probs, draft, scratch = buffers.unbind()
+    target_probs.copy_(target_logits).sub_(target_logsumexp[:, None]).exp_()
+    draft.copy_(logits)
+    inside = target_probs.sum(-1)
+    expected_logit = torch.mul(target_probs, draft, out=scratch).sum(-1)
+    label, in_vocab = labels.clamp(min=0)[:, None], (labels >= 0).float()
+    label_logit = draft.gather(1, label).squeeze(1)
+    maximum = draft.amax(-1)
+    draft_probs = draft.sub_(maximum[:, None]).exp_()
+    normaliser = draft_probs.sum(-1)
+    draft_probs.mul_(normaliser.reciprocal()[:, None])
+    logsumexp = maximum + normaliser.log()
+    l1 = (2 - 2 * torch.minimum(draft_probs, target_probs, out=scratch).sum(-1)).clamp_(min=0)
+    loss = ce_weight * (logsumexp - label_logit) * in_vocab + l1_weight * l1
+    loss += distillation_weight * (logsumexp * inside - expected_logit)
+    # d CE(x*) = q - onehot;  d CE(p) = q sum(p) - p;  d L1 = 2 (q sum(q below p) - (q below p))
+    below = torch.lt(draft_probs, target_probs, out=scratch).mul_(draft_probs)
+    scale = ce_weight * in_vocab + distillation_weight * inside + 2 * l1_weight * below.sum(-1)
+    grad = draft_probs.mul_(scale[:, None]).sub_(below, alpha=2 * l1_weight)
+    grad.sub_(target_probs, alpha=distillation_weight)
+    logits.copy_(grad.scatter_add_(1, label, (-ce_weight * in_vocab)[:, None]))
+    return loss, l1
 
 
 @dataclass

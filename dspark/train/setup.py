@@ -12,6 +12,7 @@ from dspark.drafters.checkpoint import CONFIGS, MODELS
 from dspark.drafters.layers import DraftModel
 from dspark.models.decoder import Decoder, layer_shapes
 from dspark.train.data import Example
+from dspark.train.features import FeatureSource
 
 DRAFTERS = ("dspark", "dflash", "dflash-zlab", "eagle3", "mtp")  # what can be trained
 
@@ -63,8 +64,10 @@ def default_recipe(
     """Taps spread over the depth, the last one being the input of the first copied layer and the output after it.
 
     drafter: one of DRAFTERS. Block size 4, of MTP 1; two draft layers, of EAGLE-3 and MTP one. Raises ValueError for
-    what the drafter does not have.
+    another name and for what the drafter does not have.
     """
+    if drafter not in DRAFTERS:
+        raise ValueError(f"a drafter to train is one of {', '.join(DRAFTERS)}; not '{drafter}'")
     is_chain = drafter in ("eagle3", "mtp")
     if is_chain and draft_layers not in (None, 1):
         raise ValueError(f"{drafter} has one draft layer, not {draft_layers}")
@@ -121,8 +124,12 @@ def new_drafter(
         {name: state_dict[f"model.layers.{i}.{name}"].float() for name in layer_shapes(target.config)}
         for i in recipe.source_layers
     ]
+    last_tap = FeatureSource(target, recipe.tap_layers[-1:], 0).compute(examples[0]).taps.float()
     model.initialize_from_target(
-        layers, state_dict["model.norm.weight"].float(), state_dict["model.embed_tokens.weight"].float()
+        layers,
+        state_dict["model.norm.weight"].float(),
+        state_dict["model.embed_tokens.weight"].float(),
+        last_tap.square().mean(-1).sqrt().median().item(),  # first tokens are often far larger
     )
     return model
 

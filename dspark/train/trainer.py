@@ -28,7 +28,8 @@ from dspark.train.blocks import Blocks, sample_blocks
 from dspark.train.checkpoint import Progress, save_training
 from dspark.train.data import Example
 from dspark.train.evaluate import accepted_length, by_slot, expected_acceptance
-from dspark.train.features import FeatureSource
+from dspark.train.feature_cache import FeatureCache, model_digest
+from dspark.train.features import FeatureSource, FeatureStore
 from dspark.train.loss import LossWeights, SlotTargets, dspark_loss
 from dspark.train.optimizer import OptimizerName, WeightAverage, make_optimizers
 from dspark.train.parallel import ParallelKind
@@ -59,7 +60,9 @@ class TrainConfig:
     optimizer: OptimizerName = "adamw"
     weight_average: float = 0.0  # decay of a moving average, which is then evaluated and kept; 0: none
     parallel: ParallelKind = "ddp"  # how several processes share the work
-    cache_gib: float = 6.0
+    cache_gib: float = 6.0  # memory for the target's features
+    feature_cache: str | None = None  # a folder for them on disk instead
+    feature_cache_gib: float = 50.0
     evaluations: int = 8
     decode_every: int = 4  # evaluations; such a one, and the last, really decodes too
     save_every_minutes: float = 5.0
@@ -77,7 +80,16 @@ class TrainConfig:
 
 
 # What a resumed run may change: none of it moves a weight, but for the rounding of sums.
-FREE = ("sequences_at_once", "parallel", "cache_gib", "evaluations", "decode_every", "save_every_minutes")
+FREE = (
+    "sequences_at_once",
+    "parallel",
+    "cache_gib",
+    "feature_cache",
+    "feature_cache_gib",
+    "evaluations",
+    "decode_every",
+    "save_every_minutes",
+)
 
 
 @dataclass
@@ -125,7 +137,10 @@ class Trainer:
         self.model, self.target, self.config = model, target, replace(config, loss=self.loss_weights)
         self.examples, self.heldout = examples, heldout
         # Held-out examples carry negative indices, so that both share one bounded cache.
-        self.features = FeatureSource(target, model.config.tap_layers, int(config.cache_gib * 2**30))
+        self.features: FeatureStore = FeatureSource(target, model.config.tap_layers, int(config.cache_gib * 2**30))
+        if config.feature_cache is not None:
+            folder, size = Path(config.feature_cache), int(config.feature_cache_gib * 2**30)
+            self.features = FeatureCache(self.features, folder, examples + heldout, size)
         model.to(target.device)
         self.global_loss = parallel.wrap(model, self.loss, config.parallel)
         self.optimizers = make_optimizers(model, config.optimizer, config.weight_decay, config.head_learning_rate_scale)
@@ -228,20 +243,23 @@ class Trainer:
         return torch.autocast(self.target.device.type, torch.bfloat16, enabled=fast)
 
     def collate(self, indices: list[int], examples: list[Example]) -> Batch:
-        """Examples padded to the longest; padding lies behind every anchor, so no block sees it."""
-        sign = -1 if examples is self.heldout else 1
-        features = [self.features.get(sign * (i + 1), examples[i]) for i in indices]
-        length = max(len(f.logsumexp) for f in features)
-        pad = [length - len(f.logsumexp) for f in features]
+        """Examples padded to the longest; no block sees or is trained towards what is padding."""
+        sign, chosen = -1 if examples is self.heldout else 1, [examples[i] for i in indices]
+        features = self.features.get([sign * (i + 1) for i in indices], chosen)
+        length, answers = max(len(e.token_ids) for e in chosen), [len(e.first_prompt) for e in chosen]
 
-        def stack(rows: list[Tensor]) -> Tensor:
-            return torch.stack([torch.nn.functional.pad(r, [0, 0] * (r.ndim - 1) + [0, p]) for r, p in zip(rows, pad)])
+        def stack(rows: list[Tensor], starts: list[int] | None = None) -> Tensor:
+            """[S, T, ...] from rows that begin at `starts`, at 0 by default."""
+            padded = rows[0].new_zeros(len(rows), length, *rows[0].shape[1:])
+            for row, target, start in zip(rows, padded, starts or [0] * len(rows), strict=True):
+                target[start : start + len(row)] = row
+            return padded
 
         return Batch(
-            stack([torch.tensor(examples[i].token_ids, device=self.target.device) for i in indices]),
+            stack([torch.tensor(e.token_ids, device=self.target.device) for e in chosen]),
             stack([f.taps for f in features]),
-            stack([f.hidden for f in features]),
-            stack([f.logsumexp for f in features]),
+            stack([f.hidden for f in features], answers),
+            stack([f.logsumexp for f in features], answers),
         )
 
     # -- schedule ---------------------------------------------------------------------------------
@@ -334,9 +352,8 @@ class Trainer:
     @cached_property
     def identity(self) -> dict:
         """What a resumed run must share with the one that was stopped."""
-        some_weights = self.target.embedding[:64].float().cpu().numpy().tobytes()
         return {
-            "target": {"dtype": str(self.target.dtype), "digest": sha256(some_weights).hexdigest()},
+            "target": {"dtype": str(self.target.dtype), "digest": model_digest(self.target)},
             "training": {name: value for name, value in asdict(self.config).items() if name not in FREE},
             "drafter": {"kind": self.model.config.kind, **asdict(self.model.config)},
             "data": self.describe_data(),

@@ -17,7 +17,7 @@ def test_eagle3_starts_as_the_targets_last_layer():
     state = tiny_state_dict(TARGET.config)
     model = Eagle3Model(Eagle3Config(TARGET.config, (0, 2), 4, 64))
     layer = {n: state[f"model.layers.3.{n}"] for n in layer_shapes(TARGET.config)}
-    model.initialize_from_target([layer], state["model.norm.weight"], state["model.embed_tokens.weight"])
+    model.initialize_from_target([layer], state["model.norm.weight"], state["model.embed_tokens.weight"], 1.0)
     _, probs = proposal(extended(model), Request(TOKENS, WARM))
     around = (plain_logits(TARGET, TOKENS)[-3:] / 0.8).softmax(-1)
     errors = (probs[0, 0] - around).abs().amax(-1)

@@ -132,7 +132,7 @@ def test_initialised_from_the_target_it_is_made_of_target_layers():
     model, state = tiny_model(TARGET.config), tiny_state_dict(TARGET.config)
     names = layer_shapes(TARGET.config)
     layers = [{n: state[f"model.layers.{i}.{n}"] for n in names} for i in (2, 3)]
-    model.initialize_from_target(layers, state["model.norm.weight"], state["model.embed_tokens.weight"])
+    model.initialize_from_target(layers, state["model.norm.weight"], state["model.embed_tokens.weight"], 1.0)
     assert torch.equal(model.layers[1].get_parameter("mlp.up_proj.weight"), layers[1]["mlp.up_proj.weight"])  # pyright: ignore
     assert not model.w2.any()
     assert propose(model, Request(TOKENS)).tokens.shape == (1, model.config.block_size)

@@ -120,5 +120,5 @@ def test_initialised_from_the_target_it_runs(variant: str):
     model, state = tiny_variant(variant, TARGET), tiny_state_dict(TARGET.config)
     count = 1 if variant in ("eagle3", "mtp") else 2
     layers = [{n: state[f"model.layers.{i}.{n}"] for n in layer_shapes(TARGET.config)} for i in (2, 3)[-count:]]
-    model.initialize_from_target(layers, state["model.norm.weight"], state["model.embed_tokens.weight"])
+    model.initialize_from_target(layers, state["model.norm.weight"], state["model.embed_tokens.weight"], 1.0)
     assert proposal(extended(model), Request(TOKENS, WARM))[1].isfinite().all()

@@ -16,11 +16,11 @@ from dspark.drafters.checkpoint import load_drafter, save_drafter, write_officia
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.model import DSparkModel
 from dspark.engine.engine import Engine
+from dspark.models.attention import packed_attention
 from dspark.models.config import DecoderConfig
 from dspark.models.decoder import Decoder
 from dspark.sampling import SamplingParams
 from dspark.train.blocks import sample_blocks
-from dspark.train.features import WholeSequenceAttention
 from dspark.train.loss import LossWeights, SlotTargets, dspark_loss
 from tests.drafters.test_dspark import Request
 from tests.tiny import tiny_config, tiny_model
@@ -61,7 +61,7 @@ def test_target_forward():
     for tokens, logits, taps, last in zip(
         FORWARD["input_ids"], FORWARD["logits"], FORWARD["tap_hidden_states"], FORWARD["last_hidden_state"]
     ):
-        attention = WholeSequenceAttention(target().config.group_size)
+        attention = packed_attention([len(tokens)], target().config, torch.float32, tokens.device)
         output = target().forward(tokens, torch.arange(len(tokens)), attention, (1, 3, 4))
         close(target().logits(output.hidden), logits)
         close(torch.cat(output.taps, -1), taps)

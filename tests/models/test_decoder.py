@@ -8,10 +8,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from dspark.engine.engine import Engine, EngineConfig
+from dspark.models.attention import packed_attention
 from dspark.models.config import DecoderConfig
 from dspark.models.decoder import Decoder
 from dspark.sampling import SamplingParams
-from dspark.train.features import WholeSequenceAttention
 from tests.tiny import PlainAttention, plain_logits, tiny_config, tiny_state_dict, tiny_target
 
 TOKENS = torch.randint(0, 64, (40,), generator=torch.Generator().manual_seed(1))
@@ -76,10 +76,23 @@ def test_from_hf_reads_every_field():
     )
 
 
-def test_whole_sequence_attention_equals_the_plain_one():
+def whole_forward(target: Decoder, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        attention = packed_attention([len(tokens)], target.config, target.kv_dtype, target.device)
+        return target.logits(target.forward(tokens, torch.arange(len(tokens)), attention).hidden)
+
+
+def test_packed_sequences_equal_plain_attention_over_each():
     target = tiny_target()
-    hidden = target.forward(TOKENS, torch.arange(len(TOKENS)), WholeSequenceAttention(2)).hidden
-    torch.testing.assert_close(target.logits(hidden), plain_logits(target, TOKENS.tolist()), atol=1e-4, rtol=0)
+    torch.testing.assert_close(whole_forward(target, TOKENS), plain_logits(target, TOKENS.tolist()), atol=1e-4, rtol=0)
+    lengths = [5, len(TOKENS), 1]
+    tokens = torch.cat([TOKENS[:n] for n in lengths])
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    with torch.inference_mode():
+        attention = packed_attention(lengths, target.config, target.kv_dtype, target.device)
+        together = target.logits(target.forward(tokens, positions, attention).hidden)
+    for logits, n in zip(together.split(lengths), lengths):
+        torch.testing.assert_close(logits, plain_logits(target, TOKENS[:n].tolist()), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("prefill_tokens", [1, 7, 39, 40, 64])
@@ -209,8 +222,7 @@ def test_smollm2_logits_equal_those_of_transformers():
         tokens = torch.tensor(ids * 4)
         with torch.no_grad():
             theirs = model(tokens[None]).logits[0]
-        hidden = decoder.forward(tokens, torch.arange(len(tokens)), WholeSequenceAttention(3)).hidden
-        torch.testing.assert_close(decoder.logits(hidden), theirs, atol=1e-4, rtol=0)
+        torch.testing.assert_close(whole_forward(decoder, tokens), theirs, atol=1e-4, rtol=0)
 
 
 @pytest.mark.model

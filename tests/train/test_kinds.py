@@ -77,6 +77,7 @@ def test_recipes_by_name():
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
+        ("medusa", {}, "one of dspark, dflash, dflash-zlab, eagle3, mtp; not 'medusa'"),
         ("eagle3", {"draft_layers": 2}, "eagle3 has one draft layer, not 2"),
         ("mtp", {"draft_layers": 3}, "mtp has one draft layer, not 3"),
         ("dflash", {"markov_head": "rnn"}, "dflash has no sequential head"),

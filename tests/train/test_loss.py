@@ -4,7 +4,10 @@ Shapes: N slots, C width, r rank, V vocabulary, V' draft vocabulary.
 """
 
 import math
-from dataclasses import dataclass
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dspark.train.loss
+from dspark.models.decoder import Decoder
+from dspark.train.data import Example
 from dspark.train.loss import LossWeights, SlotTargets, dspark_loss
+from dspark.train.trainer import TrainConfig, Trainer
+from tests.tiny import tiny_config, tiny_model, tiny_state_dict
 
 N, C, RANK, VOCAB, DRAFT_VOCAB = 10, 6, 3, 15, 11
 WEIGHTS = [
@@ -57,7 +64,7 @@ class Case:
         return SlotTargets(self.target_hidden, logsumexp, self.labels, self.slots, torch.exp(-self.slots / decay))
 
 
-def make_case(dtype: torch.dtype = torch.float64, draft_vocab: int = DRAFT_VOCAB) -> Case:
+def make_case(dtype: torch.dtype = torch.float64, draft_vocab: int = DRAFT_VOCAB, rank: int = RANK) -> Case:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -66,7 +73,7 @@ def make_case(dtype: torch.dtype = torch.float64, draft_vocab: int = DRAFT_VOCAB
     next_tokens = torch.randint(0, VOCAB, (N,), generator=generator)
     d2t = torch.randperm(VOCAB, generator=generator)[:draft_vocab].sort().values
     case = Case(
-        normal(N, C), normal(N, RANK), normal(draft_vocab, RANK), normal(VOCAB, C), normal(N, C), next_tokens,
+        normal(N, C), normal(N, rank), normal(draft_vocab, rank), normal(VOCAB, C), normal(N, C), next_tokens,
         torch.arange(N) % 4, normal(N), d2t,
     )  # fmt: skip
     for parameter in case.parameters:
@@ -98,32 +105,74 @@ def fused_loss(case: Case, weights: LossWeights) -> tuple[Tensor, Tensor]:
     )
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 3, 10, 256])
+def assert_same(case: Case, ours: Tensor, expected: Tensor, atol: float = 1e-6, rtol: float = 1e-5) -> None:
+    """The same value and the same gradient of every parameter."""
+    torch.testing.assert_close(ours.double(), expected.double(), atol=atol, rtol=rtol)
+    a, b = (
+        torch.autograd.grad(x, case.parameters, allow_unused=True, materialize_grads=True) for x in (ours, expected)
+    )
+    for name, of_ours, of_expected in zip(("hidden", "markov", "w2", "confidence"), a, b):
+        torch.testing.assert_close(of_ours, of_expected, atol=atol, rtol=rtol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("chunk_rows, tile_rows", [(1, 1), (3, 2), (4, 4), (10, 3), (256, 16)])
 @pytest.mark.parametrize("draft_vocab", [DRAFT_VOCAB, VOCAB])
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_equals_plain_autograd(
-    chunk_rows: int, draft_vocab: int, weights: LossWeights, monkeypatch: pytest.MonkeyPatch
+    chunk_rows: int, tile_rows: int, draft_vocab: int, weights: LossWeights, monkeypatch: pytest.MonkeyPatch
 ):
-    """Whatever the chunk boundaries, with and without labels outside the draft vocabulary, term by term."""
-    monkeypatch.setattr(dspark.train.loss, "CHUNK_ROWS", chunk_rows)
+    """Whatever the boundaries of chunks and tiles, with and without labels outside the draft vocabulary, term by
+    term."""
+    monkeypatch.setattr(dspark.train.loss, "CHUNK_BYTES", chunk_rows * draft_vocab * 8)
+    monkeypatch.setattr(dspark.train.loss, "TILE_BYTES", tile_rows * draft_vocab * 4)
     case = make_case(draft_vocab=draft_vocab)
     assert case.labels.lt(0).any() == (draft_vocab < VOCAB)
-    ours, acceptance = fused_loss(case, weights)
-    expected, expected_acceptance = plain_loss(case, weights)
-    torch.testing.assert_close(ours.double(), expected, atol=1e-6, rtol=1e-6)
+    (ours, acceptance), (expected, expected_acceptance) = fused_loss(case, weights), plain_loss(case, weights)
     torch.testing.assert_close(acceptance.double(), expected_acceptance, atol=1e-6, rtol=1e-6)
-    ours = torch.autograd.grad(ours, case.parameters, allow_unused=True, materialize_grads=True)
-    expected = torch.autograd.grad(expected, case.parameters, allow_unused=True, materialize_grads=True)
-    for name, a, b in zip(("hidden", "markov", "w2", "confidence"), ours, expected):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    assert_same(case, ours, expected)
+
+
+def test_a_vocabulary_wider_than_a_chunk_is_computed_row_by_row(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(dspark.train.loss, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(dspark.train.loss, "TILE_BYTES", 1)
+    case = make_case()
+    assert_same(case, fused_loss(case, LossWeights())[0], plain_loss(case, LossWeights())[0])
+
+
+def test_without_a_sequential_head():
+    """DFlash: markov features of rank 0 and no confidence."""
+    case, weights = make_case(rank=0), LossWeights(1, 0.3, 0, distillation=0.5)
+    ours, _ = dspark_loss(case.hidden, case.markov, case.w2, case.head, None, case.targets(weights.decay), weights)
+    assert_same(case, ours, plain_loss(case, weights)[0])
+
+
+def test_no_label_inside_the_draft_vocabulary():
+    """Cross-entropy to the labels is then silent; the other terms are not."""
+    case = make_case()
+    outside = torch.tensor([i for i in range(VOCAB) if i not in case.d2t])
+    case.next_tokens = outside[case.next_tokens % len(outside)]
+    assert case.labels.max() == -1
+    weights = LossWeights(distillation=0.7)
+    assert_same(case, fused_loss(case, weights)[0], plain_loss(case, weights)[0])
+
+
+def test_products_in_bf16_stay_within_their_rounding():
+    """A bf16 head: logits and their gradients are rounded to 8 bits, sums and softmaxes are not."""
+    case, weights = make_case(torch.float32), LossWeights(distillation=1.0)
+    with torch.no_grad():
+        for t in (case.hidden, case.markov, case.w2, case.target_hidden, case.target_head):
+            t.copy_(t.bfloat16())
+    ours, _ = dspark_loss(
+        case.hidden, case.markov, case.w2, case.head.bfloat16(), case.confidence_logits,
+        case.targets(weights.decay), weights,
+    )  # fmt: skip
+    assert_same(case, ours, plain_loss(case, weights)[0], atol=2e-2, rtol=2e-2)
 
 
 def test_equals_plain_autograd_in_fp32():
     case = make_case(torch.float32)
-    (ours, _), (expected, _) = fused_loss(case, LossWeights()), plain_loss(case, LossWeights())
-    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
-    for a, b in zip(torch.autograd.grad(ours, case.parameters), torch.autograd.grad(expected, case.parameters)):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    ours, expected = fused_loss(case, LossWeights())[0], plain_loss(case, LossWeights())[0]
+    assert_same(case, ours, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_slot_weights_decay_and_are_normalised():
@@ -162,3 +211,36 @@ def test_identical_distributions_lose_nothing():
     distilled, _ = fused_loss(case, LossWeights(0, 0, 0, distillation=1.0))
     (grad,) = torch.autograd.grad(distilled, [case.hidden])
     assert grad.abs().max() < 1e-6
+
+
+BIG_STEP = """
+from tests.train.test_loss import peak_of_a_step
+print(*peak_of_a_step(150_000, 512, 7))
+"""
+
+
+def peak_of_a_step(vocab_size: int, anchors: int, block_size: int) -> tuple[int, int]:
+    """(slots, bytes that the process grew by at its peak) of a training step with a toy backbone. Linux only."""
+
+    def status(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+    shape = replace(tiny_config(vocab_size, 2), hidden_size=64, head_dim=16, max_position_embeddings=1024)
+    target = Decoder(shape, tiny_state_dict(shape))
+    model = tiny_model(shape, block_size=block_size)
+    ids = torch.randint(0, vocab_size, (anchors + block_size,), generator=torch.Generator().manual_seed(0)).tolist()
+    example = Example(tuple(ids[:1]), tuple(ids[1:]))
+    trainer = Trainer(model, target, [example], [], TrainConfig(anchors_per_sequence=anchors))
+    before = status("VmRSS")
+    slots = trainer.step([0]).slots
+    return slots, status("VmHWM") - before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_memory_does_not_grow_with_positions_times_vocabulary():
+    """512 anchors of 7 slots over 150,000 tokens: not even one bf16 tensor of all logits would fit."""
+    run = subprocess.run([sys.executable, "-c", BIG_STEP], capture_output=True, text=True, check=True)
+    slots, grown = map(int, run.stdout.split())
+    assert slots > 3500
+    assert grown < 2 * slots * 150_000

@@ -9,7 +9,7 @@ import torch
 from dspark.drafters.checkpoint import load_drafter, save_drafter
 from dspark.models.loader import Target
 from dspark.train.run import TrainRun, make_trainer, read_all
-from tests.tiny import tiny_model, tiny_target
+from tests.tiny import tiny_config, tiny_model, tiny_state_dict, tiny_target
 
 
 @pytest.fixture
@@ -27,6 +27,16 @@ def test_starts_from_a_trained_drafter(tmp_path: Path, data: Path):
     trainer = make_trainer(run, Target(None, decoder, None, frozenset()))  # pyright: ignore
     trained = load_drafter(tmp_path / "trained").state_dict()
     assert all(torch.equal(t, trained[name]) for name, t in trainer.model.state_dict().items())
+    assert trainer.step([0, 1]).slots > 0
+
+
+def test_makes_the_drafter_that_is_named(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("dspark.train.run.load_state_dict", lambda _: tiny_state_dict(tiny_config()))
+    monkeypatch.setattr("dspark.train.run.mask_token", lambda _: 63)
+    run = TrainRun((data,), tmp_path / "out", drafter="eagle3", block_size=3, window=7, heldout=3)
+    trainer = make_trainer(run, Target(None, tiny_target(), None, frozenset()))  # pyright: ignore
+    config = trainer.model.config
+    assert (config.kind, config.block_size, config.window, config.tap_layers) == ("eagle3", 3, 7, (1, 3, 2))
     assert trainer.step([0, 1]).slots > 0
 
 
