@@ -124,7 +124,7 @@ def new_drafter(
         {name: state_dict[f"model.layers.{i}.{name}"].float() for name in layer_shapes(target.config)}
         for i in recipe.source_layers
     ]
-    last_tap = FeatureSource(target, recipe.tap_layers[-1:], 0).compute(examples[0]).taps.float()
+    last_tap = FeatureSource(target, recipe.tap_layers[-1:], 0).compute(examples[:1])[0].taps.float()
     model.initialize_from_target(
         layers,
         state_dict["model.norm.weight"].float(),
