@@ -126,9 +126,7 @@ class Trainer:
         config: TrainConfig,
         decode: Callable[[DraftModel], list[dict]] = lambda _: [],
     ):
-        """Raises ValueError without held-out examples, or if a step has fewer examples than there are processes."""
-        if not heldout:
-            raise ValueError("a training run needs at least one held-out example")
+        """Raises ValueError if a step has fewer examples than there are processes."""
         if min(config.sequences_per_step, len(examples)) < parallel.size():
             raise ValueError(
                 f"{parallel.size()} processes need an example each at every step: raise sequences_per_step"
@@ -303,8 +301,10 @@ class Trainer:
         """Train until the budget is used up (True) or `should_stop()` in any process (False).
 
         `folder` gets a resumable state at the end, after evaluations and by the clock, and the drafter of the best
-        evaluation. The callbacks are called after each step and evaluation.
+        evaluation. The callbacks are called after each step and evaluation. Raises ValueError without held-out examples.
         """
+        if not self.heldout:
+            raise ValueError("a training run needs at least one held-out example")
         stopped = self.agree(should_stop()) > 0
         next_save = self.progress.seconds + 60 * self.config.save_every_minutes
         batches = self.batches()
