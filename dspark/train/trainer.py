@@ -301,7 +301,8 @@ class Trainer:
         """Train until the budget is used up (True) or `should_stop()` in any process (False).
 
         `folder` gets a resumable state at the end, after evaluations and by the clock, and the drafter of the best
-        evaluation. The callbacks are called after each step and evaluation. Raises ValueError without held-out examples.
+        evaluation. The callbacks are called after each step and evaluation.
+        Raises ValueError without held-out examples.
         """
         if not self.heldout:
             raise ValueError("a training run needs at least one held-out example")
