@@ -89,13 +89,13 @@ class FeatureCache:
                 taps = hidden = size = 0
             self._places[key] = Place(len(self._shards) - 1, taps, hidden)
             self._shards[-1].append(example)
-            taps, hidden = taps + len(example.token_ids) - 2, hidden + len(example.answer_ids) - 1
+            taps, hidden = taps + len(example.token_ids) - 2, hidden + hidden_rows(example)
             size += self._bytes(example)
 
     def _bytes(self, example: Example) -> int:
         width = 2 * self.source.target.config.hidden_size  # bytes of a hidden state in bf16
         taps = len(self.source.tap_layers) * width * (len(example.token_ids) - 2)
-        return taps + (width + 4) * (len(example.answer_ids) - 1)
+        return taps + (width + 4) * hidden_rows(example)
 
     def _shard_bytes(self, shard: int) -> int:
         return HEADER_BYTES + sum(map(self._bytes, self._shards[shard]))
@@ -137,7 +137,7 @@ class FeatureCache:
         file = self._open[place.shard]
         device = self.source.target.device
         taps = slice(place.taps, place.taps + len(example.token_ids) - 2)
-        hidden = slice(place.hidden, place.hidden + len(example.answer_ids) - 1)
+        hidden = slice(place.hidden, place.hidden + hidden_rows(example))
         rows = {"taps": taps, "hidden": hidden, "logsumexp": hidden}
         return Features(**{name: file.get_slice(name)[at].to(device) for name, at in rows.items()})
 
@@ -169,6 +169,11 @@ class FeatureCache:
                 f"cannot write '{path}' ({gib(self._shard_bytes(shard))}): {error}; what was written before it stays"
             ) from None
         return safe_open(path, "pt")
+
+
+def hidden_rows(example: Example) -> int:
+    """Rows of `Features.hidden` and `Features.logsumexp`."""
+    return len(example.token_ids) - 1 - len(example.first_prompt)
 
 
 def example_key(example: Example) -> str:

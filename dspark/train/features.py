@@ -17,7 +17,7 @@ from dspark.models.attention import packed_attention
 from dspark.models.decoder import Decoder
 from dspark.train.data import Example
 
-PACK_TOKENS = 1024  # positions of one target forward; with more, a CPU is slower: they leave its second-level cache
+PACK_TOKENS = 512  # positions of one target forward; with more, a CPU is slower: they leave its second-level cache
 LOGIT_ROWS = 64  # full-vocabulary rows alive at once while the log-normaliser is computed
 LOGIT_TILE = 8  # of them, in a CPU's second-level cache
 

@@ -56,6 +56,18 @@ def test_what_comes_back_is_what_was_computed(tmp_path: Path):
     assert len(list((tmp_path / "a").iterdir())) == 2
 
 
+def test_conversations_of_several_turns(tmp_path: Path):
+    """Rows begin at the first answer, not at the last: once the shard's later examples were read from wrong rows."""
+    talks = [Example(tuple(range(20)), tuple(range(n)), earlier=((4, 9), (12, 15))) for n in (5, 9, 7)]
+    for cache in (make_cache(tmp_path, examples=talks), make_cache(tmp_path, examples=talks)):
+        for talk, found in zip(talks, cache.get([0, 1, 2], talks), strict=True):
+            (expected,) = FeatureSource(TARGET, (0,), 0).compute([talk])
+            assert found.hidden.shape == expected.hidden.shape
+            torch.testing.assert_close(found.logsumexp, expected.logsumexp, atol=1e-4, rtol=0)
+        used = sum(path.stat().st_size for path in tmp_path.iterdir())
+        assert cache.num_bytes - 2 * 2048 < used <= cache.num_bytes
+
+
 def test_the_predicted_size_is_the_size(tmp_path: Path):
     cache = make_cache(tmp_path)
     assert not list(tmp_path.iterdir())
@@ -181,10 +193,11 @@ import resource, sys
 from pathlib import Path
 from typing import Any
 import dspark.train.feature_cache as module
-from tests.train.test_feature_cache import make_cache, read_all
+from tests.train.test_feature_cache import EXAMPLES, make_cache, read_all
 module.SHARD_BYTES = 9_000
 cache = make_cache(Path(sys.argv[1]))
-resource.setrlimit(resource.RLIMIT_FSIZE, (7_000, 7_000))
+cache.get([0], EXAMPLES[:1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, 1_000))
 try:
     read_all(cache)
 except ValueError as error:
@@ -196,7 +209,7 @@ except ValueError as error:
 def test_a_full_disk_is_one_clear_error_and_leaves_nothing_broken(tmp_path: Path):
     run = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=True)
     assert run.stdout.startswith(f"cannot write '{tmp_path}") and "stays" in run.stdout
-    (kept,) = tmp_path.iterdir()  # the smaller one, whole
+    (kept,) = tmp_path.iterdir()  # the one before the disk was full
     assert kept.suffix == ".safetensors"
     cache = make_cache(tmp_path)
     read_all(cache)
