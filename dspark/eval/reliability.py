@@ -2,7 +2,7 @@
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 
@@ -19,7 +19,7 @@ from dspark.spec.calibration import (
     Calibration,
     brier,
     expected_calibration_error,
-    fit_temperatures,
+    fit,
     reliability_bins,
     roc_auc,
 )
@@ -40,23 +40,13 @@ def reliability(rounds: Rounds, calibration: Calibration) -> dict:
 
 
 def calibrate(fitting: Rounds, measuring: Rounds, dataset: str) -> tuple[Calibration, dict, dict]:
-    """Temperatures from `fitting`; reliability on `measuring` before and after."""
+    """Temperatures and shifts from `fitting`; reliability on `measuring` before and after."""
     identity = Calibration.identity(fitting.logits.shape[1])
     before = reliability(measuring, identity)
-    temperatures = fit_temperatures(fitting.logits, fitting.accepted)
-    fitted = Calibration(
-        temperatures=tuple(float(t) for t in temperatures),
-        dataset=dataset,
-        num_samples=len(fitting.accepted),
-        ece_before=tuple(before["ece"]),
-        ece_after=(),
-    )
+    temperatures, shifts = fit(fitting.logits, fitting.accepted)
+    fitted = Calibration(temperatures, dataset, len(fitting.accepted), tuple(before["ece"]), shifts=shifts)
     after = reliability(measuring, fitted)
-    return (
-        Calibration(fitted.temperatures, dataset, fitted.num_samples, fitted.ece_before, tuple(after["ece"])),
-        before,
-        after,
-    )
+    return replace(fitted, ece_after=tuple(after["ece"])), before, after
 
 
 @dataclass(frozen=True)
@@ -124,6 +114,7 @@ def run_and_report(config: CalibrateConfig, show_table: bool) -> None:
         Console().print(reliability_table(calibration, before, after))
     report = {
         "temperatures": calibration.temperatures,
+        "shifts": calibration.shifts,
         "rounds": {name: len(r.accepted) for name, r in rounds.items()},
         "before": before,
         "after": after,

@@ -88,11 +88,22 @@ def summary_table(summary: dict) -> Table:
 def reliability_table(calibration: Calibration, before: dict, after: dict) -> Table:
     """One line a position: how well survival is predicted, on prompts not used for fitting."""
     table = Table(title="P(the prefix survives), before and after calibration")
-    for column in ("position", "survival", "temperature", "ECE", "after", "ROC-AUC", "after", "Brier", "after"):
+    for column in (
+        "position",
+        "survival",
+        "temperature",
+        "shift",
+        "ECE",
+        "after",
+        "ROC-AUC",
+        "after",
+        "Brier",
+        "after",
+    ):
         table.add_column(column, justify="right")
-    for k, temperature in enumerate(calibration.temperatures):
+    for k, (temperature, shift) in enumerate(zip(calibration.temperatures, calibration.shifts)):
         scores = [f"{part[name][k]:{form}}" for name, form in SCORES for part in (before, after)]
-        table.add_row(str(k), f"{after['survival'][k]:.3f}", f"{temperature:.2f}", *scores)
+        table.add_row(str(k), f"{after['survival'][k]:.3f}", f"{temperature:.2f}", f"{shift:.2f}", *scores)
     return table
 
 

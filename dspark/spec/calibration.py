@@ -1,6 +1,6 @@
 """Confidence that can be trusted: from the confidence head's logits to calibrated probabilities (design §5).
 
-`fit_temperatures` is Sequential Temperature Scaling (DSpark paper; temperature scaling: Guo et al. 2017);
+`fit` is Sequential Temperature Scaling (DSpark paper; temperature scaling: Guo et al. 2017), and a shift beside it;
 `Calibration` is its result and the side file beside a checkpoint; `OnlineCalibration` goes on learning while serving.
 
 Shapes: N = recorded rounds, R = requests, G = slots of a block. Slot k, from 0, belongs to the prefix of k + 1 tokens.
@@ -23,7 +23,7 @@ __all__ = [
     "OnlineCalibration",
     "brier",
     "expected_calibration_error",
-    "fit_temperatures",
+    "fit",
     "reliability_bins",
     "roc_auc",
 ]
@@ -45,17 +45,20 @@ class Calibrator(Protocol):
 
 @dataclass(frozen=True)
 class Calibration:
-    """One temperature a position. Written as JSON by `dspark.config.write_json`."""
+    """One temperature and one shift a position. Written as JSON by `dspark.config.write_json`."""
 
     temperatures: tuple[float, ...]
     dataset: str = ""  # what they were fitted on
     num_samples: int = 0  # rounds
     ece_before: tuple[float, ...] = ()  # of each prefix' survival
     ece_after: tuple[float, ...] = ()
+    shifts: tuple[float, ...] = ()  # added to z_k / T_k; none: 0
 
     def __post_init__(self) -> None:
         if not all(0 < t < math.inf for t in self.temperatures):  # written so that NaN is refused too
             raise ValueError(f"temperatures must be finite and above 0, got {list(self.temperatures)}")
+        if self.shifts and (len(self.shifts) != len(self.temperatures) or not all(map(math.isfinite, self.shifts))):
+            raise ValueError(f"shifts must be finite and one a temperature, got {list(self.shifts)}")
 
     @classmethod
     def identity(cls, block_size: int) -> "Calibration":
@@ -63,18 +66,20 @@ class Calibration:
         return cls((1.0,) * block_size)
 
     @cached_property
-    def _divisor(self) -> Tensor:
-        return torch.tensor(self.temperatures, dtype=torch.float64)
+    def _scale(self) -> tuple[Tensor, Tensor]:
+        shifts = self.shifts or (0.0,) * len(self.temperatures)
+        return torch.tensor(self.temperatures, dtype=torch.float64), torch.tensor(shifts, dtype=torch.float64)
 
     def scaled(self, logits: Tensor) -> Tensor:
-        """z_k / T_k, [R, G] float64 on the CPU."""
+        """z_k / T_k + b_k, [R, G] float64 on the CPU."""
         ours, theirs = len(self.temperatures), logits.shape[1]
         if ours != theirs:
             raise ValueError(f"the calibration is for {ours} draft tokens a round, the drafter makes {theirs}")
-        return logits.to("cpu", torch.float64) / self._divisor
+        temperatures, shifts = self._scale
+        return logits.to("cpu", torch.float64) / temperatures + shifts
 
     def confidence(self, logits: Tensor) -> Tensor:
-        """c_k = sigmoid(z_k / T_k), float64 on the CPU; a logit that is NaN gives 0."""
+        """c_k = sigmoid(z_k / T_k + b_k), float64 on the CPU; a logit that is NaN gives 0."""
         return torch.sigmoid(self.scaled(logits)).nan_to_num_(nan=0.0)
 
     def observe(self, logits: Tensor, verify_lengths: Tensor, accepted: Tensor) -> None:
@@ -83,9 +88,9 @@ class Calibration:
 
 @dataclass
 class OnlineCalibration:
-    """`base` plus a logit shift for each position, learnt from what is verified while serving.
+    """`base` plus a further shift for each position, learnt from what is verified while serving.
 
-    c_k = sigmoid(z_k / T_k + b_k). b_k follows the recursive Newton step for E[accepted] = E[c_k]: add up
+    That shift follows the recursive Newton step for E[accepted] = E[c_k]: add up
     accepted - c_k over the verified slots whose predecessors were accepted, divide by the sum of c_k (1 - c_k), in
     which each newer observation makes older ones weigh `decay` times as much.
     """
@@ -126,24 +131,44 @@ class OnlineCalibration:
 TEMPERATURES = np.geomspace(0.1, 10.0, 161)
 
 
-def fit_temperatures(logits: ArrayLike, accepted: ArrayLike, grid: Floats = TEMPERATURES) -> tuple[float, ...]:
-    """Sequential Temperature Scaling: logits [N, G] and accepted tokens [N] of fully verified rounds -> T [G].
+class Fit(NamedTuple):
+    temperatures: tuple[float, ...]
+    shifts: tuple[float, ...]
 
-    For k from left to right, T_k is the entry of the grid that minimises the ECE of prod_{i<=k} sigmoid(z_i / T_i)
-    against "slots 0..k were accepted"; earlier temperatures stay. Of equally good ones, the nearest to 1.
+
+def fit(logits: ArrayLike, accepted: ArrayLike, shifted: bool = True, grid: Floats = TEMPERATURES) -> Fit:
+    """Sequential Temperature Scaling: logits [N, G] and accepted tokens [N] of fully verified rounds -> T, b [G].
+
+    For k from left to right, T_k is the entry of the grid that minimises the ECE of prod_{i<=k} sigmoid(z_i / T_i + b_i)
+    against "slots 0..k were accepted"; earlier ones stay. Of equally good ones, the nearest to 1. b_k is what makes
+    the mean right for that T_k, which no temperature can; 0 unless `shifted`, and the method is then the paper's.
     """
     z = np.asarray(logits, dtype=np.float64)
     kept = np.asarray(accepted)
     if z.ndim != 2 or len(z) == 0 or kept.shape != (len(z),):
         raise ValueError(f"logits must be [N, G] and accepted [N], N at least 1, got {z.shape} and {kept.shape}")
     by_distance = grid[np.argsort(np.abs(np.log(grid)), kind="stable")]  # min() keeps the first of equals
-    survival, temperatures = np.ones(len(z)), []
+    survival, temperatures, shifts = np.ones(len(z)), [], []
     for k in range(z.shape[1]):
         outcome = kept > k
-        candidates = [(t, survival * _sigmoid(z[:, k] / t)) for t in by_distance]
-        temperature, survival = min(candidates, key=lambda c: expected_calibration_error(c[1], outcome))
-        temperatures.append(float(temperature))
-    return tuple(temperatures)
+        candidates = []
+        for t in by_distance:
+            shift = _mean_matching_shift(z[:, k] / t, survival, outcome.mean()) if shifted else 0.0
+            candidates.append((t, shift, survival * _sigmoid(z[:, k] / t + shift)))
+        best = min(candidates, key=lambda c: expected_calibration_error(c[2], outcome))
+        temperatures.append(float(best[0]))
+        shifts.append(float(best[1]))
+        survival = best[2]
+    return Fit(tuple(temperatures), tuple(shifts))
+
+
+def _mean_matching_shift(scaled: Floats, survival: Floats, mean: float, most: float = 8.0) -> float:
+    """b in -most..most with mean(survival * sigmoid(scaled + b)) = mean, by bisection: it rises with b."""
+    low, high = -most, most
+    for _ in range(24):
+        middle = (low + high) / 2
+        low, high = (middle, high) if np.mean(survival * _sigmoid(scaled + middle)) < mean else (low, middle)
+    return (low + high) / 2
 
 
 def _sigmoid(z: Floats) -> Floats:

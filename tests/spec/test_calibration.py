@@ -20,7 +20,7 @@ from dspark.spec.calibration import (
     OnlineCalibration,
     brier,
     expected_calibration_error,
-    fit_temperatures,
+    fit,
     reliability_bins,
     roc_auc,
 )
@@ -43,7 +43,7 @@ def prefix_errors(calibrator: Calibrator, logits: Tensor, accepted: Tensor) -> l
 def test_known_temperatures_are_recovered() -> None:
     truth = (0.5, 1.0, 2.5, 4.0)
     logits, accepted = rounds(40_000, truth)
-    fitted = fit_temperatures(logits, accepted)
+    fitted = fit(logits, accepted, shifted=False).temperatures
     np.testing.assert_allclose(np.log(fitted), np.log(truth), atol=0.3)
     held_out = rounds(40_000, truth, seed=1)
     before = prefix_errors(Calibration.identity(4), *held_out)
@@ -51,14 +51,27 @@ def test_known_temperatures_are_recovered() -> None:
     assert max(after) < 0.015 < max(before)
 
 
+def test_a_shift_makes_up_for_what_no_temperature_can() -> None:
+    logits, accepted = rounds(20_000, (1.0, 2.0, 0.7), shift=-1.5)
+    held_out = rounds(20_000, (1.0, 2.0, 0.7), shift=-1.5, seed=1)
+    unshifted, shifted = (fit(logits, accepted, s) for s in (False, True))
+    np.testing.assert_allclose(shifted.shifts, -1.5, atol=0.3)
+    assert max(prefix_errors(Calibration(unshifted.temperatures), *held_out)) > 0.05
+    assert max(prefix_errors(Calibration(shifted.temperatures, shifts=shifted.shifts), *held_out)) < 0.015
+
+
 def test_fitting_takes_any_logits() -> None:
     logits, accepted = rounds(500, (1.0, 1.0))
     logits[::7, 0], logits[::5, 1], logits[::3, 1] = math.nan, math.inf, -math.inf
-    assert all(0 < t < math.inf for t in fit_temperatures(logits, accepted))
+    for shifted in (False, True):
+        fitted = fit(logits, accepted, shifted)
+        assert all(0 < t < math.inf for t in fitted.temperatures) and all(map(math.isfinite, fitted.shifts))
     constant = torch.zeros(100, 2)
-    assert fit_temperatures(constant, torch.ones(100)) == pytest.approx((1.0, 1.0))  # all are equally good
+    unshifted = fit(constant, torch.ones(100), shifted=False)
+    assert unshifted.temperatures == pytest.approx((1.0, 1.0))  # all are equally good
+    assert unshifted.shifts == (0, 0)
     with pytest.raises(ValueError, match="N at least 1"):
-        fit_temperatures(torch.zeros(0, 2), torch.zeros(0))
+        fit(torch.zeros(0, 2), torch.zeros(0))
 
 
 @settings(deadline=None)
@@ -69,7 +82,7 @@ def test_fitting_takes_any_logits() -> None:
 )
 def test_order_within_a_position_is_kept(values: list[float], temperature: float, shift: float) -> None:
     logits = torch.tensor(values, dtype=torch.float64)[:, None]
-    online = OnlineCalibration(Calibration((temperature,)))
+    online = OnlineCalibration(Calibration((temperature,), shifts=(-shift / 2,)))
     online.shift[:] = shift
     for calibrator in (online.base, online):
         confidence = calibrator.confidence(logits)[:, 0]
@@ -109,7 +122,7 @@ def test_only_slots_that_were_decided_count() -> None:
 
 
 def test_side_file(tmp_path: Path) -> None:
-    calibration = Calibration((0.5, 2.0), "prompts", 10, (0.2, 0.1), (0.01, 0.02))
+    calibration = Calibration((0.5, 2.0), "prompts", 10, (0.2, 0.1), (0.01, 0.02), (-0.5, 0.25))
     write_json(calibration, tmp_path / "calibration.json")
     assert read_json(Calibration, tmp_path / "calibration.json") == calibration
 
@@ -118,6 +131,8 @@ def test_side_file(tmp_path: Path) -> None:
 def test_impossible_temperatures_are_refused(temperature: float) -> None:
     with pytest.raises(ValueError, match="temperatures must be finite and above 0"):
         Calibration((1.0, temperature))
+    with pytest.raises(ValueError, match="shifts must be finite"):
+        Calibration((1.0, 1.0), shifts=(0.0, math.nan))
 
 
 def test_a_calibration_of_another_drafter_is_refused() -> None:
