@@ -139,7 +139,7 @@ class Fit(NamedTuple):
 def fit(logits: ArrayLike, accepted: ArrayLike, shifted: bool = True, grid: Floats = TEMPERATURES) -> Fit:
     """Sequential Temperature Scaling: logits [N, G] and accepted tokens [N] of fully verified rounds -> T, b [G].
 
-    For k from left to right, T_k is the entry of the grid that minimises the ECE of prod_{i<=k} sigmoid(z_i / T_i + b_i)
+    From left to right, T_k is the entry of the grid that minimises the ECE of prod_{i<=k} sigmoid(z_i / T_i + b_i)
     against "slots 0..k were accepted"; earlier ones stay. Of equally good ones, the nearest to 1. b_k is what makes
     the mean right for that T_k, which no temperature can; 0 unless `shifted`, and the method is then the paper's.
     """
