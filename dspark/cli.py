@@ -142,6 +142,26 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--seed", type=int, default=0)
 
+    sub = command(
+        "fit", run_fit, "the whole way for a new model, with a report of what it gains", model_options("model")
+    )
+    sub.description = (
+        "Prompts, the model's answers, training, calibration, profile, and a report: tokens/s, plain and with the "
+        "drafter, on prompts held out. Stopped at any moment, the same command goes on."
+    )
+    sub.add_argument("--prompts", type=Path, help="as for 'dspark data', 12 or more (default: the model writes them)")
+    sub.add_argument(
+        "--minutes",
+        type=float,
+        default=60.0,
+        help="training time; there are as many answers as the model writes here in half as long again, up to 4 to a "
+        "prompt, and half as many where it writes the prompts too; measuring takes some minutes more (default 60)",
+    )
+    sub.add_argument("--max-new-tokens", type=int, default=256, help="longest answer to train on (default 256)")
+    sub.add_argument("--out", type=Path, metavar="FOLDER", help="where all results go (default: runs/<model name>)")
+    sub.add_argument("--price-per-hour", type=float, help="of this machine: the report says what a million tokens cost")
+    sub.add_argument("--json", action="store_true", help="print only the report as a JSON line")
+
     sub = command("bench", run_bench, "time systems side by side on the same prompts", model, drafter_options())
     sub.add_argument("--prompts", type=Path, help="JSON lines of prompts (default: 30 that come with dspark)")
     sub.add_argument("--limit", type=int, help="use only N prompts, spread over the domains")
@@ -231,10 +251,10 @@ def add_bench_load(
     sub.add_argument("--plots", type=Path, metavar="FOLDER", help="write figures (PNG) there")
 
 
-def model_options() -> argparse.ArgumentParser:
+def model_options(name: str = "--model") -> argparse.ArgumentParser:
     parent = argparse.ArgumentParser(add_help=False)
     parent.add_argument(
-        "--model",
+        name,
         default="smollm2-135m",
         help="smollm2-135m (fetched on first use), a Hugging Face folder, a GGUF file or a hub name",
     )
@@ -400,9 +420,15 @@ def run_chat(args: argparse.Namespace) -> None:
             messages.append({"role": "assistant", "content": llm.completion(sequence).text})
 
 
-def run_data(args: argparse.Namespace) -> None:
+def interrupt_on_signals() -> None:
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt."""
     import signal
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with SIGINT ignored
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+
+
+def run_data(args: argparse.Namespace) -> None:
     from dspark.train.generate import write_data
     from dspark.train.work import DataConfig
 
@@ -426,8 +452,7 @@ def run_data(args: argparse.Namespace) -> None:
         max_prompt_tokens=args.max_prompt_tokens,
         seed=args.seed,
     )
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with SIGINT ignored
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    interrupt_on_signals()
     summary = write_data(config)
     if not args.json:
         print(
@@ -508,6 +533,23 @@ def parse_list(text: str, kind: type, name: str) -> list:
         return [kind(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise ValueError(f"--{name} must be numbers separated by commas, not '{text}'") from None
+
+
+def run_fit(args: argparse.Namespace) -> None:
+    from dspark.fit import FitConfig, run_and_report
+    from dspark.train.trainer import TrainConfig
+
+    config = FitConfig(
+        model=args.model,
+        out=args.out or Path("runs", Path(args.model).resolve().name),
+        prompts=args.prompts,
+        dtype=args.dtype,
+        device=args.device,
+        max_new_tokens=args.max_new_tokens,
+        train=TrainConfig(minutes=args.minutes),
+    )
+    interrupt_on_signals()
+    run_and_report(config, args.price_per_hour, show_table=not args.json)
 
 
 def run_bench(args: argparse.Namespace) -> None:

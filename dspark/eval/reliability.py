@@ -70,8 +70,8 @@ class CalibrateConfig:
             raise ValueError("--temperatures must be numbers of at least 0")
 
 
-def run_and_report(config: CalibrateConfig, show_table: bool) -> None:
-    """The whole command: decode, fit, write the side file, print reliability before and after and the JSON line.
+def run(config: CalibrateConfig) -> tuple[Calibration, dict]:
+    """Decode, fit, write the side file -> what it holds, and reliability before and after.
 
     Raises ValueError for a drafter without a checkpoint and for too few prompts.
     """
@@ -110,9 +110,7 @@ def run_and_report(config: CalibrateConfig, show_table: bool) -> None:
     write_json(calibration, config.out or folder / CALIBRATION_FILE)
     if config.plot is not None:
         reliability_diagram(before["bins"], after["bins"], config.plot)
-    if show_table:
-        Console().print(reliability_table(calibration, before, after))
-    report = {
+    return calibration, {
         "temperatures": calibration.temperatures,
         "shifts": calibration.shifts,
         "rounds": {name: len(r.accepted) for name, r in rounds.items()},
@@ -121,4 +119,13 @@ def run_and_report(config: CalibrateConfig, show_table: bool) -> None:
         "mean_ece": {"before": mean(before["ece"]), "after": mean(after["ece"])},
         "out": str(config.out or folder / CALIBRATION_FILE),
     }
+
+
+def run_and_report(config: CalibrateConfig, show_table: bool) -> None:
+    """The whole command: calibrate, print reliability before and after and the JSON line."""
+    from rich.console import Console
+
+    calibration, report = run(config)
+    if show_table:
+        Console().print(reliability_table(calibration, report["before"], report["after"]))
     print(json.dumps({**report, **provenance()}))

@@ -1,5 +1,6 @@
 """Result rows as tables for humans."""
 
+from rich.box import HEAVY_HEAD, Box
 from rich.table import Table
 
 from dspark.spec.calibration import Calibration
@@ -122,6 +123,22 @@ def acceptance_table(rows: list[dict]) -> Table:
     return table
 
 
+def fit_table(gains: list[dict], style: Box = HEAVY_HEAD) -> Table:
+    """One line a load: plain decoding beside the drafter, costs where there is a price; gains of `dspark.fit.gains`."""
+    table = Table(box=style)
+    pairs = [(name, text) for name, text in GAINS if name in gains[0]]
+    titles = [title for _, text in pairs for title in (f"{text}, plain", "with drafter")]
+    for column in ("streams", "temperature", *titles[:2], "times", "accepted length", *titles[2:]):
+        table.add_column(column, justify="right")
+    for g in gains:
+        speeds, *costs = ([f"{value:.4g}" for value in g[name].values()] for name, _ in pairs)
+        length = "" if g["accepted_length"] is None else f"{g['accepted_length']:.2f}"
+        cells = [str(g["streams"]), f"{g['temperature']:g}", *speeds, f"{g['gain']:.2f}", length]
+        table.add_row(*cells, *(cell for pair in costs for cell in pair))
+    return table
+
+
+GAINS = (("tokens_per_s", "tokens/s"), ("cost_per_million_tokens", "cost of a million tokens"))
 SCORES = (("ece", ".2%"), ("roc_auc", ".3f"), ("brier", ".4f"))
 
 

@@ -12,14 +12,14 @@ from dspark.train.data import Prompt, jsonl_rows
 
 
 @contextmanager
-def only_writer(path: Path) -> Iterator[None]:
+def only_writer(path: Path, command: str = "dspark data") -> Iterator[None]:
     """Hold `path` for this process; a killed one lets go of it. Raises ValueError while another holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{path}.lock", timeout=0)
     try:
         lock.acquire()
     except Timeout:
-        raise ValueError(f"another 'dspark data' is writing '{path}'; wait for it or choose another --out") from None
+        raise ValueError(f"another '{command}' is writing '{path}'; wait for it or choose another --out") from None
     try:
         yield
     finally:
@@ -39,6 +39,13 @@ def write_row(path: Path, row: dict) -> None:
     """Append one line."""
     with path.open("a", encoding="utf-8") as out:
         out.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def write_lines(path: Path, lines: list[str]) -> None:
+    """Write a whole file atomically."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    temporary.replace(path)
 
 
 def answered(path: Path) -> set[tuple[int, int]]:
