@@ -13,7 +13,7 @@ from dspark import fit
 from dspark.cli import main
 from dspark.drafters.checkpoint import load_drafter
 from dspark.engine.profile import ProfileConfig
-from dspark.fit import STAGES, FitConfig, gains, verdict
+from dspark.fit import STAGES, FitConfig
 from dspark.train.data import read_prompts
 from dspark.train.output import only_writer
 from dspark.train.trainer import TrainConfig
@@ -191,25 +191,3 @@ def test_what_is_refused(tmp_path: Path, model: Path, prompts: Path, capsys: pyt
     (out / "fit.json").write_text(json.dumps(config(out, model, few).settings))
     message = error_of(*command(out, model, prompts))
     assert f"fit prompts was {few} and is now {prompts}" in message and "training minutes was 0.0001" in message
-
-
-def rows(*speeds: float) -> list[dict]:
-    loads = [(streams, temperature) for streams in (1, 8) for temperature in (0.0, 1.0)]
-    return [
-        {"system": system, "streams": s, "temperature": t, "tokens_per_s": speed, "accepted_length": 1.5}
-        for (s, t), fast in zip(loads, speeds, strict=True)
-        for system, speed in (("plain", 50.0), ("dspark", fast))
-    ]
-
-
-def test_it_says_plainly_when_it_does_not_pay():
-    found = gains(rows(40.0, 50.0, 52.0, 45.0), None)
-    assert "cost_per_million_tokens" not in found[0] and [g["gain"] for g in found] == [0.8, 1.0, 1.04, 0.9]
-    assert verdict(found).startswith(
-        "The drafter does not pay on this machine; times the tokens/s of plain decoding: "
-        "0.80 at 1 stream and temperature 0, 1.00 at 1 stream and temperature 1, 1.04 at 8 streams"
-    )
-    some = verdict(gains(rows(90.0, 75.0, 60.0, 45.0), None))
-    assert some.startswith("The drafter pays") and some.endswith("there: 0.90 at 8 streams and temperature 1.")
-    every = verdict(gains(rows(90.0, 75.0, 60.0, 55.0), 2.0))
-    assert every.startswith("The drafter pays") and "not pay" not in every

@@ -124,7 +124,7 @@ def acceptance_table(rows: list[dict]) -> Table:
 
 
 def fit_table(gains: list[dict], style: Box = HEAVY_HEAD) -> Table:
-    """One line a load: plain decoding beside the drafter, costs where there is a price; gains of `dspark.fit.gains`."""
+    """One line a load: plain decoding beside the drafter, costs where there is a price; gains of `dspark.eval.gain`."""
     table = Table(box=style)
     pairs = [(name, text) for name, text in GAINS if name in gains[0]]
     titles = [title for _, text in pairs for title in (f"{text}, plain", "with drafter")]
