@@ -40,6 +40,7 @@ class ProfileConfig:
 
 
 QUICK = ProfileConfig(QUICK_BATCH_TOKENS, QUICK_REQUESTS, repeats=3)
+CONTEXT_REQUESTS = 16  # whose blocks are timed together
 STEP_SECONDS = 3e-4  # planning, committing and Python around a step, measured at one stream
 
 
@@ -60,7 +61,7 @@ def measure_costs(
     """Median seconds by size, forced monotone. The drafter must not be serving: its storage is made anew.
 
     A target forward of B tokens is timed as B requests of one token, with its logits, their argmax and the
-    drafter's taking in of the taps.
+    drafter's taking in of the taps; another one with whole blocks tells what reading a request's context costs.
     """
     decoder = target.decoder
     most = max(config.batch_tokens[-1], config.requests[-1])
@@ -76,11 +77,11 @@ def measure_costs(
         drafter.allocate(regions * room)
 
     @torch.inference_mode()
-    def forward(batch: int) -> None:
-        firsts = [i % regions * room for i in range(batch)]
-        segments = [Segment(1, first, config.context) for first in firsts]
-        slots = torch.tensor(firsts, device=decoder.device) + config.context
-        positions = torch.full((batch,), config.context, device=decoder.device)
+    def forward(requests: int, rows: int = 1) -> None:
+        firsts = torch.tensor([i % regions * room for i in range(requests)], device=decoder.device)
+        segments = [Segment(rows, first, config.context + rows) for first in firsts.tolist()]
+        positions = (config.context + torch.arange(rows, device=decoder.device)).repeat(requests)
+        slots = firsts.repeat_interleave(rows) + positions
         attention = CachedAttention(cache.storage, slots, segments, decoder.config.group_size)
         tokens = torch.ones_like(positions)
         output = decoder.forward(tokens, positions, attention, taps)
@@ -93,14 +94,14 @@ def measure_costs(
         tokens = [1] * (config.context + 1)
         drafter.propose([ProbeRequest(tokens, i % regions * room) for i in range(requests)])
 
-    def seconds(run: Callable[[int], None], size: int) -> float:
-        run(size)
+    def seconds(run: Callable[..., None], *size: int) -> float:
+        run(*size)
         times = []
         for _ in range(config.repeats):
             started = time.perf_counter()
-            run(size)
+            run(*size)
             times.append(time.perf_counter() - started)
-        on_done(f"{run.__name__} {size}")
+        on_done(f"{run.__name__} {' x '.join(map(str, size))}")
         return statistics.median(times)
 
     if drafter is not None:
@@ -108,6 +109,10 @@ def measure_costs(
     target_seconds = [seconds(forward, n) for n in config.batch_tokens]
     requests = config.requests if drafter is not None else ()
     draft_seconds = [seconds(propose, n) for n in requests]
+    # As many tokens of fewer requests: what is saved was spent on reading contexts.
+    few, rows = CONTEXT_REQUESTS, 1 + gamma
+    saved = seconds(forward, few * rows) - seconds(forward, few, rows) if gamma else 0.0
+    context_seconds = saved / (few * rows - few) if gamma else 0.0
     return CostTable.measured(
         target.source.name,
         str(decoder.dtype).removeprefix("torch."),
@@ -117,6 +122,7 @@ def measure_costs(
         requests,
         draft_seconds,
         step_seconds=STEP_SECONDS,
+        context_seconds=context_seconds,
     )
 
 

@@ -42,10 +42,11 @@ class CostTable:
     dtype: str
     machine: str
     batch_tokens: tuple[int, ...]
-    target_seconds: tuple[float, ...]  # of a target forward on that many tokens
+    target_seconds: tuple[float, ...]  # of a target forward on that many tokens, each of a request of its own
     requests: tuple[int, ...]
     draft_seconds: tuple[float, ...]  # of a draft pass for that many requests
     step_seconds: float  # what each step costs besides
+    context_seconds: float = 0.0  # part of target_seconds that grows with requests, not with tokens: for each of them
 
     def __post_init__(self) -> None:
         _check_curve("batch_tokens", self.batch_tokens, "target_seconds", self.target_seconds)
@@ -53,6 +54,8 @@ class CostTable:
             _check_curve("requests", self.requests, "draft_seconds", self.draft_seconds)
         if not 0 <= self.step_seconds < math.inf:
             raise ValueError(f"step_seconds must be finite and at least 0, got {self.step_seconds}")
+        if not 0 <= self.context_seconds < math.inf:
+            raise ValueError(f"context_seconds must be finite and at least 0, got {self.context_seconds}")
 
     @classmethod
     def measured(
@@ -65,6 +68,7 @@ class CostTable:
         requests: Sequence[int],
         draft_seconds: Sequence[float],
         step_seconds: float,
+        context_seconds: float = 0.0,
     ) -> "CostTable":
         """From raw medians, forced monotone: noise must not make more work look cheaper."""
 
@@ -72,7 +76,7 @@ class CostTable:
             return tuple(float(value) for value in np.maximum.accumulate(np.asarray(seconds, dtype=np.float64)))
 
         curves = tuple(batch_tokens), rising(target_seconds), tuple(requests), rising(draft_seconds)
-        return cls(model, dtype, machine, *curves, float(step_seconds))
+        return cls(model, dtype, machine, *curves, float(step_seconds), max(0.0, float(context_seconds)))
 
     def check(self, model: str, dtype: str, machine: str) -> None:
         """Raise ValueError unless the table was measured for exactly this."""
@@ -85,16 +89,21 @@ class CostTable:
                 )
 
     @cached_property
-    def _target(self) -> _Curve:
-        return _Curve(self.batch_tokens, self.target_seconds)
+    def _tokens(self) -> _Curve:
+        """Of a target forward less its requests' contexts; it does not fall either."""
+        seconds = np.array(self.target_seconds) - self.context_seconds * np.array(self.batch_tokens)
+        return _Curve(self.batch_tokens, np.maximum.accumulate(seconds).tolist())
 
     @cached_property
     def _draft(self) -> _Curve:
         return _Curve(self.requests, self.draft_seconds)
 
-    def target(self, batch_tokens: ArrayLike) -> Floats:
-        """Seconds of a target forward, elementwise."""
-        return self._target(batch_tokens)
+    def target(self, batch_tokens: ArrayLike, requests: ArrayLike) -> Floats:
+        """Seconds of a target forward on the tokens of so many requests, elementwise.
+
+        A request's tokens read its context together, so a draft token costs less than another request's token.
+        """
+        return self._tokens(batch_tokens) + self.context_seconds * np.asarray(requests)
 
     def draft(self, requests: ArrayLike) -> Floats:
         """Seconds of a draft pass, elementwise; drafting for nobody costs nothing."""
@@ -102,9 +111,9 @@ class CostTable:
             return np.zeros(np.shape(requests))
         return np.where(np.asarray(requests) > 0, self._draft(requests), 0.0)
 
-    def seconds(self, batch_tokens: ArrayLike, requests_drafted: ArrayLike = 0) -> Floats:
+    def seconds(self, batch_tokens: ArrayLike, requests: ArrayLike, requests_drafted: ArrayLike = 0) -> Floats:
         """Seconds of a whole step, elementwise: 1 / SPS(B), drafting included."""
-        return self.step_seconds + self.target(batch_tokens) + self.draft(requests_drafted)
+        return self.step_seconds + self.target(batch_tokens, requests) + self.draft(requests_drafted)
 
 
 def _check_curve(sizes_name: str, sizes: Sequence[int], seconds_name: str, seconds: Sequence[float]) -> None:

@@ -103,8 +103,9 @@ def decode_seconds(costs: CostTable, load: Load, batch_tokens: ArrayLike, reques
     Prompts must be computed whatever is drafted. Counted in, they make a step look so slow that draft tokens pay
     which cost more than the tokens of an ordinary step.
     """
-    prompts = costs.target(load.requests + load.other_tokens) - costs.target(load.requests)
-    return costs.seconds(batch_tokens, requests_drafted) - prompts
+    requests = load.requests
+    prompts = costs.target(requests + load.other_tokens, requests) - costs.target(requests, requests)
+    return costs.seconds(batch_tokens, requests, requests_drafted) - prompts
 
 
 def rates(values: Floats, costs: CostTable, load: Load) -> Floats:
@@ -258,7 +259,7 @@ class _CostBased:
         """
         if self.history.samples >= self.warm_up:
             if self.rounds_asked % ASK_EVERY == 0 or load != self.asked:
-                plain = load.requests / self.costs.seconds(load.requests)
+                plain = load.requests / self.costs.seconds(load.requests, load.requests)
                 self.asked, self.pays = load, self.expected_rate(load) > plain
             self.rounds_asked += 1
             if not self.pays:

@@ -250,8 +250,8 @@ def test_foresight_is_the_plain_loop(arguments: tuple[Tensor, Tensor, CostTable,
     base, tau, count = load.requests + load.other_tokens, float(load.requests), 0
 
     def rate(expected: float, slots: int) -> float:
-        prompts = costs.target(base) - costs.target(load.requests)
-        return expected / float(costs.seconds(base + slots, load.requests) - prompts)
+        prompts = costs.target(base, load.requests) - costs.target(load.requests, load.requests)
+        return expected / float(costs.seconds(base + slots, load.requests, load.requests) - prompts)
 
     for i, value in enumerate(values):
         furthest = len(values) - i if i < budget else 1
@@ -283,7 +283,7 @@ def test_foresight_beats_algorithm_1_on_a_jagged_curve() -> None:
                 chosen = scheduler.choose(confidence, lengths, Load(requests))
                 kept = np.arange(7) < chosen.numpy()[:, None]
                 tokens += requests + float((survival(confidence, lengths) * kept).sum())
-                seconds += float(costs.seconds(requests + int(chosen.sum()), requests))
+                seconds += float(costs.seconds(requests + int(chosen.sum()), requests, requests))
             speed[make.__name__] = tokens / seconds
         assert speed["Foresight"] >= 0.999 * speed["ThroughputGreedy"]
         if requests in (8, 24):  # where the anchors alone fill whole tiles, Algorithm 1 never enters the next
