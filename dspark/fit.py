@@ -131,7 +131,7 @@ def split_prompts(config: FitConfig) -> None:
 
 def affordable_answers(config: FitConfig, target: Target) -> int:
     """Answers of full length that this machine writes in ANSWER_SHARE of the minutes."""
-    seconds = float(cost_table(target, None, "none").seconds(STREAMS)) / STREAMS  # a token
+    seconds = float(cost_table(target, None, "none").seconds(STREAMS, STREAMS)) / STREAMS  # a token
     return int(ANSWER_SHARE * 60 * config.train.minutes / (seconds * config.max_new_tokens))
 
 
