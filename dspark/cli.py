@@ -1,14 +1,10 @@
-"""The `dspark` command. Subcommands import what they need when they run, so that `--help` is instant."""
+"""The `dspark` command and its options. `--help` is instant: only a command that runs imports what it needs."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from dspark.engine.llm import LLM
-    from dspark.sampling import SamplingParams
+from dspark import commands
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,10 +29,10 @@ def build_parser() -> argparse.ArgumentParser:
         description="Speculative generation with DSpark drafters: faster decoding, the output unchanged.",
         epilog="Begin with: dspark generate 'What is the capital of France?'   Each command has its own --help.",
     )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    subcommands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, run, summary: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=summary, description=summary, parents=list(parents))
+        sub = subcommands.add_parser(name, help=summary, description=summary, parents=list(parents))
         sub.set_defaults(run=run)
         return sub
 
@@ -46,16 +42,18 @@ def build_parser() -> argparse.ArgumentParser:
         "--online-calibration", action="store_true", help="correct the drafter's confidence by what is verified"
     )
 
-    sub = command("generate", run_generate, "answer one prompt, streaming", model, drafter_options(), online, sampling)
+    sub = command(
+        "generate", commands.run_generate, "answer one prompt, streaming", model, drafter_options(), online, sampling
+    )
     sub.add_argument("prompt", help="the user's message; '-' reads it from standard input")
     sub.add_argument("--json", action="store_true", help="print one JSON object an answer instead of streaming text")
     sub.add_argument("--n", type=int, default=1, help="answers, each with a seed of its own (default 1)")
     sub.add_argument("--deterministic", action="store_true", help="the same to the last bit in any batch")
     sub.add_argument("--logprobs", type=int, metavar="K", help="log-probabilities of each token and the K likeliest")
 
-    command("chat", run_chat, "talk to the model in the terminal", model, drafter_options(), online, sampling)
+    command("chat", commands.run_chat, "talk to the model in the terminal", model, drafter_options(), online, sampling)
 
-    sub = command("data", run_data, "let the target answer prompts: training data for a drafter", model)
+    sub = command("data", commands.run_data, "let the target answer prompts: training data for a drafter", model)
     source = sub.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--prompts",
@@ -95,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--json", action="store_true", help="print only the summary as a JSON line")
 
-    sub = command("train", run_train, "train a drafter on answers that 'dspark data' wrote", model)
+    sub = command("train", commands.run_train, "train a drafter on answers that 'dspark data' wrote", model)
     sub.add_argument(
         "--data",
         required=True,
@@ -143,7 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0)
 
     sub = command(
-        "fit", run_fit, "the whole way for a new model, with a report of what it gains", model_options("model")
+        "fit", commands.run_fit, "the whole way for a new model, with a report of what it gains", model_options("model")
     )
     sub.description = (
         "Prompts, the model's answers, training, calibration, profile, and a report: tokens/s, plain and with the "
@@ -162,7 +160,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--price-per-hour", type=float, help="of this machine: the report says what a million tokens cost")
     sub.add_argument("--json", action="store_true", help="print only the report as a JSON line")
 
-    sub = command("bench", run_bench, "time systems side by side on the same prompts", model, drafter_options())
+    sub = command(
+        "bench", commands.run_bench, "time systems side by side on the same prompts", model, drafter_options()
+    )
     sub.add_argument("--prompts", type=Path, help="JSON lines of prompts (default: 30 that come with dspark)")
     sub.add_argument("--limit", type=int, help="use only N prompts, spread over the domains")
     sub.add_argument("--streams", default="1,8", help="numbers of concurrent requests (default 1,8)")
@@ -173,7 +173,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.usage = "dspark bench [OPTIONS]\n       dspark bench load [OPTIONS]"
     add_bench_load(sub, model, online)
 
-    sub = command("eval", run_eval, "measure how many draft tokens live decoding accepts", model)
+    sub = command("eval", commands.run_eval, "measure how many draft tokens live decoding accepts", model)
     sub.add_argument("--drafter", default="dspark", help="dspark (shipped), ngram or a checkpoint folder")
     sub.add_argument("--prompts", type=Path, help="JSON lines not trained on (default: 30 that come with dspark)")
     sub.add_argument("--limit", type=int, help="use only N prompts, spread over the domains")
@@ -182,7 +182,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--streams", type=int, default=16, help="answers at once (default 16)")
     sub.add_argument("--json", action="store_true", help="print only the JSON line")
 
-    sub = command("calibrate", run_calibrate, "fit a drafter's confidence to what is really accepted", model)
+    sub = command("calibrate", commands.run_calibrate, "fit a drafter's confidence to what is really accepted", model)
     sub.add_argument("--drafter", default="dspark", help="dspark (shipped) or a checkpoint folder")
     sub.add_argument("--prompts", type=Path, help="JSON lines not trained on (default: 30 that come with dspark)")
     sub.add_argument("--limit", type=int, help="use only N prompts, spread over the domains")
@@ -193,18 +193,20 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--plot", type=Path, metavar="PNG", help="draw the reliability diagram")
     sub.add_argument("--json", action="store_true", help="print only the JSON line")
 
-    sub = command("profile", run_profile, "measure what a step costs on this machine", model)
+    sub = command("profile", commands.run_profile, "measure what a step costs on this machine", model)
     sub.add_argument("--drafter", default="dspark", help="dspark (shipped), ngram, none or a checkpoint folder")
     sub.add_argument("--context", type=int, default=192, help="tokens of a request in the cache (default 192)")
     sub.add_argument("--repeats", type=int, default=9, help="timings of each size (default 9)")
     sub.add_argument("--out", type=Path, help="file to write (default: where the engine looks for it)")
     sub.add_argument("--json", action="store_true", help="print only the JSON line")
 
-    sub = command("export", run_export, "write a drafter in the format of the official implementation", model)
+    sub = command("export", commands.run_export, "write a drafter in the format of the official implementation", model)
     sub.add_argument("--drafter", required=True, help="checkpoint folder of a drafter of a Qwen3 target")
     sub.add_argument("--out", type=Path, required=True, help="folder to write: config.json and model.safetensors")
 
-    command("demo", run_demo, "plain decoding and DSpark side by side, in about a minute", model, drafter_options())
+    command(
+        "demo", commands.run_demo, "plain decoding and DSpark side by side, in about a minute", model, drafter_options()
+    )
     return parser
 
 
@@ -222,7 +224,7 @@ def add_bench_load(
         prog="dspark bench load",
         usage="%(prog)s [OPTIONS]",
     )
-    sub.set_defaults(run=run_bench_load)
+    sub.set_defaults(run=commands.run_bench_load)
     sub.add_argument("--drafter", default="dspark", help="dspark (shipped), ngram, none or a checkpoint folder")
     sub.add_argument("--prompts", type=Path, help="JSON lines of prompts (default: 30 that come with dspark)")
     sub.add_argument("--limit", type=int, help="use only N prompts, spread over the domains")
@@ -292,395 +294,6 @@ def sampling_options() -> argparse.ArgumentParser:
     parent.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     parent.add_argument("--ignore-eos", action="store_true", help="go on after the model's end token")
     return parent
-
-
-def sampling_params(args: argparse.Namespace) -> "SamplingParams":
-    from dspark.sampling import SamplingParams
-
-    return SamplingParams(
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        min_p=args.min_p,
-        seed=args.seed,
-        max_new_tokens=args.max_new_tokens,
-        min_new_tokens=args.min_new_tokens,
-        ignore_eos=args.ignore_eos,
-        stop=tuple(args.stop),
-        presence_penalty=args.presence_penalty,
-        frequency_penalty=args.frequency_penalty,
-        repetition_penalty=args.repetition_penalty,
-        logit_bias=dict(map(parse_bias, args.logit_bias)),
-        n=getattr(args, "n", 1),
-        logprobs=getattr(args, "logprobs", None),
-    )
-
-
-def parse_bias(text: str) -> tuple[int, float]:
-    """`ID=BIAS` -> token id and bias. Raises ValueError naming the option."""
-    try:
-        token, bias = text.split("=")
-        return int(token), float(bias)
-    except ValueError:
-        raise ValueError(f"--logit-bias must be a token id and a number as in 42=-5, not '{text}'") from None
-
-
-def load(args: argparse.Namespace, drafter: str, max_streams: int) -> "LLM":
-    """The model and drafter that the options name; says on stderr what was loaded and its limits."""
-    from dspark.engine.engine import EngineConfig
-    from dspark.engine.llm import LLM
-
-    llm = LLM(
-        args.model,
-        drafter,
-        policy=getattr(args, "policy", None),
-        deterministic=getattr(args, "deterministic", False),
-        online_calibration=getattr(args, "online_calibration", False),
-        dtype=args.dtype,
-        device=args.device,
-        config=EngineConfig(max_streams=max_streams),
-    )
-    print(f"{llm.target.describe()}; drafter {drafter}; {llm.engine.limits()}", file=sys.stderr)
-    return llm
-
-
-def run_generate(args: argparse.Namespace) -> None:
-    import time
-
-    params = sampling_params(args)
-    if not args.json and (params.n > 1 or params.logprobs is not None):
-        raise ValueError("--n and --logprobs need --json")
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    if not prompt.strip():
-        raise ValueError("the prompt is empty")
-    llm = load(args, args.drafter, max_streams=params.n)
-    started = time.perf_counter()
-    if args.json:
-        answers = llm.generate([prompt], params)
-        seconds = time.perf_counter() - started
-        for answer in answers:
-            row = {
-                "text": answer.text,
-                "token_ids": answer.token_ids,
-                "finish_reason": answer.finish_reason,
-                "stopped_by": answer.stopped_by,
-                "accepted_length": round(answer.accepted_length, 3),
-                "seconds": round(seconds, 3),
-                "tokens_per_s": round(len(answer.token_ids) / seconds, 2),
-            }
-            if params.logprobs is not None:
-                row["logprobs"] = [{"logprob": own, "top": top} for own, top in answer.logprobs]
-            print(json.dumps(row, ensure_ascii=False))
-        return
-    sequence = print_stream(llm, prompt, params)
-    seconds = time.perf_counter() - started
-    count = len(sequence.output_ids)
-    print(
-        f"[{count} tokens, {count / seconds:.1f} tokens/s, accepted length {sequence.accepted_length:.2f}]",
-        file=sys.stderr,
-    )
-
-
-def print_stream(llm: "LLM", prompt, params: "SamplingParams"):
-    """Print an answer as it comes; Ctrl-C ends it. Returns its sequence."""
-    sequence = llm.submit(prompt, params)
-    try:
-        for piece in llm.follow(sequence):
-            print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        llm.engine.cancel(sequence)
-        print(" [interrupted]", end="")
-    print()
-    return sequence
-
-
-def run_chat(args: argparse.Namespace) -> None:
-    params = sampling_params(args)
-    llm = load(args, args.drafter, max_streams=1)
-    print("Type a message; /clear forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer.")
-    messages: list[dict[str, str]] = []
-    while True:
-        try:
-            text = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        if text == "/exit":
-            return
-        if text == "/clear":
-            messages.clear()
-        elif text:
-            messages.append({"role": "user", "content": text})
-            try:
-                sequence = print_stream(llm, messages, params)
-            except ValueError as error:  # the conversation has outgrown the context
-                print(f"dspark: {error}; /clear starts anew", file=sys.stderr)
-                messages.pop()
-                continue
-            messages.append({"role": "assistant", "content": llm.completion(sequence).text})
-
-
-def interrupt_on_signals() -> None:
-    """Ctrl-C and SIGTERM raise KeyboardInterrupt."""
-    import signal
-
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with SIGINT ignored
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-
-
-def run_data(args: argparse.Namespace) -> None:
-    from dspark.train.generate import write_data
-    from dspark.train.work import DataConfig
-
-    config = DataConfig(
-        out=args.out,
-        prompts=args.prompts,
-        subset=args.subset,
-        split=args.split,
-        limit=args.limit,
-        self_written=args.self_written,
-        keep_answers=args.keep_answers,
-        model=args.model,
-        dtype=args.dtype,
-        device=args.device,
-        streams=args.streams,
-        servers=tuple(args.server),
-        timeout=args.timeout,
-        samples=args.samples,
-        samplings=tuple(parse_sampling(part) for part in args.samplings.split(",")),
-        max_new_tokens=args.max_new_tokens,
-        max_prompt_tokens=args.max_prompt_tokens,
-        seed=args.seed,
-    )
-    interrupt_on_signals()
-    summary = write_data(config)
-    if not args.json:
-        print(
-            f"{summary['answers']} answers, {summary['tokens']} tokens at {summary['tokens_per_s']}/s, in '{args.out}'"
-        )
-    print(json.dumps(summary))
-
-
-def parse_sampling(text: str) -> tuple[float, float]:
-    """`T` or `T/P` -> temperature and top-p. Raises ValueError naming the option."""
-    try:
-        temperature, _, top_p = text.partition("/")
-        return float(temperature), float(top_p or 1)
-    except ValueError:
-        raise ValueError(
-            f"--samplings must be temperatures or temperature/top-p as in 0,0.7/0.95, not '{text}'"
-        ) from None
-
-
-def run_train(args: argparse.Namespace) -> int:
-    from dspark.train.run import TrainRun, train
-    from dspark.train.trainer import TrainConfig
-
-    files, weights = zip(*map(parse_weighted, args.data))
-    config = TrainConfig(
-        minutes=args.minutes,
-        epochs=args.epochs,
-        sequences_per_step=args.sequences_per_step,
-        anchors_per_sequence=args.anchors,
-        learning_rate=args.learning_rate,
-        optimizer=args.optimizer,
-        weight_average=args.weight_average,
-        parallel=args.parallel,
-        evaluations=args.evaluations,
-        cache_gib=args.cache_gib,
-        feature_cache=args.feature_cache,
-        feature_cache_gib=args.feature_cache_gib,
-        seed=args.seed,
-    )
-    run = TrainRun(
-        data=files,
-        weights=tuple(weight or 1.0 for weight in weights) if any(weights) else (),
-        out=args.out,
-        model=args.model,
-        dtype=args.dtype,
-        device=args.device,
-        drafter=args.drafter,
-        block_size=args.block_size,
-        draft_layers=args.draft_layers,
-        markov_head=args.markov_head,
-        window=args.window,
-        initial=args.initial,
-        max_length=args.max_length,
-        heldout=args.heldout,
-        tensorboard=args.tensorboard,
-        train=config,
-    )
-    return 0 if train(run) else 130
-
-
-def parse_weighted(text: str) -> tuple[Path, float | None]:
-    """`FILE:WEIGHT` or `FILE` -> path, and weight if there is one. Raises ValueError for an impossible weight."""
-    name, colon, number = text.rpartition(":")
-    try:
-        weight = float(number)
-    except ValueError:
-        return Path(text), None
-    if not colon:
-        return Path(text), None
-    if not 0 < weight < float("inf"):
-        raise ValueError(f"the weight in '{text}' must be above 0")
-    return Path(name), weight
-
-
-def parse_list(text: str, kind: type, name: str) -> list:
-    """Parse `1,8` style options. Raises ValueError naming the option."""
-    try:
-        return [kind(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise ValueError(f"--{name} must be numbers separated by commas, not '{text}'") from None
-
-
-def run_fit(args: argparse.Namespace) -> None:
-    from dspark.fit import FitConfig, run_and_report
-    from dspark.train.trainer import TrainConfig
-
-    config = FitConfig(
-        model=args.model,
-        out=args.out or Path("runs", Path(args.model).resolve().name),
-        prompts=args.prompts,
-        dtype=args.dtype,
-        device=args.device,
-        max_new_tokens=args.max_new_tokens,
-        train=TrainConfig(minutes=args.minutes),
-    )
-    interrupt_on_signals()
-    run_and_report(config, args.price_per_hour, show_table=not args.json)
-
-
-def run_bench(args: argparse.Namespace) -> None:
-    from dspark.eval.bench import BenchConfig, run_and_report
-
-    config = BenchConfig(
-        model=args.model,
-        drafter=args.drafter,
-        policy=args.policy,
-        dtype=args.dtype,
-        device=args.device,
-        prompts=args.prompts,
-        limit=args.limit,
-        streams=tuple(parse_list(args.streams, int, "streams")),
-        temperatures=tuple(parse_list(args.temperatures, float, "temperatures")),
-        max_new_tokens=args.max_new_tokens,
-        systems=tuple(s.strip() for s in args.systems.split(",") if s.strip()),
-    )
-    run_and_report(config, show_table=not args.json)
-
-
-def run_bench_load(args: argparse.Namespace) -> int:
-    from dspark.eval.load import LoadConfig, run_and_report
-
-    config = LoadConfig(
-        model=args.model,
-        drafter=args.drafter,
-        dtype=args.dtype,
-        device=args.device,
-        prompts=args.prompts,
-        limit=args.limit,
-        policies=tuple(p.strip() for p in args.policies.split(",") if p.strip()),
-        arrivals=args.arrivals,
-        streams=tuple(parse_list(args.streams, int, "streams")),
-        rates=tuple(parse_list(args.rates, float, "rates")),
-        seconds=args.seconds,
-        slice_seconds=args.slice,
-        precision=args.precision,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        seed=args.seed,
-        online_calibration=args.online_calibration,
-        plots=args.plots,
-    )
-    return 0 if run_and_report(config, show_table=not args.json) else 130
-
-
-def run_eval(args: argparse.Namespace) -> None:
-    from dspark.eval.acceptance import EvalConfig, run_and_report
-
-    config = EvalConfig(
-        model=args.model,
-        drafter=args.drafter,
-        dtype=args.dtype,
-        device=args.device,
-        prompts=args.prompts,
-        limit=args.limit,
-        temperatures=tuple(parse_list(args.temperatures, float, "temperatures")),
-        max_new_tokens=args.max_new_tokens,
-        streams=args.streams,
-    )
-    run_and_report(config, show_table=not args.json)
-
-
-def run_calibrate(args: argparse.Namespace) -> None:
-    from dspark.eval.reliability import CalibrateConfig, run_and_report
-
-    config = CalibrateConfig(
-        model=args.model,
-        drafter=args.drafter,
-        dtype=args.dtype,
-        device=args.device,
-        prompts=args.prompts,
-        limit=args.limit,
-        temperatures=tuple(parse_list(args.temperatures, float, "temperatures")),
-        max_new_tokens=args.max_new_tokens,
-        streams=args.streams,
-        out=args.out,
-        plot=args.plot,
-    )
-    run_and_report(config, show_table=not args.json)
-
-
-def run_profile(args: argparse.Namespace) -> None:
-    from dataclasses import asdict
-
-    from rich.console import Console
-
-    from dspark.config import write_json
-    from dspark.drafters.load import make_drafter
-    from dspark.engine.profile import ProfileConfig, measure_costs, profile_path
-    from dspark.eval.report import cost_tables
-    from dspark.models.loader import load_target
-
-    config = ProfileConfig(repeats=args.repeats, context=args.context)
-    target = load_target(args.model, args.dtype, args.device)
-    drafter = make_drafter(args.drafter, target.source.name, target.decoder)
-    with Console(stderr=True).status("measuring") as status:
-        table = measure_costs(target, drafter, config, lambda text: status.update(f"measured {text}"))
-    out = args.out or profile_path(target, args.drafter)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(table, out)
-    if not args.json:
-        for part in cost_tables(table):
-            Console().print(part)
-        print(f"written to '{out}'")
-    print(json.dumps({**asdict(table), "out": str(out)}))
-
-
-def run_export(args: argparse.Namespace) -> None:
-    import torch
-
-    from dspark.drafters.checkpoint import load_drafter, write_official
-    from dspark.drafters.layers import check_fit
-    from dspark.models.config import DecoderConfig
-    from dspark.models.source import load_hf_config, load_state_dict, resolve_model
-
-    source = resolve_model(args.model)
-    config, model = DecoderConfig.from_hf(load_hf_config(source)), load_drafter(Path(args.drafter))
-    check_fit(model.config, config)
-    weights = load_state_dict(source)
-    embedding = weights["model.embed_tokens.weight"]
-    lm_head = embedding if config.tie_embeddings else weights["lm_head.weight"]
-    write_official(model, embedding, lm_head, args.out, torch.bfloat16 if args.dtype == "bf16" else torch.float32)
-    print(f"written to '{args.out}'")
-
-
-def run_demo(args: argparse.Namespace) -> None:
-    from dspark.eval.demo import run_demo
-
-    run_demo(args.model, args.drafter, args.policy, args.dtype, args.device)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dspark.cli import main, parse_weighted
+from dspark.cli import main
+from dspark.commands import parse_weighted
 
 
 def error_of(capsys, *argv: str) -> str:
