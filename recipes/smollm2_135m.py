@@ -1,8 +1,9 @@
 """The drafter for SmolLM2-135M-Instruct.
 
-The shipped one had 42 minutes of `dspark` on 806 answers, 51 of `continued` on 1,243 (271k tokens), 33 of `on_policy` on
-2,383 (510k tokens, 338 of the prompts written by the target itself) and 47 of `wider` on 4,135 (984k tokens, 1,340 of
-the prompts self-written), each from where the one before ended. The last ran as two processes of one thread:
+The shipped one had 42 minutes of `dspark` on 806 answers, 51 of `continued` on 1,243 (271k tokens), 33 of
+`on_policy` on 2,383 (510k tokens, 338 of the prompts written by the target itself) and 47 of `wider` on 4,135 (984k
+tokens, 1,340 of the prompts self-written), each from where the one before ended. The last ran as two processes of
+one thread:
 
 dspark data --prompts train.jsonl --out runs/answers.jsonl
 dspark data --self-written 2000 --out runs/self-written.jsonl
