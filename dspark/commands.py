@@ -365,7 +365,7 @@ def run_profile(args: argparse.Namespace) -> None:
     target = load_target(args.model, args.dtype, args.device)
     drafter = make_drafter(args.drafter, target.source.name, target.decoder)
     with Console(stderr=True).status("measuring") as status:
-        table = measure_costs(target, drafter, config, lambda text: status.update(f"measured {text}"))
+        table = measure_costs(target, drafter, config, lambda text: status.update(f"measuring, {text}"))
     out = args.out or profile_path(target, args.drafter)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(table, out)

@@ -9,7 +9,9 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -39,7 +41,7 @@ class ProfileConfig:
     context: int = 192
 
 
-QUICK = ProfileConfig(QUICK_BATCH_TOKENS, QUICK_REQUESTS, repeats=3)
+QUICK = ProfileConfig(QUICK_BATCH_TOKENS, QUICK_REQUESTS, repeats=5)
 CONTEXT_REQUESTS = 16  # whose blocks are timed together
 STEP_SECONDS = 3e-4  # planning, committing and Python around a step, measured at one stream
 
@@ -94,36 +96,47 @@ def measure_costs(
         tokens = [1] * (config.context + 1)
         drafter.propose([ProbeRequest(tokens, i % regions * room) for i in range(requests)])
 
-    def seconds(run: Callable[..., None], *size: int) -> float:
-        run(*size)
-        times = []
-        for _ in range(config.repeats):
-            started = time.perf_counter()
-            run(*size)
-            times.append(time.perf_counter() - started)
-        on_done(f"{run.__name__} {' x '.join(map(str, size))}")
-        return statistics.median(times)
-
     if drafter is not None:
         forward(1)  # the drafter's context must hold finite numbers
-    target_seconds = [seconds(forward, n) for n in config.batch_tokens]
     requests = config.requests if drafter is not None else ()
-    draft_seconds = [seconds(propose, n) for n in requests]
-    # As many tokens of fewer requests: what is saved was spent on reading contexts.
     few, rows = CONTEXT_REQUESTS, 1 + gamma
-    saved = seconds(forward, few * rows) - seconds(forward, few, rows) if gamma else 0.0
-    context_seconds = saved / (few * rows - few) if gamma else 0.0
+    sizes = sorted({*config.batch_tokens, *requests})  # in a step, drafting follows a target forward of its size too
+    jobs: dict[tuple[str, int], Callable[[], None]] = {}
+    for n in sizes:
+        jobs |= {("target", n): partial(forward, n)} if n in config.batch_tokens else {}
+        jobs |= {("draft", n): partial(propose, n)} if n in requests else {}
+    # As many tokens of fewer requests: what is saved was spent on reading contexts.
+    jobs["apart", 0], jobs["together", 0] = partial(forward, few * rows), partial(forward, few, rows)
+    seconds = median_seconds(jobs, config.repeats, on_done)
+    saved = seconds["apart", 0] - seconds["together", 0]
     return CostTable.measured(
         target.source.name,
         str(decoder.dtype).removeprefix("torch."),
         machine_name(decoder.device),
         config.batch_tokens,
-        target_seconds,
+        [seconds["target", n] for n in config.batch_tokens],
         requests,
-        draft_seconds,
+        [seconds["draft", n] for n in requests],
         step_seconds=STEP_SECONDS,
-        context_seconds=context_seconds,
+        context_seconds=saved / (few * gamma) if gamma else 0.0,
     )
+
+
+Job = TypeVar("Job")
+
+
+def median_seconds(
+    jobs: dict[Job, Callable[[], None]], repeats: int, on_done: Callable[[str], None]
+) -> dict[Job, float]:
+    """Of each job. They take turns, so that a slow phase of a shared machine slows one turn of all, not all of one."""
+    times: dict[Job, list[float]] = {name: [] for name in jobs}
+    for turn in range(1 + repeats):
+        for name, job in jobs.items():
+            started = time.perf_counter()
+            job()
+            times[name].append(time.perf_counter() - started)
+        on_done(f"turn {turn} of {repeats}")
+    return {name: statistics.median(kept[1:]) for name, kept in times.items()}  # the first turn is a warm-up
 
 
 def profile_path(target: Target, drafter: str) -> Path:
