@@ -161,6 +161,7 @@ def foresight(values: Floats, budget: int, costs: CostTable, load: Load) -> int:
 
 KEPT_ROWS = 128  # blocks that stand for the mix of easy and hard ones
 ASK_EVERY = 8  # rounds of the same load that one answer to "does drafting pay" holds for
+PAYS = 1.03  # times plain decoding that drafting must promise: costs and survivals are estimates
 PROBES = 4  # requests drafted for, now and then, while drafting does not pay
 
 
@@ -255,12 +256,14 @@ class _CostBased:
     def requests_to_draft(self, load: Load) -> int:
         """All, if rounds like the past ones are expected to give more tokens a second than a plain step.
 
-        Else none, and every `retry_every`-th round a few.
+        Else none, and every `retry_every`-th round a few. It must pay without the prompts of this step too: they
+        take the curve of costs to places where it may be flat by chance.
         """
         if self.history.samples >= self.warm_up:
             if self.rounds_asked % ASK_EVERY == 0 or load != self.asked:
                 plain = load.requests / self.costs.seconds(load.requests, load.requests)
-                self.asked, self.pays = load, self.expected_rate(load) > plain
+                rate = min(self.expected_rate(way) for way in {load, Load(load.requests)})
+                self.asked, self.pays = load, rate > PAYS * plain
             self.rounds_asked += 1
             if not self.pays:
                 self.rounds_without += 1
