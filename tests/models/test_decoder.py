@@ -76,9 +76,11 @@ def test_from_hf_reads_every_field():
     )
 
 
-def whole_forward(target: Decoder, tokens: torch.Tensor) -> torch.Tensor:
-    with torch.inference_mode():
+def whole_forward(target: Decoder, tokens: torch.Tensor, compiled: bool = True) -> torch.Tensor:
+    """compiled: with the compiled attention where there is one, else with PyTorch's."""
+    with torch.inference_mode(compiled):
         attention = packed_attention([len(tokens)], target.config, target.kv_dtype, target.device)
+    with torch.inference_mode():
         return target.logits(target.forward(tokens, torch.arange(len(tokens)), attention).hidden)
 
 
@@ -222,7 +224,9 @@ def test_smollm2_logits_equal_those_of_transformers():
         tokens = torch.tensor(ids * 4)
         with torch.no_grad():
             theirs = model(tokens[None]).logits[0]
-        torch.testing.assert_close(whole_forward(decoder, tokens), theirs, atol=1e-4, rtol=0)
+        torch.testing.assert_close(whole_forward(decoder, tokens, compiled=False), theirs, atol=1e-4, rtol=0)
+        # Another order of additions in attention alone moves a logit of 40 by up to 1e-4.
+        torch.testing.assert_close(whole_forward(decoder, tokens), theirs, atol=1.5e-4, rtol=0)
 
 
 @pytest.mark.model
