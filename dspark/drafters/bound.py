@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dspark.drafters.interface import DraftRequest
 from dspark.drafters.layers import DraftModel, check_fit
-from dspark.models.attention import Segment, copy_slots, empty_cache
+from dspark.models.attention import Segment, copy_slots
 from dspark.models.decoder import Decoder
 from dspark.models.layers import linear_map
 from dspark.sampling import Purpose, categorical, first_maximum, truncated_probs, uniforms
@@ -65,7 +65,7 @@ class BoundDrafter(ABC):
 
     def allocate(self, num_slots: int) -> None:
         dtype, device = self.target.kv_dtype, self.target.device
-        self._storage = [empty_cache((num_slots, *shape), dtype, device) for shape in self.slot_shapes]
+        self._storage = [torch.empty((num_slots, *shape), dtype=dtype, device=device) for shape in self.slot_shapes]
 
     @torch.inference_mode()
     def copy(self, source_slot: int, target_slot: int, count: int) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from dspark.drafters.interface import Drafter
-from dspark.models.attention import copy_slots, empty_cache
+from dspark.models.attention import copy_slots
 from dspark.models.config import DecoderConfig
 
 MIN_REUSED = 16  # shorter prefixes are computed again
@@ -53,7 +53,7 @@ class KVCache:
         """drafter: its storage for the same slots is copied along. reuse: whether computed prefixes are."""
         self.num_slots, self.drafter, self.reuse = num_slots, drafter, reuse
         shape = (num_slots, 2, config.num_kv_heads, config.head_dim)
-        self.storage = [empty_cache(shape, dtype, device) for _ in range(config.num_layers)]
+        self.storage = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
         self._owned: list[Region] = []
         self._kept: list[Region] = []  # of finished requests: free memory, least recently used first
 

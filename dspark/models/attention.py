@@ -74,14 +74,6 @@ def packed_attention(
     )
 
 
-def empty_cache(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised storage of one layer, on a CPU in large memory pages where the system gives them."""
-    storage = torch.empty(shape, dtype=dtype, device=device)
-    if device.type == "cpu":
-        cpu_ops.ask_for_large_pages(storage)
-    return storage
-
-
 def compiled_cache(storage: Tensor) -> bool:
     """Whether the compiled operations read and write this cache; rows beside it are then fp32."""
     in_reach = storage.device.type == "cpu" and storage.dtype in (torch.float32, torch.bfloat16)

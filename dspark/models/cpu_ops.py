@@ -144,10 +144,7 @@ LARGE_PAGE = 2 << 20
 
 
 def ask_for_large_pages(storage: Tensor) -> None:
-    """Advise Linux to back a tensor that is not yet written with pages of 2 MiB; elsewhere nothing happens.
-
-    Attention over the caches of 64 requests is much faster for it: small pages outnumber what a core can look up.
-    """
+    """Advise Linux to back a tensor that is not yet written with pages of 2 MiB; elsewhere nothing happens."""
     if platform.system() == "Linux":
         use_large = 14
         start = storage.data_ptr() + -storage.data_ptr() % LARGE_PAGE
