@@ -38,7 +38,8 @@ class CachedAttention:
         first = storage[0]
         self.chunks = self.masks = None
         if compiled_cache(first):
-            self.chunks = cpu_ops.Chunks.of((s.count, s.first_slot, s.length, s.causal) for s in segments)
+            shape = cpu_ops.AttentionShape(first.shape[2], group_size, first.shape[3], first.dtype is torch.bfloat16)
+            self.chunks = cpu_ops.Chunks.of(((s.count, s.first_slot, s.length, s.causal) for s in segments), shape)
         else:
             self.masks = [
                 causal_mask(s.count, s.length, group_size, first.dtype, first.device) if s.causal else None

@@ -1,10 +1,8 @@
-"""LLVM code of norm, rotation, activation and attention."""
+"""LLVM code of norm, rotation and activation, and of kernels one after the other."""
 
 from llvmlite import ir
 
-from dspark.models.cpu_emitter import F32, I32, I64, VOID, Emitter, Machine, Value, lanes_for
-
-KEYS_AHEAD = 32  # that attention fetches: 64 requests of 256 tokens take 0.85 ms a layer instead of 1.12
+from dspark.models.cpu_emitter import F32, I64, VOID, Emitter, Machine, Value, lanes_for
 
 
 def sequence_kernel(machine: Machine, width: int) -> ir.Module:
@@ -114,120 +112,5 @@ def store_kernel(machine: Machine, width: int, to_bf16: bool) -> ir.Module:
         with e.loop(I64(0), I64(width), e.lanes) as i:
             value = e.load(x, b.add(source, i))
             e.store(e.to_bf16(value) if to_bf16 else value, cache, b.add(target, i))
-    b.ret_void()
-    return e.module
-
-
-def attention_kernel(machine: Machine, kv_heads: int, group: int, head_dim: int, in_bf16: bool) -> ir.Module:
-    """Chunks of consecutive query rows over their request's cache slots, all queries of one KV head together.
-
-    Fields: q (row stride given), kv [slots, 2, kv_heads, head_dim] in fp32 or bf16, out [N, kv_heads*group*head_dim],
-    scratch (`room` floats a thread: a block of keys, then `span` scores for each row and query of a chunk), chunks
-    [items / kv_heads, 5] (see `Chunks`), q row stride, room, span; items: chunks * kv_heads.
-
-    Keys are read and turned once for all rows of a chunk, `lanes` of them at a time, so that the scores of a query
-    against them grow side by side without a sum across lanes. A row's result does not depend on the other rows.
-    """
-    packed = 2 if in_bf16 else 1  # numbers of a key in 32 bits, which are turned together
-    e = Emitter(f"f{'h' if in_bf16 else 'f'}ffqiiii", machine, lanes_for(head_dim // packed, machine))
-    b, lanes = e.b, e.lanes
-    words = ir.VectorType(I32, lanes)
-    q, kv, out, scratch, chunks, q_stride, room, span, _ = e.fields
-    parts, slot_size = head_dim // lanes, 2 * kv_heads * head_dim
-    turned = b.gep(scratch, [b.mul(e.thread, room)])  # [head_dim / packed, lanes]
-    scores = b.gep(turned, [I64(head_dim // packed * lanes)])  # [rows, group, span]
-    lane_numbers = ir.Constant(ir.VectorType(I64, lanes), list(range(lanes)))
-    lowest = e.constant(-1e30)
-
-    def read(pointer: Value, index: Value) -> Value:
-        return e.load_bf16(pointer, index) if in_bf16 else e.load(pointer, index)
-
-    def unpacked(key: Value) -> list[Value]:
-        """The numbers of a vector of turned keys: one of each key, or an even and an odd one in bf16."""
-        if not in_bf16:
-            return [key]
-        bits = b.bitcast(key, words)
-        halves = b.shl(bits, ir.Constant(words, [16] * lanes)), b.and_(bits, ir.Constant(words, [-65536] * lanes))
-        return [b.bitcast(half, e.vector) for half in halves]
-
-    def before(end: Value, start: Value) -> Value:
-        """Which lanes of a vector that begins at `start` lie before `end`."""
-        return b.icmp_unsigned("<", lane_numbers, e.spread(b.sub(end, start)))
-
-    with e.loop(e.first, e.last) as item:
-        chunk, head = b.udiv(item, I64(kv_heads)), b.urem(item, I64(kv_heads))
-        first_row, count, first_slot, length, shrink = (
-            b.load(b.gep(chunks, [b.add(b.mul(chunk, I64(5)), I64(i))])) for i in range(5)
-        )
-        keys = b.gep(kv, [b.add(b.mul(first_slot, I64(slot_size)), b.mul(head, I64(head_dim)))])
-        values = b.gep(keys, [I64(kv_heads * head_dim)])
-
-        def visible(row: Value, count=count, length=length, shrink=shrink) -> Value:
-            return b.sub(length, b.mul(shrink, b.sub(b.sub(count, I64(1)), row)))
-
-        def at(row: Value, g: int, position: Value) -> Value:
-            return b.add(b.mul(b.add(b.mul(row, I64(group)), I64(g)), span), position)
-
-        with e.loop(I64(0), length, lanes) as t:
-            last = b.sub(length, I64(1))
-            places = []  # of the block's keys; past the end the last one again, which is masked below
-            for j in range(lanes):
-                slot = b.add(t, I64(j))
-                places.append(b.mul(b.select(b.icmp_unsigned("<", slot, last), slot, last), I64(slot_size)))
-            # A head's slots lie too far apart for the hardware to see the stream.
-            for j in range(lanes):
-                ahead = b.mul(b.add(t, I64(j + KEYS_AHEAD)), I64(slot_size))
-                for base in (keys, values):
-                    for line in range(0, head_dim, 16 * packed):
-                        e.prefetch(base, b.add(ahead, I64(line)), locality=2)
-            for p in range(parts // packed):
-                block = [e.load(keys, b.add(place, I64(p * lanes * packed))) for place in places]
-                for d, vector in enumerate(e.transposed(block)):
-                    e.store(vector, turned, I64((p * lanes + d) * lanes))
-            with e.loop(I64(0), count) as row:
-                query = b.gep(q, [b.add(b.mul(b.add(first_row, row), q_stride), b.mul(head, I64(group * head_dim)))])
-                zeros = [e.constant(0.0)] * (group * parts)
-                with e.sums(I64(0), I64(lanes), zeros) as (d, carried, results):
-                    for p in range(parts // packed):
-                        here = b.add(d, I64(p * lanes))
-                        for n, key in enumerate(unpacked(e.load(turned, b.mul(here, I64(lanes))))):
-                            at_query = b.add(b.mul(here, I64(packed)), I64(n))
-                            for g in range(group):
-                                part = e.spread(b.load(b.gep(query, [b.add(at_query, I64(g * head_dim))])))
-                                i = g * parts + p * packed + n
-                                carried[i] = e.fma(part, key, carried[i])
-                seen = before(visible(row), t)
-                for g in range(group):
-                    score = results[g * parts]
-                    for p in range(1, parts):
-                        score = b.fadd(score, results[g * parts + p])
-                    score = b.fmul(score, e.constant(head_dim**-0.5))
-                    e.store(b.select(seen, score, lowest), scores, at(row, g, t))
-        with e.loop(I64(0), count) as row:
-            end = visible(row)
-            with e.sums(I64(0), end, [lowest] * group, lanes) as (t, carried, highest):
-                for g in range(group):
-                    carried[g] = e.maximum(carried[g], e.load(scores, at(row, g, t)))
-            shifts = [e.spread(e.highest(value)) for value in highest]
-            with e.sums(I64(0), end, [e.constant(0.0)] * group, lanes) as (t, carried, sums):
-                seen = before(end, t)
-                for g in range(group):
-                    weight = e.exp(b.fsub(e.load(scores, at(row, g, t)), shifts[g]))
-                    weight = b.select(seen, weight, e.constant(0.0))
-                    e.store(weight, scores, at(row, g, t))
-                    carried[g] = b.fadd(carried[g], weight)
-            inverses = [e.spread(b.fdiv(F32(1.0), e.total(value))) for value in sums]
-            with e.sums(I64(0), end, [e.constant(0.0)] * (group * parts)) as (t, carried, results):
-                place = b.mul(t, I64(slot_size))
-                value = [read(values, b.add(place, I64(p * lanes))) for p in range(parts)]
-                for g in range(group):
-                    weight = e.spread(b.load(b.gep(scores, [at(row, g, t)])))
-                    for p in range(parts):
-                        i = g * parts + p
-                        carried[i] = e.fma(weight, value[p], carried[i])
-            rows_before = b.mul(b.add(first_row, row), I64(kv_heads))
-            result = b.gep(out, [b.mul(b.add(rows_before, head), I64(group * head_dim))])
-            for i, value in enumerate(results):
-                e.store(b.fmul(value, inverses[i // parts]), result, I64(i * lanes))
     b.ret_void()
     return e.module

@@ -65,14 +65,16 @@ def linear_kernel(machine: Machine, kind: str) -> ir.Module:
     return e.module
 
 
+def round_vector(e: Emitter, value: Value) -> Value:
+    """16 fp32 numbers as 8 words of two bf16 numbers each."""
+    function = e.function("llvm.x86.avx512bf16.cvtneps2bf16.512", ir.VectorType(BFloat(), 16), [e.vector])
+    return e.b.bitcast(e.b.call(function, [value]), ir.VectorType(I32, 8))
+
+
 def _round_to_bf16(e: Emitter, source: Value, target: Value, count: Value) -> None:
     """`count` fp32 numbers, a multiple of the vector width, to bf16 numbers packed two in a word."""
-    half = ir.VectorType(BFloat(), e.lanes)
-    function = e.function("llvm.x86.avx512bf16.cvtneps2bf16.512", half, [e.vector])
     with e.loop(I64(0), count, e.lanes) as i:
-        rounded = e.b.call(function, [e.load(source, i)])
-        words = e.b.bitcast(rounded, ir.VectorType(I32, e.lanes // 2))
-        e.store(words, target, e.b.udiv(i, I64(2)))
+        e.store(round_vector(e, e.load(source, i)), target, e.b.udiv(i, I64(2)))
 
 
 def _tile_function(e: Emitter, rows: int, products: Products) -> ir.Function:

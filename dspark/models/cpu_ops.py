@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from llvmlite import ir
 from torch import Tensor
 
-from dspark.models import cpu_kernels, cpu_linear
+from dspark.models import cpu_attention, cpu_kernels, cpu_linear
 from dspark.models.cpu_emitter import Machine
 from dspark.models.cpu_linear import TILE_INPUTS, TILE_ROWS, VECTORS, tile_config
 
@@ -99,11 +99,12 @@ def usable(x: Tensor) -> bool:
 
 @functools.cache
 def kernel(name: str, *shape: int | float) -> Kernel:
-    """The kernel of that name in cpu_kernels or cpu_linear. Raises RuntimeError where there are none."""
+    """The kernel of that name in the modules of kernels. Raises RuntimeError where there are none."""
     compiler = _compiler()
     if compiler is None:
         raise RuntimeError("compiled operations are not available on this machine")
-    module = cpu_linear if name.endswith("linear") else cpu_kernels
+    modules = {"linear": cpu_linear, "attention": cpu_attention}
+    module = modules.get(name.removeprefix("tiled_"), cpu_kernels)
     return compiler.compile(getattr(module, f"{name}_kernel")(compiler.machine, *shape))
 
 
@@ -264,28 +265,64 @@ CHUNK_ROWS = 8  # rows that share the turning of their keys; scores of a chunk s
 LANES = 16  # of the widest vector
 
 
+@dataclass(frozen=True)
+class AttentionShape:
+    """Heads that attention is over: `group` queries share a KV head."""
+
+    kv_heads: int
+    group: int
+    head_dim: int
+    in_bf16: bool
+
+    @property
+    def tiled(self) -> bool:
+        """Whether AMX tiles do it."""
+        compiler = _compiler()
+        has_tiles = compiler is not None and compiler.machine.bf16_tiles
+        return has_tiles and self.in_bf16 and self.head_dim in (64, 128) and self.group <= TILE_ROWS
+
+    @property
+    def kernel(self) -> Kernel:
+        shape = self.kv_heads, self.group, self.head_dim
+        return kernel("tiled_attention", *shape) if self.tiled else kernel("attention", *shape, self.in_bf16)
+
+    def chunk_rows(self, requests: int) -> int:
+        """Rows of a chunk at most; for few requests fewer, so that all threads have work."""
+        if self.tiled:
+            return TILE_ROWS // self.group
+        return CHUNK_ROWS if requests >= torch.get_num_threads() else CHUNK_ROWS // 2
+
+    def scratch(self, longest: int) -> tuple[int, int]:
+        """For rows that see up to `longest` slots: floats for a row's scores, and floats a thread."""
+        if self.tiled:
+            span = longest + TILE_INPUTS  # whole tiles are written
+            return span, cpu_attention.tiled_scratch(self.head_dim) + TILE_ROWS * span
+        span = longest + LANES  # whole vectors are written
+        return span, self.head_dim * LANES + CHUNK_ROWS * self.group * span
+
+
 @dataclass
 class Chunks:
     """Rows of a batch and what they attend to: chunks [n, 5] int64, each a few consecutive rows of one request.
 
-    A chunk: first row, number of rows (at most CHUNK_ROWS), first slot, slots that the last row sees, how many fewer
-    each row before it sees (1: causal, or 0).
+    A chunk: first row, number of rows, first slot, slots that the last row sees, how many fewer each row before it
+    sees (1: causal, or 0).
     """
 
+    shape: AttentionShape
     chunks: Tensor
     longest: int  # slots that any row sees
 
-    def scratch(self, group_size: int, head_dim: int) -> tuple[int, int]:
-        """What attention over them needs: floats a row of scores, and floats a thread."""
-        span = self.longest + LANES  # whole vectors are written
-        return span, head_dim * LANES + CHUNK_ROWS * group_size * span
+    @property
+    def items(self) -> int:
+        """Of the kernel."""
+        return len(self.chunks) * self.shape.kv_heads
 
     @classmethod
-    def of(cls, segments: Iterable[tuple[int, int, int, bool]]) -> "Chunks":
+    def of(cls, segments: Iterable[tuple[int, int, int, bool]], shape: AttentionShape) -> "Chunks":
         """segments: rows, first slot, slots the last row sees, whether causal; rows lie one segment after the other."""
         segments = list(segments)
-        # Few requests: shorter chunks, so that all threads have work.
-        most = CHUNK_ROWS if len(segments) >= torch.get_num_threads() else CHUNK_ROWS // 2
+        most = shape.chunk_rows(len(segments))
         chunks, row = [], 0
         for count, first_slot, length, causal in segments:
             pieces = -(-count // most)
@@ -293,17 +330,16 @@ class Chunks:
                 start, end = count * i // pieces, count * (i + 1) // pieces
                 chunks.append((row + start, end - start, first_slot, length - causal * (count - end), int(causal)))
             row += count
-        return cls(torch.tensor(chunks, dtype=torch.int64).view(-1, 5), max((s[2] for s in segments), default=0))
+        longest = max((s[2] for s in segments), default=0)
+        return cls(shape, torch.tensor(chunks, dtype=torch.int64).view(-1, 5), longest)
 
 
 def attend_chunks(q: Tensor, kv: Tensor, rows: Chunks) -> Tensor:
     """q [N, H, D] fp32 (heads contiguous) over kv [slots, 2, KV, D], fp32 or bf16 -> [N, H*D]."""
     count, heads, head_dim = q.shape
-    kv_heads = kv.shape[2]
-    span, room = rows.scratch(heads // kv_heads, head_dim)
+    span, room = rows.shape.scratch(rows.longest)
     out = q.new_empty(count, heads * head_dim)
     scratch = q.new_empty(torch.get_num_threads() * room)
     pointers = [t.data_ptr() for t in (q, kv, out, scratch, rows.chunks)]
-    attention = kernel("attention", kv_heads, heads // kv_heads, head_dim, kv.dtype is torch.bfloat16)
-    _call(attention, out.numel() * rows.longest, *pointers, q.stride(0), room, span, len(rows.chunks) * kv_heads)
+    _call(rows.shape.kernel, out.numel() * rows.longest, *pointers, q.stride(0), room, span, rows.items)
     return out

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dspark.models import cpu_ops
 from dspark.models.attention import CachedAttention
-from dspark.models.cpu_ops import CompiledLinear, Program
+from dspark.models.cpu_ops import AttentionShape, CompiledLinear, Program
 
 if TYPE_CHECKING:
     from dspark.models.decoder import Attention, DecoderLayer
@@ -61,7 +61,7 @@ class LayerProgram:
         self.layers = layers
         self._capacity = self._taps = 0
         self._buffers: dict[str, Tensor] = {}
-        self._programs: dict[tuple[int, tuple[int, ...], bool], Program] = {}
+        self._programs: dict[tuple[int, tuple[int, ...], AttentionShape], Program] = {}
 
     def __call__(
         self, x: Tensor, cos: Tensor, sin: Tensor, attention: CachedAttention, tap_layers: Collection[int]
@@ -70,14 +70,12 @@ class LayerProgram:
         assert chunks is not None
         tapped = tuple(sorted({i for i in tap_layers if i < last}))
         self._grow(rows, len(tapped))
-        in_bf16 = attention.storage[0].dtype is torch.bfloat16
-        key = rows, tapped, in_bf16
+        key = rows, tapped, chunks.shape
         if key not in self._programs:
             self._programs[key] = self._build(*key)
         program = self._programs[key]
         x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
-        config = self.layers[0].config
-        span, room = chunks.scratch(config.group_size, config.head_dim)
+        span, room = chunks.shape.scratch(chunks.longest)
         scratch = torch.empty(torch.get_num_threads() * room)
         program.set("input", x.data_ptr())
         program.set("cos", cos.data_ptr())
@@ -89,7 +87,7 @@ class LayerProgram:
         program.set("scratch", scratch.data_ptr())
         program.set("room", room)
         program.set("span", span)
-        program.set("items", len(chunks.chunks) * config.num_kv_heads)
+        program.set("items", chunks.items)
         program.run()
         buffers = self._buffers
         taps = {i: buffers[f"tap{k}"][:rows].clone() for k, i in enumerate(tapped)}
@@ -119,7 +117,7 @@ class LayerProgram:
         self._buffers = {name: torch.empty(self._capacity, width) for name, width in widths.items()}
         self._programs.clear()
 
-    def _build(self, rows: int, tapped: tuple[int, ...], in_bf16: bool) -> Program:
+    def _build(self, rows: int, tapped: tuple[int, ...], shape: AttentionShape) -> Program:
         c = self.layers[0].config
         at = {name: buffer.data_ptr() for name, buffer in self._buffers.items()}
         qkv_stride = c.q_size + 2 * c.kv_size
@@ -146,12 +144,11 @@ class LayerProgram:
             linear(layer.qkv_proj, "normed", "qkv")  # pyright: ignore
             rotary = cpu_ops.kernel("rotary", c.num_heads + c.num_kv_heads, c.head_dim)
             program.add(rotary, x=at["qkv"], cos=0, sin=0, stride=qkv_stride, rows=rows)
-            store = cpu_ops.kernel("store", 2 * c.kv_size, in_bf16)
+            store = cpu_ops.kernel("store", 2 * c.kv_size, shape.in_bf16)
             keys = at["qkv"] + 4 * c.q_size
             program.add(store, x=keys, cache=0, slots=0, stride=qkv_stride, rows=rows)
-            attention = cpu_ops.kernel("attention", c.num_kv_heads, c.group_size, c.head_dim, in_bf16)
             parts = {"cache": 0, "out": at["attended"], "scratch": 0, "chunks": 0}
-            program.add(attention, q=at["qkv"], **parts, stride=qkv_stride, room=0, span=0, items=0)
+            program.add(shape.kernel, q=at["qkv"], **parts, stride=qkv_stride, room=0, span=0, items=0)
             linear(layer.o_proj, "attended", "delta")  # pyright: ignore
             add_and_norm(layer.post_attention_norm, "x")
             linear(layer.gate_up_proj, "normed", "gate_up")  # pyright: ignore
