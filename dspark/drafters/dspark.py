@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dspark.drafters.bound import BoundDrafter, Slot, whole_draft
+from dspark.drafters.greedy_markov import GreedyMarkov
 from dspark.drafters.interface import DraftRequest
 from dspark.drafters.model import DSparkModel
 from dspark.models.attention import CachedAttention, store
+from dspark.models.cpu_ops import CompiledLinear
 from dspark.models.decoder import Decoder, DecoderLayer, layer_shapes
 from dspark.models.layer_stack import LayerStack
 from dspark.models.layers import linear_map, rms_norm, rotate_
@@ -44,13 +46,16 @@ class DSparkDrafter(BoundDrafter):
         self.fc = linear_map(place(model.fc.weight), target.dtype)
         self.hidden_norm = place(model.hidden_norm.weight)
         self.norm = place(model.norm.weight)
-        self.markov = None
+        self.markov = self.greedy_markov = None
         if model.markov_head is not None:
             self.markov = copy.deepcopy(model.markov_head).to(target.device, target.compute_dtype)
             self.w2 = linear_map(place(model.w2), target.dtype)  # [R, r] -> [R, V']
+            if self.markov.kind == "vanilla" and isinstance(self.w2, CompiledLinear) and self.w2.dense:
+                self.greedy_markov = GreedyMarkov(self.markov.markov_w1.weight.detach(), self.w2, self.d2t)
         self.confidence_head, self.has_confidence = None, model.confidence_head is not None
         if model.confidence_head is not None:
-            self.confidence_head = copy.deepcopy(model.confidence_head).to(target.device, target.compute_dtype)
+            of_both, bias = (place(parameter) for parameter in model.confidence_head.proj.parameters())
+            self.confidence_head = *of_both[0].split([c.hidden_size, model.config.markov_rank]), bias
         self.mask_embedding = target.embedding[model.config.mask_token_id]
 
     @torch.inference_mode()
@@ -96,8 +101,12 @@ class DSparkDrafter(BoundDrafter):
         """The sequential head, left to right over hidden [R, G, C], each slot from the token sampled before it."""
         r, g, _ = hidden.shape
         base_logits = self.head(hidden.flatten(0, 1)).view(r, g, -1)  # [R, G, V']
-        draw = self.sampler(requests)
         previous = torch.tensor([q.token_ids[-1] for q in requests], device=hidden.device)
+        if self.greedy_markov is not None and all(q.params.greedy for q in requests):
+            tokens, embeddings = self.greedy_markov(previous, base_logits)
+            confidence = self.confidence(hidden, embeddings)
+            return Draft.unsampled(tokens, confidence, torch.full((r,), g))
+        draw = self.sampler(requests)
         slots: list[Slot] = []
         rank = self.config.markov_rank
         embeddings, state = hidden.new_empty(r, g, rank), hidden.new_zeros(r, rank)
@@ -110,5 +119,11 @@ class DSparkDrafter(BoundDrafter):
                 logits = logits + self.w2(features).float()
             slots.append(draw(k, logits))
             previous = slots[-1].token
-        confidence = None if self.confidence_head is None else self.confidence_head(hidden, embeddings).float()
-        return whole_draft(slots, confidence)
+        return whole_draft(slots, self.confidence(hidden, embeddings))
+
+    def confidence(self, hidden: Tensor, embeddings: Tensor) -> Tensor:
+        """Logits [R, G] from hidden [R, G, C] and W1 of the token before each slot [R, G, r]; zeros without a head."""
+        if self.confidence_head is None:
+            return hidden.new_zeros(hidden.shape[:2])
+        of_hidden, of_embedding, bias = self.confidence_head
+        return (hidden @ of_hidden + embeddings @ of_embedding + bias).float()

@@ -128,7 +128,9 @@ class Runner:
         for span in batch.spans:
             rejected = span.verify_length - next(kept) if span.reaches_anchor else 0
             rows += range(span.first_row, span.first_row + span.count - rejected)
-        index = torch.tensor(rows, device=batch.tokens.device)
+        index = slice(len(rows))  # of one request or where nothing was rejected; else a copy of the rows
+        if rows != list(range(len(rows))):
+            index = torch.tensor(rows, device=batch.tokens.device)
         taps = [t[index] for t in output.taps]
         self.drafter.extend(taps, batch.tokens[index], batch.positions[index], batch.slots[index])
 

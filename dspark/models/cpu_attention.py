@@ -181,7 +181,7 @@ def tiled_attention_kernel(machine: Machine, kv_heads: int, group: int, head_dim
 
     config = ir.GlobalVariable(e.module, ir.ArrayType(I8, 64), "tile_config")
     config.global_constant, config.linkage = True, "internal"
-    config.initializer = ir.Constant(config.value_type, bytearray(tile_config(TILE_ROWS)))
+    config.initializer = ir.Constant(config.value_type, bytearray(tile_config(TILE_ROWS)))  # pyright: ignore
     b.call(e.function("llvm.x86.ldtilecfg", VOID, [I8.as_pointer()]), [b.bitcast(config, I8.as_pointer())])
 
     with e.loop(e.first, e.last) as item:
@@ -257,10 +257,10 @@ def tiled_attention_kernel(machine: Machine, kv_heads: int, group: int, head_dim
                     places = [b.mul(least(b.add(t, I64(2 * i + j)), last_slot), I64(slot_size)) for j in range(2)]
                     for n in range(0, 4, 2):
                         pair = [b.gep(values, [b.add(place, I64(dims + n * 16))]) for place in places]
-                        pair = [b.load(b.bitcast(x, halves.as_pointer()), align=2) for x in pair]
+                        even, odd = (b.load(b.bitcast(x, halves.as_pointer()), align=2) for x in pair)
                         for k in range(2):
                             order = [16 * k + j // 2 + 32 * (j % 2) for j in range(32)]
-                            zipped = b.shuffle_vector(*pair, ir.Constant(ir.VectorType(I32, 32), order))
+                            zipped = b.shuffle_vector(even, odd, ir.Constant(ir.VectorType(I32, 32), order))
                             e.store(zipped, as_halves(paired), I64(((n + k) * 16 + i) * 32))
                 tile("tileloadd64", I8(4), bytes_at(as_halves(scores), t), b.mul(span, I64(4)))
                 for n in range(4):

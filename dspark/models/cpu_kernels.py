@@ -1,8 +1,10 @@
-"""LLVM code of norm, rotation and activation, and of kernels one after the other."""
+"""LLVM code of norm, rotation, activation and choice, and of kernels one after the other."""
+
+import math
 
 from llvmlite import ir
 
-from dspark.models.cpu_emitter import F32, I64, VOID, Emitter, Machine, Value, lanes_for
+from dspark.models.cpu_emitter import F32, I32, I64, VOID, Emitter, Machine, Value, lanes_for
 
 
 def sequence_kernel(machine: Machine, width: int) -> ir.Module:
@@ -112,5 +114,49 @@ def store_kernel(machine: Machine, width: int, to_bf16: bool) -> ir.Module:
         with e.loop(I64(0), I64(width), e.lanes) as i:
             value = e.load(x, b.add(source, i))
             e.store(e.to_bf16(value) if to_bf16 else value, cache, b.add(target, i))
+    b.ret_void()
+    return e.module
+
+
+def embed_kernel(machine: Machine, width: int) -> ir.Module:
+    """Fields: tokens (stride given) of rows, table [V, width], y [N, width], token stride; items: rows."""
+    e = Emitter("qffii", machine, lanes_for(width, machine))
+    b = e.b
+    tokens, table, y, stride, _ = e.fields
+    with e.loop(e.first, e.last) as row:
+        start = b.mul(b.load(b.gep(tokens, [b.mul(row, stride)])), I64(width))
+        with e.loop(I64(0), I64(width), e.lanes) as i:
+            e.store(e.load(table, b.add(start, i)), y, b.add(b.mul(row, I64(width)), i))
+    b.ret_void()
+    return e.module
+
+
+def likeliest_kernel(machine: Machine, vocab: int) -> ir.Module:
+    """The id of each row's first maximum of logits + bias; what is NaN is never it, and of NaNs alone the first is.
+
+    Fields: logits (row stride given), bias [N, vocab], ids [vocab], tokens (stride given), row stride, token stride;
+    items: rows.
+    """
+    e = Emitter("ffqqiii", machine, lanes_for(vocab, machine))
+    b = e.b
+    logits, bias, ids, tokens, stride, token_stride, _ = e.fields
+    indices = ir.VectorType(I32, e.lanes)
+    smallest = e.function(f"llvm.vector.reduce.umin.v{e.lanes}i32", I32, [indices])
+    with e.loop(e.first, e.last) as row:
+        own, of_bias = b.mul(row, stride), b.mul(row, I64(vocab))
+        first = ir.Constant(indices, list(range(e.lanes)))
+        start = [e.constant(-math.inf), ir.Constant(indices, [0] * e.lanes), first]
+        with e.sums(I64(0), I64(vocab), start, e.lanes) as (i, carried, results):
+            best, best_index, index = carried
+            value = b.fadd(e.load(logits, b.add(own, i)), e.load(bias, b.add(of_bias, i)))
+            better = b.fcmp_ordered(">", value, best)
+            carried[0] = b.select(better, value, best)
+            carried[1] = b.select(better, index, best_index)
+            carried[2] = b.add(index, ir.Constant(indices, [e.lanes] * e.lanes))
+        best, best_index, _ = results
+        is_best = b.fcmp_ordered("==", best, e.spread(e.highest(best)))
+        found = b.call(smallest, [b.select(is_best, best_index, ir.Constant(indices, [vocab - 1] * e.lanes))])
+        token = b.load(b.gep(ids, [b.zext(found, I64)]))
+        b.store(token, b.gep(tokens, [b.mul(row, token_stride)]))
     b.ret_void()
     return e.module
