@@ -19,7 +19,7 @@ def test_matches_argmax_slot_by_slot(dtype: torch.dtype):
     chain = GreedyMarkov(w1, w2, d2t)
     for r in (1, 5, 40, 2):
         logits, previous = torch.randn(r, g, vocab), torch.randint(0, 200, (r,))
-        logits[0, 1, 7] = logits[0, 1, 70] = 1e6  # of equals the first
+        logits[0, 1, 7] = logits[0, 1, 70] = 1e30  # of equals the first
         tokens, embeddings = chain(previous, logits)
         assert tokens.shape == (r, g) and embeddings.shape == (r, g, rank)
         for k in range(g):
