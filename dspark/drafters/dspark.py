@@ -35,12 +35,12 @@ class DSparkDrafter(BoundDrafter):
         ]
         self.layers = [DecoderLayer(c, w, target.dtype) for w in weights]
         self._stack = LayerStack(self.layers)
-        # The context is the same for every layer, so one product gives the K and V of all of them, keys first.
-        context_kv = torch.cat([w[f"self_attn.{n}_proj.weight"] for n in ("k", "v") for w in weights])
+        # The context is the same for every layer, so one product gives the K and V of all of them.
+        context_kv = torch.cat([w[f"self_attn.{n}_proj.weight"] for w in weights for n in ("k", "v")])
         self.context_kv = linear_map(context_kv, target.dtype)
         self.context_bias = self.context_norm = None
         if c.qkv_bias:
-            self.context_bias = torch.cat([w[f"self_attn.{n}_proj.bias"] for n in ("k", "v") for w in weights])
+            self.context_bias = torch.cat([w[f"self_attn.{n}_proj.bias"] for w in weights for n in ("k", "v")])
         if c.qk_norm:
             self.context_norm = torch.stack([w["self_attn.k_norm.weight"] for w in weights])[:, None]  # [L, 1, D]
         self.fc = linear_map(place(model.fc.weight), target.dtype)
@@ -65,14 +65,13 @@ class DSparkDrafter(BoundDrafter):
         product = self.context_kv(context)
         if self.context_bias is not None:
             product = product + self.context_bias
-        heads = product.view(len(positions), -1, c.head_dim)
-        num_keys = len(self.layers) * c.num_kv_heads
+        kv = product.view(len(positions), len(self.layers), 2, c.num_kv_heads, c.head_dim)
         if self.context_norm is not None:
-            keys = heads[:, :num_keys].unflatten(1, (len(self.layers), c.num_kv_heads))  # [N, L, K, D]
+            keys = kv[:, :, 0]
             keys.copy_(F.rms_norm(keys, (c.head_dim,), eps=c.rms_norm_eps) * self.context_norm)
-        rotate_(heads, num_keys, *self.target.rotary(positions))
-        kv = heads.view(len(positions), 2, len(self.layers), c.num_kv_heads, c.head_dim)
-        for storage, layer_kv in zip(self._storage, kv.unbind(2), strict=True):
+        cos, sin = self.target.rotary(positions)
+        for storage, layer_kv in zip(self._storage, kv.unbind(1), strict=True):
+            rotate_(layer_kv.flatten(1, 2), c.num_kv_heads, cos, sin)
             store(layer_kv, storage, slots)
 
     @torch.inference_mode()
