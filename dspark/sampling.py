@@ -123,13 +123,16 @@ class SamplingParams:
 # ---- logits to probabilities
 
 
-def truncated_probs(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+def truncated_probs(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, overwrite: bool = False
+) -> Tensor:
     """The distribution each row is really sampled from: logits [N, V], parameters [N] -> probs [N, V].
 
     Filters come in the order Transformers applies them: temperature, top-k, top-p (on what top-k left,
     renormalised), min-p. A row at temperature 0 is the one-hot of its first maximum. Tokens that tie with the
     last one kept are kept too, so that the result does not depend on a sorting order. Float64 logits give
-    float64 probabilities, others float32. A filter that no row uses costs nothing.
+    float64 probabilities, others float32. A filter that no row uses costs nothing. overwrite: the logits may be
+    written over, which saves memory as large as they are.
     """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     temperature, top_p, min_p = temperature.to(dtype), top_p.to(dtype), min_p.to(dtype)
@@ -139,8 +142,10 @@ def truncated_probs(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: T
 
     # Probability relative to the row's best token, whose weight is 1. Each filter is a floor for the weight.
     # In place from here: at this size memory costs more than arithmetic.
-    weights = logits.to(dtype) - logits.amax(-1, keepdim=True).to(dtype)  # [N, V]
-    weights.div_(temperature.masked_fill(greedy, 1)[:, None]).exp_()
+    greedy_rows = _rows(greedy)
+    best = _one_hot_argmax(logits[greedy_rows], dtype)
+    weights = logits.to(dtype, copy=not overwrite)  # [N, V]
+    weights.sub_(weights.amax(-1, keepdim=True)).div_(temperature.masked_fill(greedy, 1)[:, None]).exp_()
 
     rows = _rows((top_k > 0) & (top_k < logits.shape[-1]) & ~greedy)
     if len(rows):
@@ -157,9 +162,8 @@ def truncated_probs(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: T
         _drop_below(weights, floor)
 
     probs = weights.div_(weights.sum(-1, keepdim=True))
-    rows = _rows(greedy)
-    if len(rows):
-        probs[rows] = _one_hot_argmax(logits[rows], dtype)
+    if len(greedy_rows):
+        probs[greedy_rows] = best
     return probs
 
 

@@ -154,8 +154,11 @@ def tiled_linear_kernel(machine: Machine) -> ir.Module:
     def pointer(base: Value, index: Value) -> Value:
         return b.bitcast(b.gep(base, [index]), I8.as_pointer())
 
-    def multiply(row: Value, tile: Value, count: int) -> None:
-        """A tile of outputs for `count` times 16 rows: sums in registers 0..3, x in 4 and 5, weights in 6 and 7."""
+    def multiply(row: Value, tile: Value, count: int, first: bool) -> None:
+        """A tile of outputs for `count` times 16 rows: sums in registers 0..3, x in 4 and 5, weights in 6 and 7.
+
+        The first rows fetch the next tile's weights, so that memory keeps reading while other rows use this one's.
+        """
         sums = [(a, v, I8(a * VECTORS + v)) for a in range(count) for v in range(VECTORS)]
         for _, _, register in sums:
             call("x86.tilezero", register)
@@ -167,6 +170,8 @@ def tiled_linear_kernel(machine: Machine) -> ir.Module:
             for v in range(VECTORS):
                 at = b.add(b.mul(k, I64(size)), I64(v * machine.lanes))
                 call("x86.tileloadd64", I8(6 + v), pointer(weights, at), I64(4 * size))
+            for line in range(0, TILE_INPUTS // 2 * size * first, 16):
+                e.prefetch(weights, b.add(b.mul(b.add(words, k), I64(size)), I64(line)), locality=2)
             for a, v, register in sums:
                 call("x86.tdpbf16ps", register, I8(4 + a), I8(6 + v))
         for a, v, register in sums:
@@ -174,12 +179,19 @@ def tiled_linear_kernel(machine: Machine) -> ir.Module:
             call("x86.tilestored64", register, pointer(y, b.add(at, I64(v * machine.lanes))), b.mul(stride, I64(4)))
 
     call("x86.ldtilecfg", b.bitcast(config, I8.as_pointer()))
-    pairs = b.and_(padded, I64(-2 * TILE_ROWS))
+    pair = 2 * TILE_ROWS
+    few = b.icmp_unsigned("<", padded, I64(pair))
+    first_pair, few_rows = (b.select(few, *ends) for ends in ((I64(0), I64(pair)), (padded, I64(0))))
+    pairs = b.and_(padded, I64(-pair))
     with e.loop(e.first, e.last) as tile:
-        with e.loop(I64(0), pairs, 2 * TILE_ROWS) as row:
-            multiply(row, tile, 2)
-        with e.loop(pairs, padded, TILE_ROWS) as row:
-            multiply(row, tile, 1)
+        with e.loop(I64(0), few_rows, pair) as row:
+            multiply(row, tile, 1, first=True)
+        with e.loop(I64(0), first_pair, pair) as row:
+            multiply(row, tile, 2, first=True)
+        with e.loop(first_pair, pairs, pair) as row:
+            multiply(row, tile, 2, first=False)
+        with e.loop(b.add(pairs, few_rows), padded, TILE_ROWS) as row:
+            multiply(row, tile, 1, first=False)
     call("x86.tilerelease")
     b.ret_void()
     return e.module

@@ -144,14 +144,15 @@ class Program:
 LARGE_PAGE = 2 << 20
 
 
-def ask_for_large_pages(storage: Tensor) -> None:
-    """Advise Linux to back a tensor that is not yet written with pages of 2 MiB; elsewhere nothing happens."""
-    if platform.system() == "Linux":
+def in_large_pages(size: int) -> Tensor:
+    """`size` bytes, not yet written, that Linux is asked to back with pages of 2 MiB; elsewhere ordinary ones."""
+    piece = torch.empty(size + LARGE_PAGE, dtype=torch.uint8)
+    piece = piece[-piece.data_ptr() % LARGE_PAGE :][:size]
+    if platform.system() == "Linux" and size >= LARGE_PAGE:
         use_large = 14
-        start = storage.data_ptr() + -storage.data_ptr() % LARGE_PAGE
-        size = storage.data_ptr() + storage.nbytes - start
-        if size >= LARGE_PAGE:
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size - size % LARGE_PAGE), use_large)
+        length = ctypes.c_size_t(size - size % LARGE_PAGE)
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(piece.data_ptr()), length, use_large)
+    return piece
 
 
 class _WeightMemory:
@@ -166,14 +167,25 @@ class _WeightMemory:
         """A copy of the weight, contiguous; a token's time, which goes into reading weights, is 5 % shorter for it."""
         size = weight.nbytes + -weight.nbytes % 64
         if size > len(self._free):
-            piece = torch.empty(max(size, self.PIECE) + LARGE_PAGE, dtype=torch.uint8)
-            ask_for_large_pages(piece)
-            self._free = piece[-piece.data_ptr() % LARGE_PAGE :]
+            self._free = in_large_pages(max(size, self.PIECE))
         placed, self._free = self._free[: weight.nbytes], self._free[size:]
         return placed.view(weight.dtype).view(weight.shape).copy_(weight)
 
 
 _weight_memory = _WeightMemory()
+
+
+class ReusedMemory:
+    """Memory in large pages, handed out again and again: to fill fresh pages costs more than most products do."""
+
+    def __init__(self):
+        self._whole = torch.empty(0)
+
+    def take(self, rows: int, width: int) -> Tensor:
+        """[rows, width] fp32, in place of what was taken before."""
+        if rows * width > len(self._whole):
+            self._whole = in_large_pages(4 * rows * width).view(torch.float32)
+        return self._whole[: rows * width].view(rows, width)
 
 
 class CompiledLinear:
@@ -203,10 +215,12 @@ class CompiledLinear:
         # [M / tile, K / step, tile, step]: a tile's weights are read as one stream
         self.weight = _weight_memory.place(padded.view(self._tiles, tile, -1, step).transpose(1, 2))
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, reused: ReusedMemory | None = None) -> Tensor:
+        """reused: memory for the result, whose earlier results are overwritten."""
         x = x.contiguous()
         rows = len(x)
-        y = x.new_empty(self._computed(rows), self._padded)
+        shape = self._computed(rows), self._padded
+        y = x.new_empty(shape) if reused is None else reused.take(*shape)
         scratch = x.new_empty(torch.get_num_threads() * len(y) * self.inputs // 2 if self.rounds_inputs else 0)
         fields = self.fields(x.data_ptr(), y.data_ptr(), scratch.data_ptr(), rows)
         _call(self.kernel, rows * self._padded * self.inputs, *fields)

@@ -113,6 +113,7 @@ class Decoder:
         # Plain weight beside the packed one: drafters prune it, training multiplies with its transpose.
         self.lm_head_weight = self.embedding if config.tie_embeddings else place("lm_head.weight")
         self.lm_head = linear_map(self.lm_head_weight, dtype, deterministic)
+        self._logits = cpu_ops.ReusedMemory()
         self.final_norm = place("model.norm.weight")
         self.layers = [
             DecoderLayer(
@@ -150,8 +151,11 @@ class Decoder:
         return DecoderOutput(hidden, [taps[i] for i in tap_layers])
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [N, C] (before the final norm) -> logits [N, V]."""
-        return self.lm_head(self.final_hidden(hidden))
+        """hidden [N, C] (before the final norm) -> logits [N, V], valid until the next call."""
+        normed = self.final_hidden(hidden)
+        if isinstance(self.lm_head, cpu_ops.CompiledLinear):
+            return self.lm_head(normed, self._logits)
+        return self.lm_head(normed)
 
     def final_hidden(self, hidden: Tensor) -> Tensor:
         """The final norm [N, C] -> [N, C]."""
