@@ -195,16 +195,14 @@ def split_by_prompt(files: list[list[Example]], count: int) -> tuple[list[Exampl
 
     A prompt is on one side with all its answers, and one that was trained on stays there when data is added.
     """
-    hashes = [[hashlib.sha256(str(e.first_prompt).encode()).digest() for e in examples] for examples in files]
-    sizes = Counter(key for of_file in hashes for key in of_file)
-    keys: set[bytes] = set()
-    for key in sorted(sizes):
-        if sum(sizes[k] for k in keys) >= count:
+    sizes = Counter(e.first_prompt for examples in files for e in examples)
+    chosen: set[tuple[int, ...]] = set()
+    for prompt in sorted(sizes, key=lambda prompt: hashlib.sha256(str(prompt).encode()).digest()):
+        if sum(sizes[p] for p in chosen) >= count:
             break
-        keys.add(key)
-    pairs = [list(zip(*both)) for both in zip(files, hashes)]
-    heldout = [example for of_file in pairs for example, key in of_file if key in keys]
-    return heldout, [[example for example, key in of_file if key not in keys] for of_file in pairs]
+        chosen.add(prompt)
+    heldout = [e for examples in files for e in examples if e.first_prompt in chosen]
+    return heldout, [[e for e in examples if e.first_prompt not in chosen] for examples in files]
 
 
 def mix(files: list[list[Example]], weights: tuple[float, ...]) -> list[Example]:

@@ -15,15 +15,11 @@ from dspark.train.data import Prompt, jsonl_rows
 def only_writer(path: Path, command: str = "dspark data") -> Iterator[None]:
     """Hold `path` for this process; a killed one lets go of it. Raises ValueError while another holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{path}.lock", timeout=0)
     try:
-        lock.acquire()
+        with FileLock(f"{path}.lock", timeout=0):
+            yield
     except Timeout:
         raise ValueError(f"another '{command}' is writing '{path}'; wait for it or choose another --out") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def written_rows(path: Path) -> Iterator[tuple[str, dict]]:

@@ -26,10 +26,7 @@ class RefusedError(Exception):
 
 
 class BusyError(Exception):
-    """The server asks to come back later, after so many seconds if it says so."""
-
-    def __init__(self, seconds: float | None):
-        self.seconds = seconds
+    """The server asks to come back later; its argument is the Retry-After header."""
 
 
 class FailedError(Exception):
@@ -41,7 +38,6 @@ class Server:
     url: str
     model: str = ""  # as the server calls it, known after the first request
     in_flight: int = 0
-    answered: int = 0
     failures: int = 0  # in a row; requests under way together count once
     refusals: int = 0  # "come back later" in a row
     ready_at: float = 0.0
@@ -75,7 +71,7 @@ class ServerPool:
 
         Raises RefusedError if it cannot be had, ValueError if no server is left or one cannot be used at all.
         """
-        failures, answered = 0, Counter[str]()
+        failures = Counter[str]()  # of this request, by server
         while True:
             server = await self.free_server()
             started = time.monotonic()
@@ -83,19 +79,18 @@ class ServerPool:
             try:
                 reply = await self.send(server, body)
                 server.failures = server.refusals = 0
-                server.answered += 1
                 return reply
             except BusyError as busy:
-                if started >= server.ready_at:
+                if started >= server.ready_at:  # otherwise it pauses already, for what went wrong together
                     server.refusals += 1
-                    pause = busy.seconds if busy.seconds is not None else back_off(server.refusals)
-                    server.ready_at = time.monotonic() + pause
+                    seconds = retry_after(str(busy))
+                    server.ready_at = time.monotonic() + (back_off(server.refusals) if seconds is None else seconds)
             except (FailedError, httpx2.RequestError) as error:
-                self.failed(server, started, f"{type(error).__name__} {error}".strip())
-                failures += server.answered > answered[server.url]  # a server that answers nothing is to blame itself
-                answered[server.url] = server.answered
-                if failures > RETRIES:
-                    raise RefusedError(f"gave up after {failures} failures: {error}") from None
+                if started >= server.ready_at:
+                    self.failed(server, f"{type(error).__name__} {error}".strip())
+                failures[server.url] += 1
+                if failures[server.url] > RETRIES and server in self.servers:  # it answers others
+                    raise RefusedError(f"gave up after {failures[server.url]} failures: {error}") from None
             finally:
                 server.in_flight -= 1
 
@@ -108,10 +103,8 @@ class ServerPool:
             await asyncio.sleep(POLL_SECONDS)
         raise ValueError("no server is left; the same command goes on when one is up again")
 
-    def failed(self, server: Server, started: float, problem: str) -> None:
+    def failed(self, server: Server, problem: str) -> None:
         """Pause a server, or drop it."""
-        if started < server.ready_at or server not in self.servers:
-            return  # it has already paused for what went wrong together
         server.failures += 1
         server.ready_at = time.monotonic() + back_off(server.failures)
         if server.failures > RETRIES:
@@ -151,7 +144,7 @@ class ServerPool:
         status = response.status_code
         problem = f"HTTP {status}: {response.text[:200]}"
         if status == 429 or (status == 503 and "retry-after" in response.headers):
-            raise BusyError(retry_after(response.headers.get("retry-after", "")))
+            raise BusyError(response.headers.get("retry-after", ""))
         if status in (400, 413, 422):
             raise RefusedError(problem)
         if status in (408, 409, 425) or status >= 500:
