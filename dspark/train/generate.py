@@ -131,7 +131,7 @@ async def answer_by_servers(work: Work, urls: tuple[str, ...]) -> None:
     def note(text: str) -> None:
         work.progress.console.print(f"dspark: {text}", soft_wrap=True, markup=False)
 
-    async def answer(pool: ServerPool, conversation: Conversation) -> bool:
+    async def answer(conversation: Conversation) -> bool:
         """Whether another turn is to be answered."""
         text, finish, usage = await pool.chat(request_body(conversation))
         expected = len(conversation.asked[0])
@@ -139,17 +139,18 @@ async def answer_by_servers(work: Work, urls: tuple[str, ...]) -> None:
             note(f"a server counts other prompt tokens than '{config.model}': do both have the same chat template?")
         return work.answer(conversation, text, finish)
 
-    async def worker(pool: ServerPool) -> None:
+    async def worker() -> None:
         for conversation in conversations:
             try:
-                while await answer(pool, conversation):
+                while await answer(conversation):
                     pass
             except RefusedError as error:
                 note(f"servers refuse some requests, first {conversation.prompt.place}: {error}")
                 work.refused(conversation)
 
-    async with ServerPool(urls, config.model, config.streams, config.timeout, note) as pool:
-        await asyncio.gather(*(worker(pool) for _ in range(config.streams * len(urls))))
+    pool = ServerPool(urls, config.model, config.streams, config.timeout, note)
+    async with pool.client:
+        await asyncio.gather(*(worker() for _ in range(config.streams * len(urls))))
 
 
 def request_body(conversation: Conversation) -> dict:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from dspark.train.data import Prompt, jsonl_rows
+from dspark.train.data import Prompt, read_jsonl
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def written_rows(path: Path) -> Iterator[tuple[str, dict]]:
         raw = path.read_bytes()
         if raw and not raw.endswith(b"\n"):
             os.truncate(path, raw.rfind(b"\n") + 1)
-        yield from jsonl_rows(path)
+        yield from read_jsonl(path)
 
 
 def write_row(path: Path, row: dict) -> None:

@@ -4,6 +4,7 @@ A server that fails pauses, each time for longer, while the others go on; one th
 """
 
 import asyncio
+import json
 import os
 import time
 from collections import Counter
@@ -47,7 +48,7 @@ class ServerPool:
     """Sends each request to the server that has the fewest in flight, at most `streams` each.
 
     urls: as `base_url` gives them. model: preferred where a server has several. note: told in a sentence what the user
-    should know. Use as an async context manager.
+    should know. Close `client` in the end.
     """
 
     def __init__(self, urls: tuple[str, ...], model: str, streams: int, timeout: float, note: Callable[[str], None]):
@@ -59,12 +60,6 @@ class ServerPool:
             timeout=httpx2.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS)),
             limits=httpx2.Limits(max_connections=None),
         )
-
-    async def __aenter__(self) -> "ServerPool":
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.client.aclose()
 
     async def chat(self, body: dict) -> tuple[str, str, dict]:
         """(text, finish reason, usage) of a chat completion, tried again until a server gives it.
@@ -112,35 +107,30 @@ class ServerPool:
             self.note(f"'{server.url}' is dropped after {RETRIES} retries ({problem}); {len(self.servers)} left")
 
     async def send(self, server: Server, body: dict) -> tuple[str, str, dict]:
-        if not server.model:
-            server.model = await self.find_model(server)
-        reply = self.checked(
-            server, await self.client.post(f"{server.url}/chat/completions", json={"model": server.model, **body})
-        )
         try:
-            choice = reply["choices"][0]
-            text, finish = choice["message"].get("content") or "", choice["finish_reason"]
-        except (KeyError, IndexError, TypeError, AttributeError):
-            raise FailedError("the reply is no chat completion") from None
-        if choice["message"].get("reasoning_content") or choice["message"].get("reasoning"):
+            if not server.model:
+                server.model = await self.find_model(server)
+            reply = await self.request(server, "POST", "chat/completions", {"model": server.model, **body})
+            message, finish = reply["choices"][0]["message"], reply["choices"][0]["finish_reason"]
+            text, reasoning = message.get("content") or "", message.get("reasoning_content") or message.get("reasoning")
+        except (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError, AttributeError):
+            raise FailedError("the reply is none of the OpenAI interface") from None
+        if reasoning:
             raise ValueError(f"'{server.url}' splits reasoning off the answers; start it without a reasoning parser")
         return text, finish, reply.get("usage") or {}
 
     async def find_model(self, server: Server) -> str:
         """Raises ValueError if the server has several models and none of the preferred name."""
-        reply = self.checked(server, await self.client.get(f"{server.url}/models"))
-        try:
-            names = [model["id"] for model in reply["data"]]
-        except (KeyError, TypeError):
-            raise FailedError("the reply is no list of models") from None
+        names = [model["id"] for model in (await self.request(server, "GET", "models"))["data"]]
         if self.model in names:
             return self.model
         if len(names) != 1:
             raise ValueError(f"'{server.url}' serves {', '.join(names) or 'no model'}: name one of them with --model")
         return names[0]
 
-    def checked(self, server: Server, response: httpx2.Response) -> dict:
+    async def request(self, server: Server, method: str, path: str, body: dict | None = None) -> dict:
         """The JSON of a reply; its status as an exception otherwise."""
+        response = await self.client.request(method, f"{server.url}/{path}", json=body)
         status = response.status_code
         problem = f"HTTP {status}: {response.text[:200]}"
         if status == 429 or (status == 503 and "retry-after" in response.headers):
@@ -151,10 +141,7 @@ class ServerPool:
             raise FailedError(problem)
         if status != 200:
             raise ValueError(f"'{server.url}' cannot be used, {problem}")
-        try:
-            return response.json()
-        except ValueError:
-            raise FailedError("the reply is not JSON") from None
+        return response.json()
 
 
 def base_url(text: str) -> str:
