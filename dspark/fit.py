@@ -25,7 +25,7 @@ from dspark.eval.gain import PAYS, gains, verdict
 from dspark.eval.machine import provenance
 from dspark.eval.report import fit_table
 from dspark.models.config import DecoderConfig
-from dspark.models.loader import Target, load_target
+from dspark.models.loader import load_target
 from dspark.models.source import load_hf_config, resolve_model
 from dspark.train.checkpoint import differences
 from dspark.train.data import Prompt, read_jsonl, read_prompts
@@ -61,10 +61,6 @@ class FitConfig:
             raise ValueError("answers of fewer than 2 new tokens train nothing")
 
     @property
-    def target(self) -> tuple[str, str, str]:
-        return self.model, self.dtype, self.device
-
-    @property
     def heldout(self) -> Path:
         """Prompts that are never answered for training, for calibration and the report."""
         return self.out / "heldout-prompts.jsonl"
@@ -72,6 +68,16 @@ class FitConfig:
     @property
     def drafter(self) -> Path:
         return self.out / "drafter"
+
+    @property
+    def target(self) -> dict:
+        return {"model": self.model, "dtype": self.dtype, "device": self.device}
+
+    @property
+    def measuring(self) -> dict:
+        """How the drafter is measured, for calibration and for the report."""
+        tokens = min(self.max_new_tokens, MEASURED_TOKENS)
+        return {**self.target, "drafter": str(self.drafter), "prompts": self.heldout, "max_new_tokens": tokens}
 
     @property
     def settings(self) -> dict:
@@ -109,8 +115,11 @@ def fit(config: FitConfig) -> dict:
 
 def split_prompts(config: FitConfig) -> None:
     """Prompts to train on, others held out, and how often each is answered, as many as ANSWER_SHARE has time for."""
-    llm = LLM(config.model, "none", dtype=config.dtype, device=config.device, config=EngineConfig(STREAMS))
-    answers = max(FEWEST_PROMPTS, affordable_answers(config, llm.target))
+    llm = LLM(**config.target, drafter="none", config=EngineConfig(STREAMS))
+    # Answers of full length that this machine writes in their share of the time.
+    seconds_per_token = float(cost_table(llm.target, None, "none").seconds(STREAMS, STREAMS)) / STREAMS
+    affordable = ANSWER_SHARE * 60 * config.train.minutes / (seconds_per_token * config.max_new_tokens)
+    answers = max(FEWEST_PROMPTS, int(affordable))
     if config.prompts is not None:
         prompts = read_prompts(config.prompts)
     else:
@@ -127,12 +136,6 @@ def split_prompts(config: FitConfig) -> None:
     write_json({"samples": samples}, config.out / "plan.json")
     write_lines(config.heldout, lines[:count])
     write_lines(config.out / "training-prompts.jsonl", lines[count:])
-
-
-def affordable_answers(config: FitConfig, target: Target) -> int:
-    """Answers of full length that this machine writes in ANSWER_SHARE of the minutes."""
-    seconds = float(cost_table(target, None, "none").seconds(STREAMS, STREAMS)) / STREAMS  # a token
-    return int(ANSWER_SHARE * 60 * config.train.minutes / (seconds * config.max_new_tokens))
 
 
 def check_enough(prompts: list[Prompt]) -> None:
@@ -152,9 +155,7 @@ def write_answers(config: FitConfig) -> None:
         DataConfig(
             part,
             config.out / "training-prompts.jsonl",
-            model=config.model,
-            dtype=config.dtype,
-            device=config.device,
+            **config.target,
             streams=STREAMS,
             samples=parse_json(config.out / "plan.json")["samples"],
             max_new_tokens=config.max_new_tokens,
@@ -171,7 +172,7 @@ def train_drafter(config: FitConfig) -> None:
     run = TrainRun(
         (answers,),
         training,
-        *config.target,
+        **config.target,
         max_length=LONGEST_PROMPT + config.max_new_tokens,
         heldout=min(TrainRun.heldout, 1 + len(list(read_jsonl(answers))) // 10),
         train=config.train,
@@ -182,22 +183,12 @@ def train_drafter(config: FitConfig) -> None:
 
 
 def calibrate_confidence(config: FitConfig) -> None:
-    tokens = min(config.max_new_tokens, MEASURED_TOKENS)
-    reliability.run(
-        reliability.CalibrateConfig(
-            config.model,
-            str(config.drafter),
-            config.dtype,
-            config.device,
-            config.heldout,
-            max_new_tokens=tokens,
-        )
-    )
+    reliability.run(reliability.CalibrateConfig(**config.measuring))
 
 
 def profile_machine(config: FitConfig) -> None:
     """The cost table, where the engine looks for it and in the folder."""
-    target = load_target(*config.target)
+    target = load_target(**config.target)
     drafter = make_drafter(str(config.drafter), config.model, target.decoder)
     with Console(stderr=True).status("measuring") as status:
         table = measure_costs(target, drafter, ProfileConfig(), lambda text: status.update(f"measuring, {text}"))
@@ -209,17 +200,8 @@ def profile_machine(config: FitConfig) -> None:
 
 def measure_speed(config: FitConfig) -> None:
     """Plain decoding and the drafter side by side on held-out prompts."""
-    bench = BenchConfig(
-        config.model,
-        str(config.drafter),
-        dtype=config.dtype,
-        device=config.device,
-        prompts=config.heldout,
-        limit=BENCH_PROMPTS,
-        max_new_tokens=min(config.max_new_tokens, MEASURED_TOKENS),
-        systems=("plain", "dspark"),
-    )
-    target = load_target(*config.target)
+    bench = BenchConfig(**config.measuring, limit=BENCH_PROMPTS, systems=("plain", "dspark"))
+    target = load_target(**config.target)
     with Console(stderr=True).status("loading") as status:
         result = run_bench(bench, target, status.update)
     identical, _ = compare(result, target, max(bench.streams))

@@ -4,8 +4,8 @@
 moment leaves either the old state or the new one.
 """
 
-import copy
 import json
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from dspark.config import write_json
 from dspark.drafters.checkpoint import save_tensors
 from dspark.train import parallel
 
@@ -54,9 +55,7 @@ def save_training(trainer: "Trainer", folder: Path) -> None:
     metadata = {"progress": json.dumps(progress), "identity": json.dumps(trainer.identity)}
     save_tensors({name: t.contiguous() for name, t in tensors.items()}, folder / RESUME_FILE, metadata)
     record = {"config": asdict(trainer.config), "progress": progress, "data": trainer.identity["data"]}
-    temporary = folder / "training.json.tmp"
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(folder / "training.json")
+    write_json(record, folder / "training.json")
 
 
 def training_state(trainer: "Trainer") -> dict[str, Tensor]:
@@ -68,7 +67,7 @@ def training_state(trainer: "Trainer") -> dict[str, Tensor]:
     if trainer.average is not None:
         with trainer.average.in_place():
             average = get_model_state_dict(trainer.model, options=WHOLE)
-            tensors |= {f"average.{name}": copy.deepcopy(t) for name, t in average.items()}
+            tensors |= {f"average.{name}": t.clone() for name, t in average.items()}  # pyright: ignore
     return cast(dict[str, Tensor], tensors)
 
 
@@ -91,19 +90,19 @@ def resume_training(trainer: "Trainer", folder: Path) -> None:
             f"cannot resume from '{path}', it is of another run: {other}. Give the same options and data to continue "
             f"it, or another --out, with --initial '{folder}' to start from its drafter"
         )
-    parts = {
-        part: {n.removeprefix(part): t for n, t in tensors.items() if n.startswith(part)}
-        for part in ("model.", "optimizer.", "average.")
-    }
+
+    def part(prefix: str) -> dict:
+        return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
     if trainer.average is not None:
-        set_model_state_dict(trainer.model, parts["average."], options=WHOLE)
+        set_model_state_dict(trainer.model, part("average."), options=WHOLE)
         trainer.average.exchange()
-    set_model_state_dict(trainer.model, parts["model."], options=WHOLE)
+    set_model_state_dict(trainer.model, part("model."), options=WHOLE)
+    state: dict = defaultdict(dict)
+    for name, t in part("optimizer.").items():
+        weight, _, key = name.rpartition(".")
+        state[weight][key] = t
     moments = get_optimizer_state_dict(trainer.model, trainer.optimizers)
-    state: dict[str, dict[str, Tensor]] = {}
-    for name, t in parts["optimizer."].items():
-        weight, key = name.rsplit(".", 1)
-        state.setdefault(weight, {})[key] = t
     moments["state"] = state  # pyright: ignore
     set_optimizer_state_dict(trainer.model, trainer.optimizers, moments, options=WHOLE)
     trainer.progress = progress

@@ -68,8 +68,8 @@ class Example:
         return [i for start, end in self.answer_spans for i in token_ids[start:end]]
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
-    """(line number, object) of each non-empty line. Raises ValueError naming file and line."""
+def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
+    """(place, object) of each non-empty line. Raises ValueError naming file and line."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -77,13 +77,14 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
     for number, line in enumerate(text.split("\n"), 1):  # splitlines would also cut at U+2028 inside a string
         if not line.strip():
             continue
+        place = f"'{path}' line {number}"
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"'{path}' line {number} is not JSON: {error.msg}") from None
+            raise ValueError(f"{place} is not JSON: {error.msg}") from None
         if not isinstance(row, dict):
-            raise ValueError(f"'{path}' line {number} is not a JSON object")
-        yield number, row
+            raise ValueError(f"{place} is not a JSON object")
+        yield place, row
 
 
 def read_prompts(path: Path, limit: int | None = None, subset: str | None = None, split: str = "train") -> list[Prompt]:
@@ -93,17 +94,13 @@ def read_prompts(path: Path, limit: int | None = None, subset: str | None = None
     Raises ValueError for what cannot be read or is empty and for a row of another form.
     """
     prompts = []
-    for place, row in dataset_rows(path, subset, split) if is_dataset(path) else jsonl_rows(path):
+    for place, row in dataset_rows(path, subset, split) if is_dataset(path) else read_jsonl(path):
         prompts.append(parse_prompt(row, place))
         if len(prompts) == limit:
             break
     if not prompts:
         raise ValueError(f"'{path}' holds no prompts")
     return prompts
-
-
-def jsonl_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    return ((f"'{path}' line {number}", row) for number, row in read_jsonl(path))
 
 
 def is_dataset(path: Path) -> bool:
@@ -165,7 +162,7 @@ def read_examples(path: Path, vocab_size: int, max_length: int) -> list[Example]
     example left.
     """
     examples = []
-    for place, row in jsonl_rows(path):
+    for place, row in read_jsonl(path):
         prompt_ids, answer_ids, earlier = row.get("prompt_ids"), row.get("answer_ids"), row.get("earlier", [])
         if not is_token_list(prompt_ids, vocab_size) or not is_token_list(answer_ids, vocab_size):
             raise ValueError(f"{place} needs 'prompt_ids' and 'answer_ids' below {vocab_size}")
@@ -195,16 +192,14 @@ def split_by_prompt(files: list[list[Example]], count: int) -> tuple[list[Exampl
 
     A prompt is on one side with all its answers, and one that was trained on stays there when data is added.
     """
-    hashes = [[hashlib.sha256(str(e.first_prompt).encode()).digest() for e in examples] for examples in files]
-    sizes = Counter(key for of_file in hashes for key in of_file)
-    keys: set[bytes] = set()
-    for key in sorted(sizes):
-        if sum(sizes[k] for k in keys) >= count:
+    sizes = Counter(e.first_prompt for examples in files for e in examples)
+    chosen: set[tuple[int, ...]] = set()
+    for prompt in sorted(sizes, key=lambda prompt: hashlib.sha256(str(prompt).encode()).digest()):
+        if sum(sizes[p] for p in chosen) >= count:
             break
-        keys.add(key)
-    pairs = [list(zip(*both)) for both in zip(files, hashes)]
-    heldout = [example for of_file in pairs for example, key in of_file if key in keys]
-    return heldout, [[example for example, key in of_file if key not in keys] for of_file in pairs]
+        chosen.add(prompt)
+    heldout = [e for examples in files for e in examples if e.first_prompt in chosen]
+    return heldout, [[e for e in examples if e.first_prompt not in chosen] for examples in files]
 
 
 def mix(files: list[list[Example]], weights: tuple[float, ...]) -> list[Example]:

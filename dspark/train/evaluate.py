@@ -3,7 +3,8 @@
 Shapes: N supervised slots, G block size.
 """
 
-from collections import Counter
+from collections import defaultdict
+from itertools import chain, islice, zip_longest
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,7 +52,7 @@ def expected_acceptance(trainer: "Trainer") -> dict:
     losses, tallies = [], {}
     for i, example in enumerate(heldout):
         blocks = trainer.sample_blocks([i], heldout, 0)
-        loss, acceptance, slots = trainer.global_loss(trainer.collate([i], heldout), blocks)
+        loss, acceptance, slots = trainer.global_loss(trainer.batch([i], heldout), blocks)
         losses.append(loss)
         tallies[example.domain] = tallies.get(example.domain, 0) + by_slot(acceptance, slots, size)
     return {
@@ -65,14 +66,13 @@ def decoded_acceptance(target: Target, model: DraftModel, heldout: list[Example]
     """What the engine accepts when it answers some of the held-out prompts with this drafter, a row a domain and
     temperature and their macro averages, as of `dspark eval`. Empty where the prompts give no whole round.
     """
-    count = Counter()
-    turns = []
+    by_domain = defaultdict(list)
     for example in heldout:
-        count[example.domain] += 1
-        turns.append((count[example.domain], example))
-    prompts: dict[str, list[list[int]]] = {}
-    for _, example in sorted(turns, key=lambda turn: turn[0])[:DECODED_PROMPTS]:
-        prompts.setdefault(example.domain, []).append(list(example.prompt_ids))
+        by_domain[example.domain].append(example)
+    turns = chain.from_iterable(zip_longest(*by_domain.values()))  # the first of every domain, the second, ...
+    prompts = defaultdict(list)
+    for example in islice(filter(None, turns), DECODED_PROMPTS):
+        prompts[example.domain].append(list(example.prompt_ids))
     drafter = bind(model, target.decoder)
     rows = []
     for temperature in DECODED_TEMPERATURES:

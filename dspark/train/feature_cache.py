@@ -12,7 +12,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,21 +24,12 @@ from dspark.train.data import Example
 from dspark.train.features import Features, FeatureSource
 
 SHARD_BYTES = 64 << 20
-HEADER_BYTES = 2048  # of a shard, more than it takes
+HEADER_BYTES = 512  # of a shard and of each example in it, more than it takes
 DIGEST_COLUMNS = 8  # of every linear map that the fingerprint of a model reads
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where an example's rows lie: its shard, and its first rows in `taps` and in `hidden` and `logsumexp`."""
-
-    shard: int
-    taps: int
-    hidden: int
-
-
 class FeatureCache:
-    """A `FeatureStore` on disk in front of the target."""
+    """Features in front of the target, like `FeatureSource`, but on disk."""
 
     def __init__(self, source: FeatureSource, folder: Path, examples: Iterable[Example], max_bytes: int):
         """examples: all that will ever be asked for, in any order.
@@ -48,15 +38,22 @@ class FeatureCache:
         if the folder holds the features of another model or of other examples.
         """
         self.source, self.folder = source, folder
-        self._shards: list[list[Example]] = []
-        self._places: dict[str, Place] = {}
+        self._shards: list[dict[str, Example]] = []  # in the order of their keys, whatever the split and its order
+        self._shard_of: dict[str, int] = {}  # by key
         self._open: dict[int, safe_open] = {}
-        self._place({example_key(e): e for e in examples})
+        size = SHARD_BYTES
+        for key, example in sorted({example_key(e): e for e in examples}.items()):
+            size += self._bytes(example)
+            if size > SHARD_BYTES:
+                self._shards.append({})
+                size = self._bytes(example)
+            self._shards[-1][key] = example
+            self._shard_of[key] = len(self._shards) - 1
         self.made_from = {
             "model": model_digest(source.target),
             "dtype": str(source.target.dtype).removeprefix("torch."),
             "tap layers": ",".join(map(str, source.tap_layers)),
-            "examples": hashlib.sha256("".join(self._places).encode()).hexdigest(),
+            "examples": hashlib.sha256("".join(self._shard_of).encode()).hexdigest(),
         }
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob("features-*.tmp"):
@@ -65,9 +62,16 @@ class FeatureCache:
         self._refuse_others()
         self._refuse_too_much(max_bytes)
 
-    def get(self, indices: Sequence[int], examples: Sequence[Example]) -> list[Features]:
-        """See `FeatureStore`; the numbers are not needed. Raises ValueError if a shard cannot be written."""
-        return [self._read(example) for example in examples]
+    def get(self, examples: Sequence[Example]) -> list[Features]:
+        """See `FeatureSource.get`. Raises ValueError if a shard cannot be written."""
+        found = []
+        for key in map(example_key, examples):
+            shard = self._shard_of[key]
+            if shard not in self._open:
+                self._open[shard] = self._load(shard) or self._write(shard)
+            tensors = (self._open[shard].get_tensor(f"{key}.{name}") for name in Features._fields)
+            found.append(Features(*(t.to(self.source.target.device) for t in tensors)))
+        return found
 
     @property
     def num_bytes(self) -> int:
@@ -77,28 +81,16 @@ class FeatureCache:
     def path(self, shard: int) -> Path:
         return self.folder / f"features-{shard:05d}.safetensors"
 
-    # -- what is where ------------------------------------------------------------------------------
-
-    def _place(self, by_key: dict[str, Example]) -> None:
-        """Fill shards with examples in the order of their keys, which does not depend on the split or its order."""
-        taps = hidden = size = 0
-        for key in sorted(by_key):
-            example = by_key[key]
-            if not self._shards or size + self._bytes(example) > SHARD_BYTES:
-                self._shards.append([])
-                taps = hidden = size = 0
-            self._places[key] = Place(len(self._shards) - 1, taps, hidden)
-            self._shards[-1].append(example)
-            taps, hidden = taps + len(example.token_ids) - 2, hidden + hidden_rows(example)
-            size += self._bytes(example)
+    # -- what is there and what it takes ------------------------------------------------------------
 
     def _bytes(self, example: Example) -> int:
         width = 2 * self.source.target.config.hidden_size  # bytes of a hidden state in bf16
-        taps = len(self.source.tap_layers) * width * (len(example.token_ids) - 2)
-        return taps + (width + 4) * hidden_rows(example)
+        length, prompt = len(example.token_ids), len(example.first_prompt)
+        return len(self.source.tap_layers) * width * (length - 2) + (width + 4) * (length - 1 - prompt)
 
     def _shard_bytes(self, shard: int) -> int:
-        return HEADER_BYTES + sum(map(self._bytes, self._shards[shard]))
+        examples = self._shards[shard].values()
+        return HEADER_BYTES * (1 + len(examples)) + sum(map(self._bytes, examples))
 
     def _refuse_others(self) -> None:
         for path in sorted(self.folder.glob("features-*.safetensors")):
@@ -119,7 +111,7 @@ class FeatureCache:
         needed, missing, free = self.num_bytes, self.num_bytes - present, shutil.disk_usage(self.folder).free
         if needed > max_bytes:
             raise ValueError(
-                f"the features of {len(self._places)} examples take {gib(needed)}, --feature-cache-gib allows "
+                f"the features of {len(self._shard_of)} examples take {gib(needed)}, --feature-cache-gib allows "
                 f"{gib(max_bytes)}; allow more, or train without --feature-cache"
             )
         if missing > free:
@@ -130,22 +122,11 @@ class FeatureCache:
 
     # -- shards -------------------------------------------------------------------------------------
 
-    def _read(self, example: Example) -> Features:
-        place = self._places[example_key(example)]
-        if place.shard not in self._open:
-            self._open[place.shard] = self._load(place.shard) or self._write(place.shard)
-        file = self._open[place.shard]
-        device = self.source.target.device
-        taps = slice(place.taps, place.taps + len(example.token_ids) - 2)
-        hidden = slice(place.hidden, place.hidden + hidden_rows(example))
-        rows = {"taps": taps, "hidden": hidden, "logsumexp": hidden}
-        return Features(**{name: file.get_slice(name)[at].to(device) for name, at in rows.items()})
-
     def _load(self, shard: int) -> safe_open | None:
         """The shard, memory-mapped; None if it is not there or not whole."""
         try:
             file = safe_open(self.path(shard), "pt")
-            tensors = {name: file.get_tensor(name) for name in ("taps", "hidden", "logsumexp")}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
             whole = (file.metadata() or {}).get("sha256") == checksum(tensors)
         except (OSError, SafetensorError):
             return None
@@ -153,12 +134,12 @@ class FeatureCache:
 
     def _write(self, shard: int) -> safe_open:
         """Compute the shard and give it its name once it is whole. Raises ValueError if the disk refuses."""
-        features = list(self.source.compute_all(self._shards[shard]))
+        examples, path = self._shards[shard], self.path(shard)
         tensors = {
-            name: torch.cat([getattr(f, name) for f in features]).cpu() for name in ("taps", "hidden", "logsumexp")
+            f"{key}.{name}": t.cpu()
+            for key, features in zip(examples, self.source.compute_all(list(examples.values())))
+            for name, t in features._asdict().items()
         }
-        del features
-        path = self.path(shard)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another process may be at the same shard
         try:
             save_file(tensors, temporary, {**self.made_from, "sha256": checksum(tensors)})
@@ -169,11 +150,6 @@ class FeatureCache:
                 f"cannot write '{path}' ({gib(self._shard_bytes(shard))}): {error}; what was written before it stays"
             ) from None
         return safe_open(path, "pt")
-
-
-def hidden_rows(example: Example) -> int:
-    """Rows of `Features.hidden` and `Features.logsumexp`."""
-    return len(example.token_ids) - 1 - len(example.first_prompt)
 
 
 def example_key(example: Example) -> str:

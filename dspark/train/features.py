@@ -3,15 +3,17 @@
 Computed online when a batch needs them, several examples in one forward; a bounded memory cache keeps what fits for the
 next epoch, or `feature_cache.py` keeps all of it on disk.
 Logits are never stored: the loss rebuilds them from the last hidden state.
-Shapes: T positions of an example, A of them from its first answer on, N positions of all, C width, V vocabulary.
+Shapes: S examples, T positions of one, A of them from its first answer on, N positions of all, C width, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dspark.models.attention import packed_attention
 from dspark.models.decoder import Decoder
@@ -22,8 +24,7 @@ LOGIT_ROWS = 64  # full-vocabulary rows alive at once while the log-normaliser i
 LOGIT_TILE = 8  # of them, in a CPU's second-level cache
 
 
-@dataclass
-class Features:
+class Features(NamedTuple):
     """What training reads of an example, in bf16; a position that no block can use is left out.
 
     taps [T-2, taps*C]: the last anchor is T-2, and blocks see what is before theirs. hidden [A-1, C] (after the final
@@ -36,15 +37,27 @@ class Features:
 
     @property
     def num_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.taps, self.hidden, self.logsumexp))
+        return sum(t.nbytes for t in self)
 
 
-class FeatureStore(Protocol):
-    """Where the trainer gets features from."""
+@dataclass
+class Batch:
+    """S examples padded to the longest: tokens [S, T], taps [S, T, taps*C]; hidden [S, A-1, C] and logsumexp [S, A-1]
+    begin at positions starts [S]. No block sees or is trained towards what is padding.
+    """
 
-    def get(self, indices: Sequence[int], examples: Sequence[Example]) -> list[Features]:
-        """Features of examples and their stable numbers. They are shared: copy them before writing or autograd."""
-        ...
+    tokens: Tensor
+    taps: Tensor
+    hidden: Tensor
+    logsumexp: Tensor
+    starts: Tensor
+
+
+def collate(examples: Sequence[Example], features: Sequence[Features]) -> Batch:
+    taps, hidden, logsumexp = (pad_sequence(rows, batch_first=True) for rows in zip(*features))  # pyright: ignore
+    tokens = pad_sequence([torch.tensor(e.token_ids) for e in examples], batch_first=True).to(taps.device)
+    starts = torch.tensor([len(e.first_prompt) for e in examples], device=taps.device)
+    return Batch(tokens, F.pad(taps, (0, 0, 0, 2)), hidden, logsumexp, starts)
 
 
 class FeatureSource:
@@ -53,17 +66,17 @@ class FeatureSource:
     def __init__(self, target: Decoder, tap_layers: tuple[int, ...], cache_bytes: int):
         self.target, self.tap_layers, self.cache_bytes = target, tap_layers, cache_bytes
         self.used_bytes = 0
-        self._kept: dict[int, Features] = {}
+        self._kept: dict[Example, Features] = {}
 
-    def get(self, indices: Sequence[int], examples: Sequence[Example]) -> list[Features]:
-        """See `FeatureStore`."""
-        missing = {i: e for i, e in zip(indices, examples, strict=True) if i not in self._kept}
-        found = dict(zip(missing, self.compute_all(list(missing.values())), strict=True))
-        for index, features in found.items():
+    def get(self, examples: Sequence[Example]) -> list[Features]:
+        """Features of examples, in their order. They are shared: copy them before writing or autograd."""
+        missing = [e for e in dict.fromkeys(examples) if e not in self._kept]
+        found = dict(zip(missing, self.compute_all(missing), strict=True))
+        for example, features in found.items():
             if self.used_bytes + features.num_bytes <= self.cache_bytes:
-                self._kept[index] = features
+                self._kept[example] = features
                 self.used_bytes += features.num_bytes
-        return [found.get(i) or self._kept[i] for i in indices]
+        return [found.get(e) or self._kept[e] for e in examples]
 
     def compute_all(self, examples: Sequence[Example]) -> Iterator[Features]:
         """In their order, PACK_TOKENS positions at a time."""
@@ -90,9 +103,8 @@ class FeatureSource:
         features = []
         for example, start, length in zip(examples, starts, lengths, strict=True):
             answer = hidden[start + len(example.first_prompt) : start + length - 1]
-            taps = torch.cat([t[start : start + length - 2] for t in output.taps], -1)
-            hidden_rows = answer.to(torch.bfloat16, copy=True)
-            features.append(Features(taps.to(torch.bfloat16), hidden_rows, self.logsumexp(answer)))
+            taps = torch.cat([t[start : start + length - 2] for t in output.taps], -1).to(torch.bfloat16)
+            features.append(Features(taps, answer.to(torch.bfloat16, copy=True), self.logsumexp(answer)))
         return features
 
     def logsumexp(self, hidden: Tensor) -> Tensor:

@@ -6,15 +6,14 @@ stopped continues where it was: what the file holds is not asked for again.
 """
 
 import asyncio
-from collections.abc import Callable
-from typing import TypeVar
+from functools import cache
+from itertools import islice
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dspark.engine.engine import EngineConfig
 from dspark.engine.llm import LLM, Completion
-from dspark.engine.sequence import Sequence
 from dspark.models.source import load_tokenizer, resolve_model
 from dspark.sampling import SamplingParams
 from dspark.train.conversation import Conversation
@@ -25,8 +24,6 @@ from dspark.train.work import DataConfig, Work
 
 MARK = "PROMPT-GOES-HERE"
 ATTEMPTS = 4  # at each self-written prompt, on average, before fewer are taken
-
-T = TypeVar("T")
 
 
 def write_data(config: DataConfig) -> dict:
@@ -46,14 +43,13 @@ def write_data(config: DataConfig) -> dict:
             else:
                 keep_answers(work)
         else:
-            llm = LLM(
-                config.model, "none", dtype=config.dtype, device=config.device, config=EngineConfig(config.streams)
-            )
+            engine = EngineConfig(config.streams)
+            llm = LLM(config.model, "none", dtype=config.dtype, device=config.device, config=engine)
             progress.console.print(f"{llm.target.describe()}; {llm.engine.limits()}", soft_wrap=True, markup=False)
             if config.self_written:
                 prompts = write_prompts(llm, config, progress)
-            longest = llm.engine.longest_request - config.max_new_tokens
-            longest = min(longest, config.max_prompt_tokens or longest)
+            fitting = llm.engine.longest_request - config.max_new_tokens
+            longest = min(fitting, config.max_prompt_tokens or fitting)
             work = Work(config, prompts, done, llm.tokenizer, longest, progress)
             answer_by_engine(llm, work)
         return work.summary()
@@ -68,125 +64,93 @@ def progress_bar() -> Progress:
 def keep_answers(work: Work) -> None:
     """Write the answers that the prompts came with. Raises ValueError naming the line of one that cannot be kept."""
     for conversation in work:
-        more = True
-        while more:
-            text = conversation.prompt.answers[len(conversation.answers)]
-            more = work.answer(conversation, text, conversation.encode(work.tokenizer, text, "stop"), "stop")
+        for text in conversation.prompt.answers:
+            if not work.answer(conversation, text, "stop"):
+                break
 
 
 def answer_by_engine(llm: LLM, work: Work) -> None:
-    """Answer everything with the embedded engine."""
-
-    def on_finish(conversation: Conversation, answer: Completion) -> Conversation | None:
-        more = work.answer(conversation, answer.text, answer.token_ids, answer.finish_reason)
-        return conversation if more else None
-
+    """Answer everything with the embedded engine, so much in flight that its streams stay full."""
     conversations = iter(work)
-    run_engine(llm, lambda: next(conversations, None), lambda c: (c.asked[0], c.params or SamplingParams()), on_finish)
+    running: dict[int, Conversation] = {}  # by request
 
+    def start(conversation: Conversation) -> None:
+        sequence = llm.engine.add(conversation.asked[0], conversation.params or SamplingParams())
+        running[sequence.request_id] = conversation
 
-def run_engine(
-    llm: LLM,
-    next_item: Callable[[], T | None],
-    request: Callable[[T], tuple[list[int], SamplingParams]],
-    on_finish: Callable[[T, Completion], T | None],
-) -> None:
-    """Run the requests of items, so many in flight that the engine's streams stay full, until there is none.
-
-    next_item: None while there is none to start. on_finish may return an item that goes on at once.
-    """
-    running: dict[int, tuple[Sequence, T]] = {}
-
-    def start(item: T) -> None:
-        sequence = llm.engine.add(*request(item))
-        running[sequence.request_id] = sequence, item
-
-    try:
-        while True:
-            while len(running) < 2 * llm.engine.config.max_streams and (item := next_item()) is not None:
-                start(item)
-            if not running:
-                return
-            for new in llm.engine.step():
-                if new.sequence.finish_reason is not None:
-                    sequence, item = running.pop(new.sequence.request_id)
-                    if (more := on_finish(item, llm.completion(sequence))) is not None:
-                        start(more)
-    finally:
-        for sequence, _ in running.values():
-            llm.engine.cancel(sequence)
+    while True:
+        for conversation in islice(conversations, 2 * llm.engine.config.max_streams - len(running)):
+            start(conversation)
+        if not running:
+            return
+        for new in llm.engine.step():
+            if new.sequence.finish_reason is not None:
+                conversation = running.pop(new.sequence.request_id)
+                answer = llm.completion(new.sequence)
+                if work.answer(conversation, answer.text, answer.finish_reason, answer.token_ids):
+                    start(conversation)
 
 
 def write_prompts(llm: LLM, config: DataConfig, progress: Progress) -> list[Prompt]:
     """User turns that an instruction-tuned target writes when started right after its user header.
 
-    They are kept in `config.written_prompts`, and those it holds are not written again. Empty and repeated ones are
+    They are kept beside `config.out`, and those found there are not written again. Empty and repeated ones are
     dropped; fewer come back where too many are. Raises ValueError for a model without a chat template.
     """
     template = str(llm.tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False))
     if MARK not in template:
         raise ValueError("the model has no chat template to write prompts from; give a prompts file")
     header: list[int] = llm.tokenizer(template.split(MARK)[0], add_special_tokens=False)["input_ids"]  # pyright: ignore
-    path, count = config.written_prompts, config.self_written
+    path, count = config.out.with_suffix(".prompts.jsonl"), config.self_written
     rows = [row for _, row in written_rows(path)]
     texts = dict.fromkeys(row["prompt"] for row in rows)
-    first = attempt = max((row["attempt"] + 1 for row in rows), default=0)
-    running = 0
+    first = max((row["attempt"] + 1 for row in rows), default=0)  # of the coming attempts
+    last = first + ATTEMPTS * count
     task = progress.add_task("prompts", total=count, completed=len(texts), tokens="")
 
-    def next_attempt() -> int | None:
-        nonlocal attempt, running
-        if len(texts) + running >= count or attempt - first >= ATTEMPTS * count:
-            return None
-        attempt, running = attempt + 1, running + 1
-        return attempt - 1
-
-    def request(attempt: int) -> tuple[list[int], SamplingParams]:
-        return header, SamplingParams(1.0, top_p=0.95, seed=config.seed + attempt, max_new_tokens=128)
-
-    def on_finish(attempt: int, answer: Completion) -> None:
-        nonlocal running
-        running -= 1
+    def on_finish(index: int, answer: Completion) -> None:
         text = answer.text.strip()
         if answer.finish_reason == "stop" and is_text(text) and text not in texts:
             texts[text] = None
-            write_row(path, {"prompt": text, "task": "self-written", "attempt": attempt})
+            write_row(path, {"prompt": text, "task": "self-written", "attempt": first + index})
             progress.advance(task)
 
-    run_engine(llm, next_attempt, request, on_finish)
+    while len(texts) < count and first < last:
+        attempts = range(first, first + count - len(texts))
+        params = [SamplingParams(1.0, top_p=0.95, seed=config.seed + i, max_new_tokens=128) for i in attempts]
+        llm.generate([header] * len(attempts), params, on_finish)
+        first = attempts.stop
     return [Prompt((text,), task="self-written") for text in list(texts)[:count]]
 
 
 async def answer_by_servers(work: Work, urls: tuple[str, ...]) -> None:
     """Answer everything with the servers at these addresses. Raises ValueError when none is left."""
     config, conversations = work.config, iter(work)
-    notes: set[str] = set()
 
+    @cache  # each sentence once
     def note(text: str) -> None:
-        if text not in notes:
-            notes.add(text)
-            work.progress.console.print(f"dspark: {text}", soft_wrap=True, markup=False)
+        work.progress.console.print(f"dspark: {text}", soft_wrap=True, markup=False)
 
-    async def answer(pool: ServerPool, conversation: Conversation) -> bool:
+    async def answer(conversation: Conversation) -> bool:
         """Whether another turn is to be answered."""
         text, finish, usage = await pool.chat(request_body(conversation))
         expected = len(conversation.asked[0])
         if not conversation.answers and usage.get("prompt_tokens", expected) != expected:
             note(f"a server counts other prompt tokens than '{config.model}': do both have the same chat template?")
-        token_ids = conversation.encode(work.tokenizer, text, finish)
-        return work.answer(conversation, text, token_ids, finish)
+        return work.answer(conversation, text, finish)
 
-    async def worker(pool: ServerPool) -> None:
+    async def worker() -> None:
         for conversation in conversations:
             try:
-                while await answer(pool, conversation):
+                while await answer(conversation):
                     pass
             except RefusedError as error:
                 note(f"servers refuse some requests, first {conversation.prompt.place}: {error}")
                 work.refused(conversation)
 
-    async with ServerPool(urls, config.model, config.streams, config.timeout, note) as pool:
-        await asyncio.gather(*(worker(pool) for _ in range(config.streams * len(urls))))
+    pool = ServerPool(urls, config.model, config.streams, config.timeout, note)
+    async with pool.client:
+        await asyncio.gather(*(worker() for _ in range(config.streams * len(urls))))
 
 
 def request_body(conversation: Conversation) -> dict:

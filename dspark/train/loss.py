@@ -50,9 +50,7 @@ class DistributionLoss(torch.autograd.Function):
         target_logsumexp: Tensor,  # [N] over the whole vocabulary
         labels: Tensor,  # [N] draft-vocabulary index of x*, -1 where x* is outside of it
         row_weights: Tensor,  # [N]
-        ce_weight: float,
-        l1_weight: float,
-        distillation_weight: float,
+        weights: LossWeights,
     ) -> tuple[Tensor, Tensor]:
         grad_hidden, grad_markov, grad_w2 = torch.empty_like(hidden), torch.empty_like(markov), torch.zeros_like(w2)
         row_loss, l1 = torch.empty_like(target_logsumexp), torch.empty_like(target_logsumexp)
@@ -76,7 +74,7 @@ class DistributionLoss(torch.autograd.Function):
                     logits[j],
                     target_logsumexp[rows],
                     labels[rows],
-                    (ce_weight, l1_weight, distillation_weight),
+                    weights,
                     buffers[:, : rows.stop - start],
                 )
             # The rows' weights come in where rows are narrow.
@@ -90,7 +88,7 @@ class DistributionLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss: Tensor, *_unused: Tensor):  # pyright: ignore
         grad_hidden, grad_markov, grad_w2 = ctx.saved_tensors
-        return (grad_loss * grad_hidden, grad_loss * grad_markov, grad_loss * grad_w2, *[None] * 8)
+        return (grad_loss * grad_hidden, grad_loss * grad_markov, grad_loss * grad_w2, *[None] * 6)
 
 
 def loss_and_gradient(
@@ -98,14 +96,13 @@ def loss_and_gradient(
     logits: Tensor,
     target_logsumexp: Tensor,
     labels: Tensor,
-    weights: tuple[float, float, float],
+    weights: LossWeights,
     buffers: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Loss and L1 [n] of rows of logits [n, V'], which are replaced by the loss's gradient with respect to them.
 
-    weights: of CE(x*), L1 and CE(target_probs); buffers [3, n, V'] fp32 are written over.
+    buffers [3, n, V'] fp32 are written over.
     """
-    ce_weight, l1_weight, distillation_weight = weights
     target_probs, draft, scratch = buffers.unbind()
     target_probs.copy_(target_logits).sub_(target_logsumexp[:, None]).exp_()
     draft.copy_(logits)
@@ -119,14 +116,15 @@ def loss_and_gradient(
     draft_probs.mul_(normaliser.reciprocal()[:, None])
     logsumexp = maximum + normaliser.log()
     l1 = (2 - 2 * torch.minimum(draft_probs, target_probs, out=scratch).sum(-1)).clamp_(min=0)
-    loss = ce_weight * (logsumexp - label_logit) * in_vocab + l1_weight * l1
-    loss += distillation_weight * (logsumexp * inside - expected_logit)
+    loss = weights.cross_entropy * (logsumexp - label_logit) * in_vocab + weights.total_variation * l1
+    loss += weights.distillation * (logsumexp * inside - expected_logit)
     # d CE(x*) = q - onehot;  d CE(p) = q sum(p) - p;  d L1 = 2 (q sum(q below p) - (q below p))
     below = torch.lt(draft_probs, target_probs, out=scratch).mul_(draft_probs)
-    scale = ce_weight * in_vocab + distillation_weight * inside + 2 * l1_weight * below.sum(-1)
-    grad = draft_probs.mul_(scale[:, None]).sub_(below, alpha=2 * l1_weight)
-    grad.sub_(target_probs, alpha=distillation_weight)
-    logits.copy_(grad.scatter_add_(1, label, (-ce_weight * in_vocab)[:, None]))
+    of_label, of_below = weights.cross_entropy * in_vocab, 2 * weights.total_variation
+    scale = of_label + weights.distillation * inside + of_below * below.sum(-1)
+    grad = draft_probs.mul_(scale[:, None]).sub_(below, alpha=of_below)
+    grad.sub_(target_probs, alpha=weights.distillation)
+    logits.copy_(grad.scatter_add_(1, label, -of_label[:, None]))
     return loss, l1
 
 
@@ -166,9 +164,7 @@ def dspark_loss(
         targets.logsumexp,
         targets.labels,
         normalised,
-        weights.cross_entropy,
-        weights.total_variation,
-        weights.distillation,
+        weights,
     )  # pyright: ignore
     acceptance = (1 - l1 / 2).clamp(0, 1)
     if confidence_logits is None:

@@ -8,22 +8,18 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from dspark.train.data import Prompt, jsonl_rows
+from dspark.train.data import Prompt, read_jsonl
 
 
 @contextmanager
 def only_writer(path: Path, command: str = "dspark data") -> Iterator[None]:
     """Hold `path` for this process; a killed one lets go of it. Raises ValueError while another holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{path}.lock", timeout=0)
     try:
-        lock.acquire()
+        with FileLock(f"{path}.lock", timeout=0):
+            yield
     except Timeout:
         raise ValueError(f"another '{command}' is writing '{path}'; wait for it or choose another --out") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def written_rows(path: Path) -> Iterator[tuple[str, dict]]:
@@ -32,7 +28,7 @@ def written_rows(path: Path) -> Iterator[tuple[str, dict]]:
         raw = path.read_bytes()
         if raw and not raw.endswith(b"\n"):
             os.truncate(path, raw.rfind(b"\n") + 1)
-        yield from jsonl_rows(path)
+        yield from read_jsonl(path)
 
 
 def write_row(path: Path, row: dict) -> None:

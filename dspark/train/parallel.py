@@ -11,6 +11,7 @@ from typing import Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
 ParallelKind = Literal["ddp", "fsdp"]
@@ -98,13 +99,8 @@ def exchange_gradients(loss: Callable[..., tuple[Tensor, ...]], on: bool) -> Non
 
 
 def gathered(model: M) -> M:
-    """The model with its whole weights, in process 0; itself where they are whole already."""
+    """The model with its whole weights, in process 0."""
     if size() == 1:
-        return model
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-    from torch.distributed.tensor import DTensor
-
-    if not any(isinstance(p, DTensor) for p in model.parameters()):
         return model
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank() > 0:

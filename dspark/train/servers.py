@@ -4,6 +4,7 @@ A server that fails pauses, each time for longer, while the others go on; one th
 """
 
 import asyncio
+import json
 import os
 import time
 from collections import Counter
@@ -26,10 +27,7 @@ class RefusedError(Exception):
 
 
 class BusyError(Exception):
-    """The server asks to come back later, after so many seconds if it says so."""
-
-    def __init__(self, seconds: float | None):
-        self.seconds = seconds
+    """The server asks to come back later; its argument is the Retry-After header."""
 
 
 class FailedError(Exception):
@@ -41,7 +39,6 @@ class Server:
     url: str
     model: str = ""  # as the server calls it, known after the first request
     in_flight: int = 0
-    answered: int = 0
     failures: int = 0  # in a row; requests under way together count once
     refusals: int = 0  # "come back later" in a row
     ready_at: float = 0.0
@@ -51,7 +48,7 @@ class ServerPool:
     """Sends each request to the server that has the fewest in flight, at most `streams` each.
 
     urls: as `base_url` gives them. model: preferred where a server has several. note: told in a sentence what the user
-    should know. Use as an async context manager.
+    should know. Close `client` in the end.
     """
 
     def __init__(self, urls: tuple[str, ...], model: str, streams: int, timeout: float, note: Callable[[str], None]):
@@ -64,18 +61,12 @@ class ServerPool:
             limits=httpx2.Limits(max_connections=None),
         )
 
-    async def __aenter__(self) -> "ServerPool":
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.client.aclose()
-
     async def chat(self, body: dict) -> tuple[str, str, dict]:
         """(text, finish reason, usage) of a chat completion, tried again until a server gives it.
 
         Raises RefusedError if it cannot be had, ValueError if no server is left or one cannot be used at all.
         """
-        failures, answered = 0, Counter[str]()
+        failures = Counter[str]()  # of this request, by server
         while True:
             server = await self.free_server()
             started = time.monotonic()
@@ -83,19 +74,18 @@ class ServerPool:
             try:
                 reply = await self.send(server, body)
                 server.failures = server.refusals = 0
-                server.answered += 1
                 return reply
             except BusyError as busy:
-                if started >= server.ready_at:
+                if started >= server.ready_at:  # otherwise it pauses already, for what went wrong together
                     server.refusals += 1
-                    pause = busy.seconds if busy.seconds is not None else back_off(server.refusals)
-                    server.ready_at = time.monotonic() + pause
+                    seconds = retry_after(str(busy))
+                    server.ready_at = time.monotonic() + (back_off(server.refusals) if seconds is None else seconds)
             except (FailedError, httpx2.RequestError) as error:
-                self.failed(server, started, f"{type(error).__name__} {error}".strip())
-                failures += server.answered > answered[server.url]  # a server that answers nothing is to blame itself
-                answered[server.url] = server.answered
-                if failures > RETRIES:
-                    raise RefusedError(f"gave up after {failures} failures: {error}") from None
+                if started >= server.ready_at:
+                    self.failed(server, f"{type(error).__name__} {error}".strip())
+                failures[server.url] += 1
+                if failures[server.url] > RETRIES and server in self.servers:  # it answers others
+                    raise RefusedError(f"gave up after {failures[server.url]} failures: {error}") from None
             finally:
                 server.in_flight -= 1
 
@@ -108,10 +98,8 @@ class ServerPool:
             await asyncio.sleep(POLL_SECONDS)
         raise ValueError("no server is left; the same command goes on when one is up again")
 
-    def failed(self, server: Server, started: float, problem: str) -> None:
+    def failed(self, server: Server, problem: str) -> None:
         """Pause a server, or drop it."""
-        if started < server.ready_at or server not in self.servers:
-            return  # it has already paused for what went wrong together
         server.failures += 1
         server.ready_at = time.monotonic() + back_off(server.failures)
         if server.failures > RETRIES:
@@ -119,49 +107,41 @@ class ServerPool:
             self.note(f"'{server.url}' is dropped after {RETRIES} retries ({problem}); {len(self.servers)} left")
 
     async def send(self, server: Server, body: dict) -> tuple[str, str, dict]:
-        if not server.model:
-            server.model = await self.find_model(server)
-        reply = self.checked(
-            server, await self.client.post(f"{server.url}/chat/completions", json={"model": server.model, **body})
-        )
         try:
-            choice = reply["choices"][0]
-            text, finish = choice["message"].get("content") or "", choice["finish_reason"]
-        except (KeyError, IndexError, TypeError, AttributeError):
-            raise FailedError("the reply is no chat completion") from None
-        if choice["message"].get("reasoning_content") or choice["message"].get("reasoning"):
+            if not server.model:
+                server.model = await self.find_model(server)
+            reply = await self.request(server, "POST", "chat/completions", {"model": server.model, **body})
+            message, finish = reply["choices"][0]["message"], reply["choices"][0]["finish_reason"]
+            text, reasoning = message.get("content") or "", message.get("reasoning_content") or message.get("reasoning")
+        except (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError, AttributeError):
+            raise FailedError("the reply is none of the OpenAI interface") from None
+        if reasoning:
             raise ValueError(f"'{server.url}' splits reasoning off the answers; start it without a reasoning parser")
         return text, finish, reply.get("usage") or {}
 
     async def find_model(self, server: Server) -> str:
         """Raises ValueError if the server has several models and none of the preferred name."""
-        reply = self.checked(server, await self.client.get(f"{server.url}/models"))
-        try:
-            names = [model["id"] for model in reply["data"]]
-        except (KeyError, TypeError):
-            raise FailedError("the reply is no list of models") from None
+        names = [model["id"] for model in (await self.request(server, "GET", "models"))["data"]]
         if self.model in names:
             return self.model
         if len(names) != 1:
             raise ValueError(f"'{server.url}' serves {', '.join(names) or 'no model'}: name one of them with --model")
         return names[0]
 
-    def checked(self, server: Server, response: httpx2.Response) -> dict:
+    async def request(self, server: Server, method: str, path: str, body: dict | None = None) -> dict:
         """The JSON of a reply; its status as an exception otherwise."""
+        response = await self.client.request(method, f"{server.url}/{path}", json=body)
         status = response.status_code
         problem = f"HTTP {status}: {response.text[:200]}"
         if status == 429 or (status == 503 and "retry-after" in response.headers):
-            raise BusyError(retry_after(response.headers.get("retry-after", "")))
+            raise BusyError(response.headers.get("retry-after", ""))
         if status in (400, 413, 422):
             raise RefusedError(problem)
         if status in (408, 409, 425) or status >= 500:
             raise FailedError(problem)
         if status != 200:
             raise ValueError(f"'{server.url}' cannot be used, {problem}")
-        try:
-            return response.json()
-        except ValueError:
-            raise FailedError("the reply is not JSON") from None
+        return response.json()
 
 
 def base_url(text: str) -> str:

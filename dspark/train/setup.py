@@ -1,7 +1,7 @@
 """From a recipe and a target to an untrained drafter: shape, draft vocabulary, initial weights."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -21,7 +21,7 @@ DRAFTERS = ("dspark", "dflash", "dflash-zlab", "eagle3", "mtp")  # what can be t
 class DrafterRecipe:
     """The choices that make a drafter. `source_layers`: target layers that its draft layers start as copies of.
 
-    Mask, own_position and Markov head are DSpark's alone, see `DSparkConfig`.
+    Mask, own_position and Markov head are DSpark's alone, see `DSparkConfig`; with rank 0 it is DFlash.
     """
 
     tap_layers: tuple[int, ...]
@@ -34,11 +34,6 @@ class DrafterRecipe:
     own_position: bool = False
     kind: Literal["dspark", "eagle3", "mtp"] = "dspark"
     window: int = 0
-
-    @property
-    def is_dflash(self) -> bool:
-        """No sequential head and no confidence: DFlash, trained with cross-entropy alone."""
-        return self.markov_rank == 0
 
 
 def mask_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -77,13 +72,12 @@ def default_recipe(
         draft_layers = 1 if is_chain else 2
     n = target.config.num_layers
     first = max(1, n - draft_layers)
-    taps = sorted({max(0, n // 4), max(0, (n * 4) // 7), n - 1, first - 1})
     # The identity start of `fc` is on the last tap: put the copied layers' own input there.
-    ordered = tuple(t for t in taps if t != first - 1) + (first - 1,)
+    taps = (*sorted({n // 4, n * 4 // 7, n - 1} - {first - 1}), first - 1)
     if block_size is None:
         block_size = 1 if drafter == "mtp" else 4
     return DrafterRecipe(
-        tap_layers=(n - 1,) if drafter == "mtp" else ordered,
+        tap_layers=(n - 1,) if drafter == "mtp" else taps,
         source_layers=tuple(range(first, n)),
         mask_token_id=mask_token_id,
         block_size=block_size,
@@ -102,23 +96,14 @@ def new_drafter(
     """An untrained drafter: late layers copied from the target, draft vocabulary counted on the examples."""
     shape = {
         "decoder": target.config,
-        "tap_layers": recipe.tap_layers,
-        "block_size": recipe.block_size,
-        "draft_vocab_size": recipe.draft_vocab_size,
-        "window": recipe.window,
+        "num_draft_layers": len(recipe.source_layers),
+        "confidence_head": recipe.markov_rank > 0,  # DFlash has neither, and is trained with cross-entropy alone
+        **vars(recipe),
     }
-    if recipe.kind == "dspark":
-        shape |= {
-            "num_draft_layers": len(recipe.source_layers),
-            "markov_rank": recipe.markov_rank,
-            "mask_token_id": recipe.mask_token_id,
-            "markov_head": recipe.markov_head,
-            "confidence_head": not recipe.is_dflash,
-            "own_position": recipe.own_position,
-        }
-    config = CONFIGS[recipe.kind](**shape)
+    kind = CONFIGS[recipe.kind]
+    config = kind(**{f.name: shape[f.name] for f in fields(kind) if f.name in shape})
     torch.manual_seed(seed)
-    model = MODELS[type(config)](config)
+    model = MODELS[kind](config)
     model.d2t.copy_(draft_vocabulary(examples, recipe.draft_vocab_size, target.config.vocab_size))
     layers = [
         {name: state_dict[f"model.layers.{i}.{name}"].float() for name in layer_shapes(target.config)}
@@ -137,7 +122,6 @@ def new_drafter(
 def draft_vocabulary(examples: list[Example], size: int, vocab_size: int) -> Tensor:
     """The `size` token ids that occur most in the answers, topped up with low ids (frequent in BPE order), sorted."""
     counts = Counter(token for e in examples for token in e.answer_tokens)
-    ids = [token for token, _ in counts.most_common(size)]
-    seen = set(ids)
-    ids += [i for i in range(vocab_size) if i not in seen][: size - len(ids)]
-    return torch.tensor(sorted(ids))
+    common = [token for token, _ in counts.most_common(size)]
+    ids = dict.fromkeys([*common, *range(vocab_size)])
+    return torch.tensor(sorted(list(ids)[:size]))

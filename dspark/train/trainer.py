@@ -5,10 +5,9 @@ time keeping, evaluation and checkpoints. In several processes each takes its sh
 Shapes: S sequences, T positions, A anchors, G block size, C width, N supervised slots.
 """
 
-import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -29,7 +28,7 @@ from dspark.train.checkpoint import Progress, save_training
 from dspark.train.data import Example
 from dspark.train.evaluate import accepted_length, by_slot, expected_acceptance
 from dspark.train.feature_cache import FeatureCache, model_digest
-from dspark.train.features import FeatureSource, FeatureStore
+from dspark.train.features import Batch, FeatureSource, collate
 from dspark.train.loss import LossWeights, SlotTargets, dspark_loss
 from dspark.train.optimizer import OptimizerName, WeightAverage, make_optimizers
 from dspark.train.parallel import ParallelKind
@@ -93,16 +92,6 @@ FREE = (
 
 
 @dataclass
-class Batch:
-    """S padded examples: tokens [S, T], taps [S, T, taps*C], hidden [S, T, C], logsumexp [S, T]."""
-
-    tokens: Tensor
-    taps: Tensor
-    hidden: Tensor
-    logsumexp: Tensor
-
-
-@dataclass
 class StepResult:
     """loss and expected accepted length (bonus included, teacher forced) of one batch; N supervised slots."""
 
@@ -134,8 +123,7 @@ class Trainer:
         self.loss_weights = config.loss or default_loss(model)
         self.model, self.target, self.config = model, target, replace(config, loss=self.loss_weights)
         self.examples, self.heldout = examples, heldout
-        # Held-out examples carry negative indices, so that both share one bounded cache.
-        self.features: FeatureStore = FeatureSource(target, model.config.tap_layers, int(config.cache_gib * 2**30))
+        self.features = FeatureSource(target, model.config.tap_layers, int(config.cache_gib * 2**30))
         if config.feature_cache is not None:
             folder, size = Path(config.feature_cache), int(config.feature_cache_gib * 2**30)
             self.features = FeatureCache(self.features, folder, examples + heldout, size)
@@ -151,9 +139,8 @@ class Trainer:
         """Derive the pruned LM head and the map to draft ids from the model's `d2t`."""
         target, model = self.target, self.model
         self.head = target.lm_head_weight[model.d2t].to(self.product_dtype)  # [V', C]
-        t2d = torch.full((target.config.vocab_size,), -1, device=target.device)
-        t2d[model.d2t] = torch.arange(len(model.d2t), device=target.device)
-        self.t2d = t2d
+        self.t2d = torch.full((target.config.vocab_size,), -1, device=target.device)
+        self.t2d[model.d2t] = torch.arange(len(model.d2t), device=target.device)
 
     # -- one step ---------------------------------------------------------------------------------
 
@@ -170,7 +157,7 @@ class Trainer:
         tally = torch.zeros(2, self.model.config.block_size, device=self.target.device)
         for part, of_part in zip(parts, blocks, strict=True):
             parallel.exchange_gradients(self.global_loss, part is parts[-1])
-            loss, acceptance, slots = self.global_loss(self.collate(part, self.examples), of_part, weight_sum)
+            loss, acceptance, slots = self.global_loss(self.batch(part, self.examples), of_part, weight_sum)
             (parallel.size() * loss).backward()  # processes take the mean of what is to be summed
             loss_sum += loss.detach()
             tally += by_slot(acceptance, slots, self.model.config.block_size)
@@ -205,14 +192,16 @@ class Trainer:
 
         weight_sum: of the slot weights of the whole step, of which the batch may be a part.
         """
-        with self.autocast():
+        fast = self.product_dtype is torch.bfloat16
+        with torch.autocast(self.target.device.type, torch.bfloat16, enabled=fast):
             outputs = self.model(batch.taps.float(), batch.tokens, blocks.anchors, self.target.embedding)
         supervised = blocks.supervised
         sequence, _, slots = supervised.nonzero(as_tuple=True)  # [N] each
         positions = blocks.positions()[supervised]
+        rows = positions - batch.starts[sequence]
         targets = SlotTargets(
-            batch.hidden[sequence, positions].float(),
-            batch.logsumexp[sequence, positions],
+            batch.hidden[sequence, rows].float(),
+            batch.logsumexp[sequence, rows],
             self.t2d[batch.tokens[sequence, positions + 1]],
             slots,
             self.slot_weights(slots),
@@ -236,29 +225,9 @@ class Trainer:
         fast = target.dtype is torch.bfloat16 and has_bf16_products(target.device)
         return torch.bfloat16 if fast else torch.float32
 
-    def autocast(self) -> torch.autocast:
-        fast = self.product_dtype is torch.bfloat16
-        return torch.autocast(self.target.device.type, torch.bfloat16, enabled=fast)
-
-    def collate(self, indices: list[int], examples: list[Example]) -> Batch:
-        """Examples padded to the longest; no block sees or is trained towards what is padding."""
-        sign, chosen = -1 if examples is self.heldout else 1, [examples[i] for i in indices]
-        features = self.features.get([sign * (i + 1) for i in indices], chosen)
-        length, answers = max(len(e.token_ids) for e in chosen), [len(e.first_prompt) for e in chosen]
-
-        def stack(rows: list[Tensor], starts: list[int] | None = None) -> Tensor:
-            """[S, T, ...] from rows that begin at `starts`, at 0 by default."""
-            padded = rows[0].new_zeros(len(rows), length, *rows[0].shape[1:])
-            for row, target, start in zip(rows, padded, starts or [0] * len(rows), strict=True):
-                target[start : start + len(row)] = row
-            return padded
-
-        return Batch(
-            stack([torch.tensor(e.token_ids, device=self.target.device) for e in chosen]),
-            stack([f.taps for f in features]),
-            stack([f.hidden for f in features], answers),
-            stack([f.logsumexp for f in features], answers),
-        )
+    def batch(self, indices: list[int], examples: list[Example]) -> Batch:
+        chosen = [examples[i] for i in indices]
+        return collate(chosen, self.features.get(chosen))
 
     # -- schedule ---------------------------------------------------------------------------------
 
@@ -279,15 +248,12 @@ class Trainer:
             return self.config.learning_rate * max(self.share_done / warmup, 0.02)
         return self.config.learning_rate * 0.5 * (1 + math.cos(math.pi * (self.share_done - warmup) / (1 - warmup)))
 
-    def batches(self) -> Iterator[list[int]]:
-        """Example indices of the steps from the current one on: epochs of seeded permutations."""
+    def next_indices(self) -> list[int]:
+        """Examples of the coming step: epochs are seeded permutations."""
         size = min(self.config.sequences_per_step, len(self.examples))
-        first_epoch, first = divmod(self.progress.step, self.steps_per_epoch)
-        for epoch in itertools.count(first_epoch):
-            generator = torch.Generator().manual_seed(self.config.seed * 7_919 + epoch)
-            order = torch.randperm(len(self.examples), generator=generator).tolist()
-            for i in range(first if epoch == first_epoch else 0, self.steps_per_epoch):
-                yield order[i * size : (i + 1) * size]
+        epoch, i = divmod(self.progress.step, self.steps_per_epoch)
+        generator = torch.Generator().manual_seed(self.config.seed * 7_919 + epoch)
+        return torch.randperm(len(self.examples), generator=generator)[i * size : (i + 1) * size].tolist()
 
     # -- the run ----------------------------------------------------------------------------------
 
@@ -308,7 +274,6 @@ class Trainer:
             raise ValueError("a training run needs at least one held-out example")
         stopped = self.agree(should_stop()) > 0
         next_save = self.progress.seconds + 60 * self.config.save_every_minutes
-        batches = self.batches()
         while True:
             done = self.share_done >= 1
             evaluating = not stopped and len(self.progress.history) < int(self.share_done * self.config.evaluations)
@@ -320,7 +285,7 @@ class Trainer:
             if done or stopped:
                 return not stopped
             started = time.perf_counter()
-            result = self.step(next(batches))
+            result = self.step(self.next_indices())
             self.progress.step += 1
             self.progress.slots += result.slots
             self.progress.seconds += self.agree((time.perf_counter() - started) / parallel.size())
@@ -353,23 +318,19 @@ class Trainer:
     @cached_property
     def identity(self) -> dict:
         """What a resumed run must share with the one that was stopped."""
-        return {
-            "target": {"dtype": str(self.target.dtype), "digest": model_digest(self.target)},
-            "training": {name: value for name, value in asdict(self.config).items() if name not in FREE},
-            "drafter": {"kind": self.model.config.kind, **asdict(self.model.config)},
-            "data": self.describe_data(),
-        }
-
-    def describe_data(self) -> dict:
-        """What was trained on, for the record."""
         digest = sha256()
         for example in [*self.heldout, *self.examples]:
             digest.update(repr(example).encode())
         return {
-            "examples": len(self.examples),
-            "answer_tokens": sum(len(e.answer_tokens) for e in self.examples),
-            "heldout_examples": len(self.heldout),
-            "digest": digest.hexdigest(),
+            "target": {"dtype": str(self.target.dtype), "digest": model_digest(self.target)},
+            "training": {name: value for name, value in asdict(self.config).items() if name not in FREE},
+            "drafter": {"kind": self.model.config.kind, **asdict(self.model.config)},
+            "data": {
+                "examples": len(self.examples),
+                "answer_tokens": sum(len(e.answer_tokens) for e in self.examples),
+                "heldout_examples": len(self.heldout),
+                "digest": digest.hexdigest(),
+            },
         }
 
 

@@ -56,11 +56,6 @@ class DataConfig:
         for temperature, top_p in self.samplings:
             SamplingParams(temperature, top_p=top_p, max_new_tokens=self.max_new_tokens)
 
-    @property
-    def written_prompts(self) -> Path:
-        """Where self-written prompts are kept."""
-        return self.out.with_suffix(".prompts.jsonl")
-
 
 class Work:
     """The conversations that a run has still to answer, and what has become of the others."""
@@ -110,8 +105,7 @@ class Work:
         for prompt, sample in self.pending:
             temperature, top_p = self.sampling(prompt.number, sample)
             seed = sample_seed(sample_seed(self.config.seed, prompt.number), sample)
-            limit = self.config.max_new_tokens
-            params = SamplingParams(temperature, top_p=top_p, seed=seed, max_new_tokens=limit)
+            params = SamplingParams(temperature, top_p=top_p, seed=seed, max_new_tokens=self.config.max_new_tokens)
             conversation = Conversation(prompt, None if self.config.keep_answers else params, sample)
             if self.ask(conversation):
                 yield conversation
@@ -123,8 +117,13 @@ class Work:
         conversation.ask(self.tokenizer)
         return self.longest is None or len(conversation.asked[0]) <= self.longest
 
-    def answer(self, conversation: Conversation, text: str, token_ids: list[int], finish: str) -> bool:
-        """Take in an answer; whether another turn was rendered after it. Otherwise the conversation is written."""
+    def answer(self, conversation: Conversation, text: str, finish: str, token_ids: list[int] | None = None) -> bool:
+        """Take in an answer; whether another turn was rendered after it. Otherwise the conversation is written.
+
+        token_ids: None where the answer came as text. Raises ValueError naming the line of one that has none.
+        """
+        if token_ids is None:
+            token_ids = conversation.encode(self.tokenizer, text, finish)
         conversation.answer(text, token_ids, finish)
         self.counts["tokens"] += len(token_ids)
         try:

@@ -40,7 +40,7 @@ def computed(cache: FeatureCache) -> int:
 
 
 def read_all(cache: FeatureCache):
-    return cache.get(list(range(len(EXAMPLES))), EXAMPLES)
+    return cache.get(EXAMPLES)
 
 
 def test_what_comes_back_is_what_was_computed(tmp_path: Path):
@@ -60,7 +60,7 @@ def test_conversations_of_several_turns(tmp_path: Path):
     """Rows begin at the first answer, not at the last: once the shard's later examples were read from wrong rows."""
     talks = [Example(tuple(range(20)), tuple(range(n)), earlier=((4, 9), (12, 15))) for n in (5, 9, 7)]
     for cache in (make_cache(tmp_path, examples=talks), make_cache(tmp_path, examples=talks)):
-        for talk, found in zip(talks, cache.get([0, 1, 2], talks), strict=True):
+        for talk, found in zip(talks, cache.get(talks), strict=True):
             (expected,) = FeatureSource(TARGET, (0,), 0).compute([talk])
             assert found.hidden.shape == expected.hidden.shape
             torch.testing.assert_close(found.logsumexp, expected.logsumexp, atol=1e-4, rtol=0)
@@ -78,7 +78,7 @@ def test_the_predicted_size_is_the_size(tmp_path: Path):
 
 def test_a_shard_is_computed_when_one_of_its_examples_is_asked_for(tmp_path: Path):
     cache = make_cache(tmp_path)
-    cache.get([0], EXAMPLES[:1])
+    cache.get(EXAMPLES[:1])
     assert computed(cache) == 2 and len(list(tmp_path.iterdir())) == 1
 
 
@@ -196,7 +196,7 @@ import dspark.train.feature_cache as module
 from tests.train.test_feature_cache import EXAMPLES, make_cache, read_all
 module.SHARD_BYTES = 9_000
 cache = make_cache(Path(sys.argv[1]))
-cache.get([0], EXAMPLES[:1])
+cache.get(EXAMPLES[:1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, 1_000))
 try:
     read_all(cache)

@@ -58,20 +58,20 @@ def test_the_cache_is_bounded_and_what_does_not_fit_is_computed_again():
     sizes = [f.num_bytes for f in FeatureSource(TARGET, (0,), 0).compute(EXAMPLES)]
     source = CountingSource(TARGET, (0,), sizes[0] + sizes[2])
     for _ in range(2):
-        for index, example in enumerate(EXAMPLES):
-            source.get([index], [example])
+        for example in EXAMPLES:
+            source.get([example])
             assert source.used_bytes <= source.cache_bytes
     assert source.used_bytes == sizes[0] + sizes[2]
     assert source.computed == 4 + 2  # the first and the third were kept
-    assert source.get([0], EXAMPLES[:1])[0] is source.get([0], EXAMPLES[:1])[0]
-    both = source.get([3, 0, 3], [EXAMPLES[3], EXAMPLES[0], EXAMPLES[3]])
+    assert source.get(EXAMPLES[:1])[0] is source.get(EXAMPLES[:1])[0]
+    both = source.get([EXAMPLES[3], EXAMPLES[0], EXAMPLES[3]])
     assert [len(f.taps) for f in both] == [48, 23, 48]
 
 
 def test_cached_and_computed_features_are_the_same():
     kept, fresh = FeatureSource(TARGET, (0,), 1 << 20), FeatureSource(TARGET, (0,), 0)
     for _ in range(2):
-        assert_same(kept.get([1], EXAMPLES[1:2])[0], fresh.get([1], EXAMPLES[1:2])[0])
+        assert_same(kept.get(EXAMPLES[1:2])[0], fresh.get(EXAMPLES[1:2])[0])
     assert fresh.used_bytes == 0
 
 

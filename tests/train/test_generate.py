@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ from dspark.cli import main
 from dspark.engine.engine import EngineConfig
 from dspark.engine.llm import LLM
 from dspark.sampling import SamplingParams
-from dspark.train.data import read_examples
-from dspark.train.generate import run_engine, write_data
+from dspark.train.conversation import Conversation
+from dspark.train.data import Prompt, read_examples
+from dspark.train.generate import answer_by_engine, write_data
 from dspark.train.output import only_writer, write_row, written_rows
 from dspark.train.work import DataConfig
 from tests.tiny_folder import write_tiny_folder
@@ -92,17 +94,20 @@ def test_prompts_that_are_too_long_are_left_out(tmp_path: Path, prompts: Path, m
 def test_the_streams_stay_full(model: Path):
     """Requests are added while others run, never so many that they pile up."""
     llm = LLM(str(model), "none", dtype="fp32", config=EngineConfig(4))
-    lengths, waiting, started = [3, 9, 27, 5] * 10, [], 0
-    items = iter(range(len(lengths)))
-    finished = []
+    lengths, waiting, finished = [3, 9, 27, 5] * 10, [], []
 
-    def request(i: int) -> tuple[list[int], SamplingParams]:
-        nonlocal started
-        started += 1
-        waiting.append(started - len(finished))
-        return [1, 2, 3], SamplingParams(max_new_tokens=lengths[i], ignore_eos=True)
+    class FortyAnswers:
+        def __iter__(self) -> Iterator[Conversation]:
+            for i, length in enumerate(lengths):
+                waiting.append(i + 1 - len(finished))
+                params = SamplingParams(max_new_tokens=length, ignore_eos=True)
+                yield Conversation(Prompt(("a",)), params, i, asked=([1, 2, 3], []))
 
-    run_engine(llm, lambda: next(items, None), request, lambda i, _: finished.append(i))
+        def answer(self, conversation: Conversation, *_: object) -> bool:
+            finished.append(conversation.sample)
+            return False
+
+    answer_by_engine(llm, FortyAnswers())  # pyright: ignore
     assert sorted(finished) == list(range(40)) and max(waiting) == 8
     rounds = llm.engine.times.rounds
     assert rounds < sum(lengths) / 4 * 1.2  # 4 streams, all but always busy
