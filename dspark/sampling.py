@@ -124,7 +124,7 @@ class SamplingParams:
 
 
 def truncated_probs(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, overwrite: bool = False
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, *, overwrite: bool = False
 ) -> Tensor:
     """The distribution each row is really sampled from: logits [N, V], parameters [N] -> probs [N, V].
 

@@ -102,7 +102,7 @@ class DSparkDrafter(BoundDrafter):
         base_logits = self.head(hidden.flatten(0, 1)).view(r, g, -1)  # [R, G, V']
         previous = torch.tensor([q.token_ids[-1] for q in requests], device=hidden.device)
         if self.greedy_markov is not None and all(q.params.greedy for q in requests):
-            tokens, embeddings = self.greedy_markov(previous, base_logits)
+            tokens, embeddings, _ = self.greedy_markov(previous, base_logits)
             confidence = self.confidence(hidden, embeddings)
             return Draft.unsampled(tokens, confidence, torch.full((r,), g))
         draw = self.sampler(requests)

@@ -132,31 +132,40 @@ def embed_kernel(machine: Machine, width: int) -> ir.Module:
 
 
 def likeliest_kernel(machine: Machine, vocab: int) -> ir.Module:
-    """The id of each row's first maximum of logits + bias; what is NaN is never it, and of NaNs alone the first is.
+    """The id of each row's first maximum of logits + bias, and the probability of that maximum under their softmax.
 
-    Fields: logits (row stride given), bias [N, vocab], ids [vocab], tokens (stride given), row stride, token stride;
-    items: rows.
+    What is NaN is never the maximum, and of NaNs alone some id is it.
+    Fields: logits (row stride given), bias [N, vocab], ids [vocab], tokens (stride given), largest [N], row stride,
+    token stride; items: rows.
     """
-    e = Emitter("ffqqiii", machine, lanes_for(vocab, machine))
+    e = Emitter("ffqqfiii", machine, lanes_for(vocab, machine))
     b = e.b
-    logits, bias, ids, tokens, stride, token_stride, _ = e.fields
+    logits, bias, ids, tokens, largest, stride, token_stride, _ = e.fields
     indices = ir.VectorType(I32, e.lanes)
     smallest = e.function(f"llvm.vector.reduce.umin.v{e.lanes}i32", I32, [indices])
     with e.loop(e.first, e.last) as row:
         own, of_bias = b.mul(row, stride), b.mul(row, I64(vocab))
+
+        def at(i: Value, own=own, of_bias=of_bias) -> Value:
+            return b.fadd(e.load(logits, b.add(own, i)), e.load(bias, b.add(of_bias, i)))
+
         first = ir.Constant(indices, list(range(e.lanes)))
         start = [e.constant(-math.inf), ir.Constant(indices, [0] * e.lanes), first]
         with e.sums(I64(0), I64(vocab), start, e.lanes) as (i, carried, results):
             best, best_index, index = carried
-            value = b.fadd(e.load(logits, b.add(own, i)), e.load(bias, b.add(of_bias, i)))
+            value = at(i)
             better = b.fcmp_ordered(">", value, best)
             carried[0] = b.select(better, value, best)
             carried[1] = b.select(better, index, best_index)
             carried[2] = b.add(index, ir.Constant(indices, [e.lanes] * e.lanes))
         best, best_index, _ = results
-        is_best = b.fcmp_ordered("==", best, e.spread(e.highest(best)))
+        highest = e.spread(e.highest(best))
+        is_best = b.fcmp_ordered("==", best, highest)
         found = b.call(smallest, [b.select(is_best, best_index, ir.Constant(indices, [vocab - 1] * e.lanes))])
         token = b.load(b.gep(ids, [b.zext(found, I64)]))
         b.store(token, b.gep(tokens, [b.mul(row, token_stride)]))
+        with e.sums(I64(0), I64(vocab), [e.constant(0.0)], e.lanes) as (i, carried, sums):
+            carried[0] = b.fadd(carried[0], e.exp(b.fsub(at(i), highest)))
+        b.store(b.fdiv(F32(1.0), e.total(sums[0])), b.gep(largest, [row]))
     b.ret_void()
     return e.module
