@@ -15,7 +15,7 @@ import torch
 
 from dspark.eval.machine import provenance
 from dspark.models.attention import attend, causal_mask
-from dspark.models.cpu_ops import AttentionShape, Chunks, attend_chunks
+from dspark.models.cpu_chunks import AttentionShape, Chunks, attend_chunks
 
 KV_HEADS, GROUP, HEAD_DIM = 3, 3, 64  # SmolLM2-135M
 LAYERS = 30  # caches, together larger than what stays in the caches near a core

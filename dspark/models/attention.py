@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dspark.models import cpu_ops
 from dspark.models.config import DecoderConfig
+from dspark.models.cpu_chunks import AttentionShape, Chunks, attend_chunks
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class CachedAttention:
         first = storage[0]
         self.chunks = self.masks = None
         if compiled_cache(first):
-            shape = cpu_ops.AttentionShape(first.shape[2], group_size, first.shape[3], first.dtype is torch.bfloat16)
-            self.chunks = cpu_ops.Chunks.of(((s.count, s.first_slot, s.length, s.causal) for s in segments), shape)
+            shape = AttentionShape(first.shape[2], group_size, first.shape[3], first.dtype is torch.bfloat16)
+            self.chunks = Chunks.of(((s.count, s.first_slot, s.length, s.causal) for s in segments), shape)
         else:
             self.masks = [
                 causal_mask(s.count, s.length, group_size, first.dtype, first.device) if s.causal else None
@@ -50,7 +51,7 @@ class CachedAttention:
         storage = self.storage[layer]
         store(kv, storage, self.slots)
         if self.chunks is not None:
-            return cpu_ops.attend_chunks(q, storage, self.chunks)
+            return attend_chunks(q, storage, self.chunks)
         assert self.masks is not None
         outputs, row = [], 0
         for segment, mask in zip(self.segments, self.masks, strict=True):

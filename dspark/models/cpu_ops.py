@@ -11,8 +11,7 @@ Shapes: N rows, K inputs, M outputs, H query heads, KV key-value heads, D head w
 import ctypes
 import functools
 import platform
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import llvmlite.binding as llvm
@@ -79,7 +78,7 @@ def _may_use_tiles() -> bool:
 
 
 @functools.cache
-def _compiler() -> _Compiler | None:
+def compiler() -> _Compiler | None:
     if not llvm.get_host_cpu_features().get("fma"):
         return None
     # The copy of libgomp that PyTorch brings and has already loaded; a second one would fight it for the cores.
@@ -89,7 +88,7 @@ def _compiler() -> _Compiler | None:
 
 def available() -> bool:
     """Whether this CPU and this PyTorch can run the kernels (x86 with AVX2 or AVX-512, PyTorch on GNU OpenMP)."""
-    return _compiler() is not None
+    return compiler() is not None
 
 
 def usable(x: Tensor) -> bool:
@@ -100,15 +99,15 @@ def usable(x: Tensor) -> bool:
 @functools.cache
 def kernel(name: str, *shape: int | float) -> Kernel:
     """The kernel of that name in the modules of kernels. Raises RuntimeError where there are none."""
-    compiler = _compiler()
-    if compiler is None:
+    llvm_compiler = compiler()
+    if llvm_compiler is None:
         raise RuntimeError("compiled operations are not available on this machine")
     modules = {"linear": cpu_linear, "attention": cpu_attention}
     module = modules.get(name.removeprefix("tiled_"), cpu_kernels)
-    return compiler.compile(getattr(module, f"{name}_kernel")(compiler.machine, *shape))
+    return llvm_compiler.compile(getattr(module, f"{name}_kernel")(llvm_compiler.machine, *shape))
 
 
-def _call(kernel: Kernel, work: int, *arguments: int) -> None:
+def call(kernel: Kernel, work: int, *arguments: int) -> None:
     packed = (ctypes.c_int64 * len(arguments))(*arguments)  # pointers and sizes are all 8 bytes
     kernel(work >= SERIAL_WORK, ctypes.addressof(packed))
 
@@ -138,7 +137,7 @@ class Program:
         self._table[self._places[name]] = value
 
     def run(self) -> None:
-        _call(kernel("sequence", self.WIDTH), SERIAL_WORK, self._table.ctypes.data, len(self._rows))
+        call(kernel("sequence", self.WIDTH), SERIAL_WORK, self._table.ctypes.data, len(self._rows))
 
 
 LARGE_PAGE = 2 << 20
@@ -197,11 +196,11 @@ class CompiledLinear:
 
     def __init__(self, weight: Tensor):
         """weight [M, K] in the dtype to keep it in. Raises RuntimeError where kernels are not available."""
-        compiler = _compiler()
-        if compiler is None:
+        llvm_compiler = compiler()
+        if llvm_compiler is None:
             raise RuntimeError("compiled operations are not available on this machine")
         self.outputs, self.inputs = weight.shape
-        machine, in_bf16 = compiler.machine, weight.dtype is torch.bfloat16
+        machine, in_bf16 = llvm_compiler.machine, weight.dtype is torch.bfloat16
         self.rounds_inputs = in_bf16 and machine.bf16_dots and self.inputs % machine.lanes == 0
         self.tiled = self.rounds_inputs and machine.bf16_tiles and self.inputs % TILE_INPUTS == 0
         if self.tiled:
@@ -223,7 +222,7 @@ class CompiledLinear:
         y = x.new_empty(shape) if reused is None else reused.take(*shape)
         scratch = x.new_empty(torch.get_num_threads() * len(y) * self.inputs // 2 if self.rounds_inputs else 0)
         fields = self.fields(x.data_ptr(), y.data_ptr(), scratch.data_ptr(), rows)
-        _call(self.kernel, rows * self._padded * self.inputs, *fields)
+        call(self.kernel, rows * self._padded * self.inputs, *fields)
         y = y[:rows]
         return y if self.dense else y[:, : self.outputs].contiguous()
 
@@ -248,7 +247,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [N, C] contiguous -> [N, C]."""
     rows, width = x.shape
     y = torch.empty_like(x)
-    _call(kernel("rms_norm", width, eps), x.numel() * 4, x.data_ptr(), weight.data_ptr(), y.data_ptr(), rows)
+    call(kernel("rms_norm", width, eps), x.numel() * 4, x.data_ptr(), weight.data_ptr(), y.data_ptr(), rows)
     return y
 
 
@@ -257,14 +256,14 @@ def rotate_(heads: Tensor, count: int, cos: Tensor, sin: Tensor) -> None:
     rows, _, head_dim = heads.shape
     work = rows * count * head_dim * 4
     pointers = heads.data_ptr(), cos.data_ptr(), sin.data_ptr()
-    _call(kernel("rotary", count, head_dim), work, *pointers, heads.stride(0), rows)
+    call(kernel("rotary", count, head_dim), work, *pointers, heads.stride(0), rows)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """gate_up [N, 2*M] contiguous -> silu(gate) * up [N, M]."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     y = gate_up.new_empty(rows, width)
-    _call(kernel("silu_mul", width), y.numel() * 16, gate_up.data_ptr(), y.data_ptr(), rows)
+    call(kernel("silu_mul", width), y.numel() * 16, gate_up.data_ptr(), y.data_ptr(), rows)
     return y
 
 
@@ -272,88 +271,4 @@ def store(x: Tensor, cache: Tensor, slots: Tensor) -> None:
     """Write x [N, ...] fp32 (a row contiguous) to the slots [N] of cache [slots, ...], fp32 or bf16."""
     width = cache[0].numel()
     scatter = kernel("store", width, cache.dtype is torch.bfloat16)
-    _call(scatter, x.numel() * 8, *(t.data_ptr() for t in (x, cache, slots)), x.stride(0), len(slots))
-
-
-CHUNK_ROWS = 8  # rows that share the turning of their keys; scores of a chunk stay in the cache nearest to a core
-LANES = 16  # of the widest vector
-
-
-@dataclass(frozen=True)
-class AttentionShape:
-    """Heads that attention is over: `group` queries share a KV head."""
-
-    kv_heads: int
-    group: int
-    head_dim: int
-    in_bf16: bool
-
-    @property
-    def tiled(self) -> bool:
-        """Whether AMX tiles do it."""
-        compiler = _compiler()
-        has_tiles = compiler is not None and compiler.machine.bf16_tiles
-        return has_tiles and self.in_bf16 and self.head_dim in (64, 128) and self.group <= TILE_ROWS
-
-    @property
-    def kernel(self) -> Kernel:
-        shape = self.kv_heads, self.group, self.head_dim
-        return kernel("tiled_attention", *shape) if self.tiled else kernel("attention", *shape, self.in_bf16)
-
-    def chunk_rows(self, requests: int) -> int:
-        """Rows of a chunk at most; for few requests fewer, so that all threads have work."""
-        if self.tiled:
-            return TILE_ROWS // self.group
-        return CHUNK_ROWS if requests >= torch.get_num_threads() else CHUNK_ROWS // 2
-
-    def scratch(self, longest: int) -> tuple[int, int]:
-        """For rows that see up to `longest` slots: floats for a row's scores, and floats a thread."""
-        if self.tiled:
-            span = longest + TILE_INPUTS  # whole tiles are written
-            return span, cpu_attention.tiled_scratch(self.head_dim) + TILE_ROWS * span
-        span = longest + LANES  # whole vectors are written
-        return span, self.head_dim * LANES + CHUNK_ROWS * self.group * span
-
-
-@dataclass
-class Chunks:
-    """Rows of a batch and what they attend to: chunks [n, 5] int64, each a few consecutive rows of one request.
-
-    A chunk: first row, number of rows, first slot, slots that the last row sees, how many fewer each row before it
-    sees (1: causal, or 0).
-    """
-
-    shape: AttentionShape
-    chunks: Tensor
-    longest: int  # slots that any row sees
-
-    @property
-    def items(self) -> int:
-        """Of the kernel."""
-        return len(self.chunks) * self.shape.kv_heads
-
-    @classmethod
-    def of(cls, segments: Iterable[tuple[int, int, int, bool]], shape: AttentionShape) -> "Chunks":
-        """segments: rows, first slot, slots the last row sees, whether causal; rows lie one segment after the other."""
-        segments = list(segments)
-        most = shape.chunk_rows(len(segments))
-        chunks, row = [], 0
-        for count, first_slot, length, causal in segments:
-            pieces = -(-count // most)
-            for i in range(pieces):
-                start, end = count * i // pieces, count * (i + 1) // pieces
-                chunks.append((row + start, end - start, first_slot, length - causal * (count - end), int(causal)))
-            row += count
-        longest = max((s[2] for s in segments), default=0)
-        return cls(shape, torch.tensor(chunks, dtype=torch.int64).view(-1, 5), longest)
-
-
-def attend_chunks(q: Tensor, kv: Tensor, rows: Chunks) -> Tensor:
-    """q [N, H, D] fp32 (heads contiguous) over kv [slots, 2, KV, D], fp32 or bf16 -> [N, H*D]."""
-    count, heads, head_dim = q.shape
-    span, room = rows.shape.scratch(rows.longest)
-    out = q.new_empty(count, heads * head_dim)
-    scratch = q.new_empty(torch.get_num_threads() * room)
-    pointers = [t.data_ptr() for t in (q, kv, out, scratch, rows.chunks)]
-    _call(rows.shape.kernel, out.numel() * rows.longest, *pointers, q.stride(0), room, span, rows.items)
-    return out
+    call(scatter, x.numel() * 8, *(t.data_ptr() for t in (x, cache, slots)), x.stride(0), len(slots))

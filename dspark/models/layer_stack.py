@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dspark.models import cpu_ops
 from dspark.models.attention import CachedAttention
-from dspark.models.cpu_ops import AttentionShape, CompiledLinear, Program
+from dspark.models.cpu_chunks import AttentionShape
+from dspark.models.cpu_ops import CompiledLinear, Program
 
 if TYPE_CHECKING:
     from dspark.models.decoder import Attention, DecoderLayer

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from dspark.models import cpu_ops
+from dspark.models.cpu_chunks import AttentionShape, Chunks, attend_chunks
 from dspark.models.cpu_ops import CompiledLinear, available
 from dspark.models.layers import apply_rotary, rotary_table
 
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.skipif(not available(), reason="needs an x86 CPU with F
 def instructions(request, monkeypatch):
     """Every way to multiply with bf16 weights, of those this CPU has."""
     if request.param.startswith("without"):
-        compiler = cpu_ops._compiler()
+        compiler = cpu_ops.compiler()
         assert compiler is not None
         dots = compiler.machine.bf16_dots and request.param == "without tiles"
         machine = dataclasses.replace(compiler.machine, bf16_dots=dots, bf16_tiles=False)
@@ -100,8 +101,8 @@ def test_attention_matches_softmax_in_float64(
     count = sum(s[0] for s in segments)
     heads = torch.randn(count, group * kv_heads + 3, head_dim, generator=generator)
     q = heads[:, : group * kv_heads]  # rows are strided, as in a fused product
-    shape = cpu_ops.AttentionShape(kv_heads, group, head_dim, dtype is torch.bfloat16)
-    out = cpu_ops.attend_chunks(q, kv, cpu_ops.Chunks.of(segments, shape))
+    shape = AttentionShape(kv_heads, group, head_dim, dtype is torch.bfloat16)
+    out = attend_chunks(q, kv, Chunks.of(segments, shape))
     row = 0
     for rows, start, length, causal in segments:
         for i in range(rows):
@@ -115,7 +116,7 @@ def test_attention_matches_softmax_in_float64(
             # In tiles each weight is rounded to bf16, which is off by 2**-8 of it at most.
             rounding = torch.einsum("ht,thd->hd", weights, values.abs()).flatten() * 2**-8 * shape.tiled
             assert bool(((out[row] - expected).abs() <= 5e-5 + 2e-5 * expected.abs() + rounding).all())
-            alone = cpu_ops.attend_chunks(q[row : row + 1], kv, cpu_ops.Chunks.of([(1, start, n, True)], shape))
+            alone = attend_chunks(q[row : row + 1], kv, Chunks.of([(1, start, n, True)], shape))
             assert torch.equal(alone[0], out[row])
             row += 1
 
