@@ -99,6 +99,7 @@ class DSparkDrafter(BoundDrafter):
         draw = self.sampler(requests)
         previous = torch.tensor([q.token_ids[-1] for q in requests], device=hidden.device)
         slots: list[Slot] = []
+        largest: list[Tensor] = []
         rank = self.config.markov_rank
         embeddings, state = hidden.new_empty(r, g, rank), hidden.new_zeros(r, rank)
         for k in range(g):
@@ -109,6 +110,17 @@ class DSparkDrafter(BoundDrafter):
                 # The Markov bias decides most later slots: candidates are picked after it, never before.
                 logits = logits + self.w2(features).float()
             slots.append(draw(k, logits))
+            largest.append(logits.softmax(-1).amax(-1))
             previous = slots[-1].token
-        confidence = None if self.confidence_head is None else self.confidence_head(hidden, embeddings).float()
-        return whole_draft(slots, confidence)
+        if self.confidence_head is None:
+            return whole_draft(slots)
+        confidence = self.confidence_head(hidden, embeddings).float()
+        return whole_draft(slots, confidence, self.evidence(requests, torch.stack(largest, 1)))
+
+    def evidence(self, requests: list[DraftRequest], largest: Tensor) -> Tensor:
+        """Each slot's largest probability [R, G] at temperature 1, the request's temperature and their product: [R, G, 3].
+
+        How much the largest probability tells depends on how the token is drawn.
+        """
+        temperature = largest.new_tensor([[min(q.params.temperature, 1.0)] for q in requests]).expand_as(largest)
+        return torch.stack([largest, temperature, temperature * largest], -1)
