@@ -102,11 +102,12 @@ class DSparkDrafter(BoundDrafter):
         base_logits = self.head(hidden.flatten(0, 1)).view(r, g, -1)  # [R, G, V']
         previous = torch.tensor([q.token_ids[-1] for q in requests], device=hidden.device)
         if self.greedy_markov is not None and all(q.params.greedy for q in requests):
-            tokens, embeddings, _ = self.greedy_markov(previous, base_logits)
-            confidence = self.confidence(hidden, embeddings)
-            return Draft.unsampled(tokens, confidence, torch.full((r,), g))
+            tokens, embeddings, largest = self.greedy_markov(previous, base_logits)
+            confidence, evidence = self.signals(requests, hidden, embeddings, largest)
+            return Draft.unsampled(tokens, confidence, torch.full((r,), g), evidence)
         draw = self.sampler(requests)
         slots: list[Slot] = []
+        highest: list[Tensor] = []
         rank = self.config.markov_rank
         embeddings, state = hidden.new_empty(r, g, rank), hidden.new_zeros(r, rank)
         for k in range(g):
@@ -117,12 +118,23 @@ class DSparkDrafter(BoundDrafter):
                 # The Markov bias decides most later slots: candidates are picked after it, never before.
                 logits = logits + self.w2(features).float()
             slots.append(draw(k, logits))
+            highest.append(logits.softmax(-1).amax(-1))
             previous = slots[-1].token
-        return whole_draft(slots, self.confidence(hidden, embeddings))
+        return whole_draft(slots, *self.signals(requests, hidden, embeddings, torch.stack(highest, 1)))
 
-    def confidence(self, hidden: Tensor, embeddings: Tensor) -> Tensor:
-        """Logits [R, G] from hidden [R, G, C] and W1 of the token before each slot [R, G, r]; zeros without a head."""
+    def signals(
+        self, requests: list[DraftRequest], hidden: Tensor, embeddings: Tensor, largest: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What tells whether slots are accepted: confidence logits [R, G], zeros without that head; evidence [R, G, 3].
+
+        hidden [R, G, C], W1 of the token before each slot [R, G, r] -> the logits. Evidence is each slot's largest
+        probability [R, G] at temperature 1, the request's temperature and their product: how much the first one tells
+        depends on how the token is drawn.
+        """
+        temperature = largest.new_tensor([[min(q.params.temperature, 1.0)] for q in requests]).expand_as(largest)
+        evidence = torch.stack([largest, temperature, temperature * largest], -1)
         if self.confidence_head is None:
-            return hidden.new_zeros(hidden.shape[:2])
+            return torch.zeros_like(largest), evidence
         of_hidden, of_embedding, bias = self.confidence_head
-        return (hidden @ of_hidden + embeddings @ of_embedding + bias).float()
+        logits = hidden.flatten(0, 1) @ of_hidden + embeddings.flatten(0, 1) @ of_embedding + bias
+        return logits.view(largest.shape).float(), evidence

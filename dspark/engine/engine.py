@@ -176,7 +176,7 @@ class Engine:
         verified = time.perf_counter()
         if draft is not None:
             kept = outcome.verdict.accepted[: len(plan.decoding)]
-            self.calibration.observe(draft.confidence_logits, verify_lengths, kept)
+            self.calibration.observe(draft.signals, verify_lengths, kept)
         new_tokens, accepted = self.commit(outcome)
         committed = time.perf_counter()
         self.runner.extend_drafter(outcome.batch, output, accepted)
@@ -207,7 +207,7 @@ class Engine:
             return torch.zeros(len(plan.decoding), dtype=torch.int64)
         remaining = [c.sequence.remaining - 1 for c in plan.decoding]  # the target's own token is one of them
         lengths = draft.lengths.minimum(torch.tensor(remaining))
-        confidence = self.calibration.confidence(draft.confidence_logits)
+        confidence = self.calibration.confidence(draft.signals)
         return self.prefix_scheduler.choose(confidence, lengths, load_of(plan))
 
     def commit(self, outcome: Outcome) -> tuple[list[NewTokens], list[int]]:

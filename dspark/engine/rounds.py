@@ -1,6 +1,6 @@
 """What live decoding really accepts: rounds recorded while an engine runs, and figures of them by domain.
 
-Shapes: N rounds, G slots of a block.
+Shapes: N rounds, G slots of a block, S signals of a slot.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,9 +22,9 @@ MACRO_AVERAGE = "macro average"  # stands where the domain does in the row of al
 
 @dataclass
 class Rounds:
-    """Confidence logits [N, G] of rounds whose whole block was verified, and how many tokens stayed [N]."""
+    """Signals [N, G, S] of rounds whose whole block was verified, and how many tokens stayed [N]."""
 
-    logits: Tensor
+    signals: Tensor
     accepted: Tensor
 
 
@@ -32,19 +32,19 @@ class Rounds:
 class RoundRecorder:
     """Stands where the engine keeps its calibration, passes confidence through and writes down what came of it."""
 
-    logits: list[Tensor] = field(default_factory=list)
+    signals: list[Tensor] = field(default_factory=list)
     accepted: list[Tensor] = field(default_factory=list)
 
-    def confidence(self, logits: Tensor) -> Tensor:
-        return logits.sigmoid()
+    def confidence(self, signals: Tensor) -> Tensor:
+        return signals[..., 0].sigmoid()
 
-    def observe(self, logits: Tensor, verify_lengths: Tensor, accepted: Tensor) -> None:
-        whole = verify_lengths == logits.shape[1]  # the last rounds of an answer verify less
-        self.logits.append(logits[whole].float().cpu())
+    def observe(self, signals: Tensor, verify_lengths: Tensor, accepted: Tensor) -> None:
+        whole = verify_lengths == signals.shape[1]  # the last rounds of an answer verify less
+        self.signals.append(signals[whole].float().cpu())
         self.accepted.append(accepted[whole].cpu())
 
     def rounds(self) -> Rounds:
-        return Rounds(torch.cat(self.logits), torch.cat(self.accepted))
+        return Rounds(torch.cat(self.signals), torch.cat(self.accepted))
 
 
 def collect_rounds(
@@ -73,7 +73,7 @@ def collect_rounds(
         for new in engine.step():
             if new.sequence.finish_reason is not None:
                 on_finish()
-    rounds = recorder.rounds() if recorder.logits else Rounds(torch.empty(0, 0), torch.empty(0))
+    rounds = recorder.rounds() if recorder.signals else Rounds(torch.empty(0, 0, 1), torch.empty(0))
     if not len(rounds.accepted):
         raise ValueError("no whole block was drafted; use more prompts or more new tokens")
     return rounds

@@ -20,14 +20,16 @@ from dspark.spec.calibration import (
     brier,
     expected_calibration_error,
     fit,
+    fit_weights,
     reliability_bins,
     roc_auc,
+    weighed,
 )
 
 
 def reliability(rounds: Rounds, calibration: Calibration) -> dict:
     """By position: ECE, ROC-AUC and Brier score of "the prefix up to here survives", and bins for the diagram."""
-    predicted = calibration.confidence(rounds.logits).cumprod(-1)
+    predicted = calibration.confidence(rounds.signals).cumprod(-1)
     result: dict[str, list] = {"ece": [], "roc_auc": [], "brier": [], "bins": [], "survival": []}
     for k in range(predicted.shape[1]):
         outcome = rounds.accepted > k
@@ -40,11 +42,14 @@ def reliability(rounds: Rounds, calibration: Calibration) -> dict:
 
 
 def calibrate(fitting: Rounds, measuring: Rounds, dataset: str) -> tuple[Calibration, dict, dict]:
-    """Temperatures and shifts from `fitting`; reliability on `measuring` before and after."""
-    identity = Calibration.identity(fitting.logits.shape[1])
+    """Weights, temperatures and shifts from `fitting`; reliability on `measuring` before and after."""
+    identity = Calibration.identity(fitting.signals.shape[1])
     before = reliability(measuring, identity)
-    temperatures, shifts = fit(fitting.logits, fitting.accepted)
-    fitted = Calibration(temperatures, dataset, len(fitting.accepted), tuple(before["ece"]), shifts=shifts)
+    weights = fit_weights(fitting.signals, fitting.accepted)
+    temperatures, shifts = fit(weighed(fitting.signals, weights), fitting.accepted)
+    fitted = Calibration(
+        temperatures, dataset, len(fitting.accepted), tuple(before["ece"]), shifts=shifts, weights=weights
+    )
     after = reliability(measuring, fitted)
     return replace(fitted, ece_after=tuple(after["ece"])), before, after
 
@@ -113,6 +118,7 @@ def run(config: CalibrateConfig) -> tuple[Calibration, dict]:
     return calibration, {
         "temperatures": calibration.temperatures,
         "shifts": calibration.shifts,
+        "weights": calibration.weights,
         "rounds": {name: len(r.accepted) for name, r in rounds.items()},
         "before": before,
         "after": after,

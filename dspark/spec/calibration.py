@@ -1,9 +1,12 @@
-"""Confidence that can be trusted: from the confidence head's logits to calibrated probabilities (design §5).
+"""Confidence that can be trusted: from what a drafter signals to calibrated probabilities (design §5).
 
-`fit` is Sequential Temperature Scaling (DSpark paper; temperature scaling: Guo et al. 2017), and a shift beside it;
-`Calibration` is its result and the side file beside a checkpoint; `OnlineCalibration` goes on learning while serving.
+A slot's signals are the confidence head's logit and the draft's evidence; `fit_weights` makes one score of them;
+`fit` is Sequential Temperature Scaling of scores (DSpark paper; temperature scaling: Guo et al. 2017), and a shift
+beside it; `Calibration` is their result and the side file beside a checkpoint; `OnlineCalibration` goes on learning
+while serving.
 
-Shapes: N = recorded rounds, R = requests, G = slots of a block. Slot k, from 0, belongs to the prefix of k + 1 tokens.
+Shapes: N = recorded rounds, R = requests, G = slots of a block, S = signals of a slot. Slot k, from 0, belongs to the
+prefix of k + 1 tokens.
 """
 
 import math
@@ -24,28 +27,30 @@ __all__ = [
     "brier",
     "expected_calibration_error",
     "fit",
+    "fit_weights",
     "reliability_bins",
     "roc_auc",
+    "weighed",
 ]
 
 Floats = NDArray[np.float64]
 
 
 class Calibrator(Protocol):
-    """Turns confidence logits into probabilities. Within a position it must not change their order."""
+    """Turns signals into probabilities. Within a position it must not change the order of scores."""
 
-    def confidence(self, logits: Tensor) -> Tensor:
-        """P(slot's token is accepted, given that all before it were): [R, G] -> [R, G], all in 0..1."""
+    def confidence(self, signals: Tensor) -> Tensor:
+        """P(slot's token is accepted, given that all before it were): [R, G, S] -> [R, G], all in 0..1."""
         ...
 
-    def observe(self, logits: Tensor, verify_lengths: Tensor, accepted: Tensor) -> None:
-        """What became of a round, after verification: logits [R, G], verify_lengths [R], accepted [R]."""
+    def observe(self, signals: Tensor, verify_lengths: Tensor, accepted: Tensor) -> None:
+        """What became of a round, after verification: signals [R, G, S], verify_lengths [R], accepted [R]."""
         ...
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """One temperature and one shift a position. Written as JSON by `dspark.config.write_json`."""
+    """Weights, one temperature and one shift a position. Written as JSON by `dspark.config.write_json`."""
 
     temperatures: tuple[float, ...]
     dataset: str = ""  # what they were fitted on
@@ -53,12 +58,19 @@ class Calibration:
     ece_before: tuple[float, ...] = ()  # of each prefix' survival
     ece_after: tuple[float, ...] = ()
     shifts: tuple[float, ...] = ()  # added to z_k / T_k; none: 0
+    weights: tuple[tuple[float, ...], ...] = ()  # of signals; none: z_k is the head's logit
 
     def __post_init__(self) -> None:
         if not all(0 < t < math.inf for t in self.temperatures):  # written so that NaN is refused too
             raise ValueError(f"temperatures must be finite and above 0, got {list(self.temperatures)}")
         if self.shifts and (len(self.shifts) != len(self.temperatures) or not all(map(math.isfinite, self.shifts))):
             raise ValueError(f"shifts must be finite and one a temperature, got {list(self.shifts)}")
+        if self.weights and (
+            len(self.weights) != len(self.temperatures)
+            or len(set(map(len, self.weights))) > 1
+            or not all(math.isfinite(w) for row in self.weights for w in row)
+        ):
+            raise ValueError(f"weights must be finite and one row a temperature, got {list(self.weights)}")
 
     @classmethod
     def identity(cls, block_size: int) -> "Calibration":
@@ -70,20 +82,34 @@ class Calibration:
         shifts = self.shifts or (0.0,) * len(self.temperatures)
         return torch.tensor(self.temperatures, dtype=torch.float64), torch.tensor(shifts, dtype=torch.float64)
 
-    def scaled(self, logits: Tensor) -> Tensor:
+    def scaled(self, signals: Tensor) -> Tensor:
         """z_k / T_k + b_k, [R, G] float64 on the CPU."""
-        ours, theirs = len(self.temperatures), logits.shape[1]
+        ours, theirs = len(self.temperatures), signals.shape[1]
         if ours != theirs:
             raise ValueError(f"the calibration is for {ours} draft tokens a round, the drafter makes {theirs}")
         temperatures, shifts = self._scale
-        return logits.to("cpu", torch.float64) / temperatures + shifts
+        return weighed(signals, self.weights) / temperatures + shifts
 
-    def confidence(self, logits: Tensor) -> Tensor:
-        """c_k = sigmoid(z_k / T_k + b_k), float64 on the CPU; a logit that is NaN gives 0."""
-        return torch.sigmoid(self.scaled(logits)).nan_to_num_(nan=0.0)
+    def confidence(self, signals: Tensor) -> Tensor:
+        """c_k = sigmoid(z_k / T_k + b_k), float64 on the CPU; a score that is NaN gives 0."""
+        return torch.sigmoid(self.scaled(signals)).nan_to_num_(nan=0.0)
 
-    def observe(self, logits: Tensor, verify_lengths: Tensor, accepted: Tensor) -> None:
+    def observe(self, signals: Tensor, verify_lengths: Tensor, accepted: Tensor) -> None:
         """Learns nothing."""
+
+
+def weighed(signals: Tensor, weights: tuple[tuple[float, ...], ...]) -> Tensor:
+    """Scores z_k = w_k . s_k, [..., G, S] -> [..., G] float64 on the CPU; without weights the head's logits.
+
+    Raises ValueError for weights of other signals.
+    """
+    signals = signals.to("cpu", torch.float64)
+    if not weights:
+        return signals[..., 0]
+    ours, theirs = len(weights[0]), signals.shape[-1]
+    if ours != theirs:
+        raise ValueError(f"the calibration weighs {ours} signals a slot, the drafter gives {theirs}")
+    return (signals * torch.tensor(weights, dtype=torch.float64)).sum(-1)
 
 
 @dataclass
@@ -108,16 +134,16 @@ class OnlineCalibration:
             raise ValueError(f"decay must be in 0..1 and prior above 0, got {self.decay} and {self.prior}")
         self.shift, self.information, self.count, self.accepted = np.zeros((4, len(self.base.temperatures)))
 
-    def confidence(self, logits: Tensor) -> Tensor:
-        shifted = self.base.scaled(logits) + torch.from_numpy(self.shift)
+    def confidence(self, signals: Tensor) -> Tensor:
+        shifted = self.base.scaled(signals) + torch.from_numpy(self.shift)
         return torch.sigmoid(shifted).nan_to_num_(nan=0.0)
 
-    def observe(self, logits: Tensor, verify_lengths: Tensor, accepted: Tensor) -> None:
-        slots = np.arange(logits.shape[1])
-        confidence = self.confidence(logits).numpy()  # [R, G]
+    def observe(self, signals: Tensor, verify_lengths: Tensor, accepted: Tensor) -> None:
+        slots = np.arange(signals.shape[1])
+        confidence = self.confidence(signals).numpy()  # [R, G]
         stayed = accepted.numpy(force=True)[:, None]  # [R, 1]
         seen = slots < np.minimum(verify_lengths.numpy(force=True)[:, None], stayed + 1)
-        seen &= np.isfinite(logits.numpy(force=True))
+        seen &= np.isfinite(self.base.scaled(signals).numpy())
         outcome = seen & (slots < stayed)  # [R, G]
         forget = self.decay ** seen.sum(0)
         self.count = self.count * forget + seen.sum(0)
@@ -136,8 +162,31 @@ class Fit(NamedTuple):
     shifts: tuple[float, ...]
 
 
+def fit_weights(signals: Tensor, accepted: Tensor, steps: int = 300) -> tuple[tuple[float, ...], ...]:
+    """Logistic regression of "slot k's token was accepted" where all before it were: [N, G, S], [N] -> w [G][S].
+
+    Scale and constant are left to the temperature and shift that `fit` finds: the head's logit weighs 1 unless it is
+    worthless. With little to go by nothing else weighs. The curvature is at most X'X / 4: steps that take it for that
+    always climb (Boehning and Lindsay 1988).
+    """
+    kept = accepted.numpy(force=True)
+    every = signals.double().numpy(force=True)
+    _, num_slots, num_signals = every.shape
+    head = np.eye(num_signals + 1)[0]
+    weights = []
+    for k in range(num_slots):
+        used = (kept >= k) & np.isfinite(every[:, k]).all(-1)
+        x, outcome = np.pad(every[used, k], ((0, 0), (0, 1)), constant_values=1.0), kept[used] > k
+        bound = np.linalg.inv(x.T @ x / 4 + np.eye(num_signals + 1))
+        w = head
+        for _ in range(steps):
+            w = w + bound @ (x.T @ (outcome - _sigmoid(x @ w)) - (w - head))
+        weights.append(tuple((w[:-1] / max(w[0], TEMPERATURES[0])).tolist()))
+    return tuple(weights)
+
+
 def fit(logits: ArrayLike, accepted: ArrayLike, shifted: bool = True, grid: Floats = TEMPERATURES) -> Fit:
-    """Sequential Temperature Scaling: logits [N, G] and accepted tokens [N] of fully verified rounds -> T, b [G].
+    """Sequential Temperature Scaling: scores [N, G] and accepted tokens [N] of fully verified rounds -> T, b [G].
 
     From left to right, T_k is the entry of the grid that minimises the ECE of prod_{i<=k} sigmoid(z_i / T_i + b_i)
     against "slots 0..k were accepted"; earlier ones stay. Of equally good ones, the nearest to 1. b_k is what makes

@@ -1,6 +1,7 @@
 """What a drafter proposes in one round: the only thing that drafters, prefix schedulers and `verify` share.
 
-Shapes: R = requests, G = slots of a block (gamma), M = token ids the draft distribution speaks of.
+Shapes: R = requests, G = slots of a block (gamma), M = token ids the draft distribution speaks of,
+E = evidence of a slot.
 """
 
 from dataclasses import dataclass
@@ -23,17 +24,30 @@ class Draft:
     draft_probs: Tensor
     confidence_logits: Tensor  # [R, G] float: logit of P(token k is accepted, given that all before it were)
     lengths: Tensor  # [R] int64: valid slots, 0..G
+    # [R, G, E] float: what else tells whether token k is accepted. Like the logit it may depend on the tokens before
+    # slot k and on the distribution that k is drawn from, never on what is drawn.
+    evidence: Tensor
 
     @classmethod
-    def unsampled(cls, tokens: Tensor, confidence_logits: Tensor, lengths: Tensor) -> "Draft":
+    def unsampled(
+        cls, tokens: Tensor, confidence_logits: Tensor, lengths: Tensor, evidence: Tensor | None = None
+    ) -> "Draft":
         """A draft chosen without randomness, greedily or by n-gram lookup: each distribution is a one-hot."""
         support = tokens[..., None]
-        return cls(tokens, support, torch.ones_like(support, dtype=torch.float32), confidence_logits, lengths)
+        one_hot = torch.ones_like(support, dtype=torch.float32)
+        if evidence is None:
+            evidence = confidence_logits.new_zeros(*tokens.shape, 0)
+        return cls(tokens, support, one_hot, confidence_logits, lengths, evidence)
+
+    @property
+    def signals(self) -> Tensor:
+        """All that confidence is made of: the logit, then the evidence, [R, G, 1 + E]."""
+        return torch.cat([self.confidence_logits[..., None], self.evidence], -1)
 
     def padded(self, requests: int) -> "Draft":
         """The same with empty rows appended, for requests that nothing was drafted for."""
         more = requests - len(self.lengths)
         if not more:
             return self
-        fields = (self.tokens, self.support, self.draft_probs, self.confidence_logits, self.lengths)
+        fields = (self.tokens, self.support, self.draft_probs, self.confidence_logits, self.lengths, self.evidence)
         return Draft(*(torch.cat([t, t.new_zeros(more, *t.shape[1:])]) for t in fields))

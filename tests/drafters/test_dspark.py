@@ -99,6 +99,9 @@ def test_heads_equal_the_trained_ones(markov_head: str | None, draft_vocab_size:
         features, confidence = model.heads(hidden, previous)
         logits = hidden @ TARGET.lm_head_weight[model.d2t].T + features @ model.w2.T  # [G, V']
     torch.testing.assert_close(draft.confidence_logits[0], confidence, atol=1e-4, rtol=0)
+    largest = logits.softmax(-1).amax(-1)
+    evidence = torch.stack([largest, torch.full_like(largest, temperature), temperature * largest], -1)
+    torch.testing.assert_close(draft.evidence[0], evidence, atol=1e-5, rtol=0)
     assert draft.lengths.tolist() == [model.config.block_size]
     if temperature == 0:
         assert tokens.tolist() == model.d2t[logits.argmax(-1)].tolist()
@@ -108,6 +111,23 @@ def test_heads_equal_the_trained_ones(markov_head: str | None, draft_vocab_size:
     ours = torch.zeros_like(expected).scatter_add_(1, draft.support[0], draft.draft_probs[0])
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
     assert ours.gather(1, tokens[:, None]).gt(0).all()
+
+
+def test_what_a_slot_signals_does_not_depend_on_its_own_token():
+    """Draws of many seeds: slots after the same tokens signal the same, whatever was drawn in them."""
+    drafter = extended(tiny_model(TARGET.config))
+    requests = [Request(TOKENS[:14], SamplingParams(temperature=1.0), seed) for seed in range(300)]
+    draft = drafter.propose([*requests, Request(TOKENS[:14])])
+    blocks, signals = draft.tokens.tolist(), draft.signals[:-1]
+    for k in range(drafter.block_size):
+        by_prefix: dict[tuple[int, ...], list[int]] = {}
+        for i, block in enumerate(blocks[:-1]):
+            by_prefix.setdefault(tuple(block[:k]), []).append(i)
+        same = max(by_prefix.values(), key=len)
+        assert len({blocks[i][k] for i in same}) > 1
+        torch.testing.assert_close(signals[same, k], signals[same[:1], k].expand(len(same), -1), atol=1e-5, rtol=0)
+    alone = drafter.propose([Request(TOKENS[:14])])
+    torch.testing.assert_close(draft.signals[-1], alone.signals[0], atol=1e-5, rtol=0)
 
 
 def test_candidates_are_picked_after_the_markov_bias(monkeypatch: pytest.MonkeyPatch):

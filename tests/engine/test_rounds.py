@@ -19,7 +19,7 @@ def test_every_whole_round_is_collected():
     finished = []
     rounds = collect_rounds(MODEL, OracleDrafter(TARGET), PROMPTS, (0.0, 1.0), 11, 2, lambda: finished.append(1))
     assert len(finished) == 4
-    assert rounds.logits.shape == (len(rounds.accepted), 4)
+    assert rounds.signals.shape == (len(rounds.accepted), 4, 1)
     assert rounds.accepted.tolist() == [4] * len(rounds.accepted)  # the oracle is always right
     other = collect_rounds(MODEL, tiny_drafter(TARGET), PROMPTS, (1.0,), 11, 2)
     assert other.accepted.max() <= 4 and len(other.accepted) > len(rounds.accepted) / 2

@@ -300,13 +300,13 @@ def scheduled(
         if not state.scheduler.requests_to_draft(load):
             return (0,) * len(confidences)
         confidence = torch.tensor(confidences, dtype=torch.float64)
-        logits = confidence.logit()
+        signals = confidence.logit()[..., None]
         if state.calibrator is not None:
-            confidence = state.calibrator.confidence(logits)
+            confidence = state.calibrator.confidence(signals)
         lengths = torch.full((len(confidences),), confidence.shape[1])
         chosen = state.scheduler.choose(confidence, lengths, load)
         if state.calibrator is not None and accepted is not None:
-            state.calibrator.observe(logits, chosen, torch.tensor(accepted))
+            state.calibrator.observe(signals, chosen, torch.tensor(accepted))
         return tuple(chosen.tolist())
 
     @cache

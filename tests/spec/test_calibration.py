@@ -21,8 +21,10 @@ from dspark.spec.calibration import (
     brier,
     expected_calibration_error,
     fit,
+    fit_weights,
     reliability_bins,
     roc_auc,
+    weighed,
 )
 
 
@@ -36,7 +38,7 @@ def rounds(n: int, temperatures: tuple[float, ...], shift: float = 0.0, seed: in
 
 
 def prefix_errors(calibrator: Calibrator, logits: Tensor, accepted: Tensor) -> list[float]:
-    survival = calibrator.confidence(logits).cumprod(1)
+    survival = calibrator.confidence(logits[..., None]).cumprod(1)
     return [expected_calibration_error(survival[:, k], accepted > k) for k in range(logits.shape[1])]
 
 
@@ -60,6 +62,33 @@ def test_a_shift_makes_up_for_what_no_temperature_can() -> None:
     assert max(prefix_errors(Calibration(shifted.temperatures, shifts=shifted.shifts), *held_out)) < 0.015
 
 
+def test_known_weights_are_recovered() -> None:
+    """Up to scale and constant, which temperature and shift make up for; the scores tell more than the head does."""
+    truth = ((1.0, 4.0), (1.0, -0.5))
+
+    def evident(seed: int) -> tuple[Tensor, Tensor]:
+        generator = np.random.default_rng(seed)
+        signals = torch.from_numpy(generator.normal(0.0, 1.5, (20_000, 2, 2)))
+        passed = torch.from_numpy(generator.random((20_000, 2))) < (weighed(signals, truth) / 2 + 1.0).sigmoid()
+        return signals, passed.long().cumprod(1).sum(1)
+
+    signals, accepted = evident(0)
+    weights = fit_weights(signals, accepted)
+    np.testing.assert_allclose(weights, truth, rtol=0.1)
+    temperatures, shifts = fit(weighed(signals, weights), accepted)
+    fitted = Calibration(temperatures, shifts=shifts, weights=weights)
+    held_out, kept = evident(1)
+    for k in range(2):
+        sure, unsure = (c.confidence(held_out).cumprod(1)[:, k] for c in (fitted, Calibration.identity(2)))
+        assert roc_auc(sure, kept > k) > roc_auc(unsure, kept > k) + 0.05
+        assert expected_calibration_error(sure, kept > k) < 0.02
+
+
+def test_with_nothing_to_go_by_the_head_is_taken_as_it_is() -> None:
+    signals = torch.full((5, 2, 3), math.nan)
+    assert fit_weights(signals, torch.ones(5)) == ((1.0, 0.0, 0.0), (1.0, 0.0, 0.0))
+
+
 def test_fitting_takes_any_logits() -> None:
     logits, accepted = rounds(500, (1.0, 1.0))
     logits[::7, 0], logits[::5, 1], logits[::3, 1] = math.nan, math.inf, -math.inf
@@ -76,27 +105,32 @@ def test_fitting_takes_any_logits() -> None:
 
 @settings(deadline=None)
 @given(
-    st.lists(st.floats(-50, 50), min_size=2, max_size=8),
+    st.lists(st.tuples(st.floats(-50, 50), st.floats(0, 1)), min_size=2, max_size=8),
     st.floats(0.05, 20),
     st.floats(-3, 3),
+    st.sampled_from([(), ((1.0, 0.0),), ((0.5, 4.0),)]),
 )
-def test_order_within_a_position_is_kept(values: list[float], temperature: float, shift: float) -> None:
-    logits = torch.tensor(values, dtype=torch.float64)[:, None]
-    online = OnlineCalibration(Calibration((temperature,), shifts=(-shift / 2,)))
+def test_order_within_a_position_is_kept(
+    values: list[tuple[float, float]], temperature: float, shift: float, weights: tuple[tuple[float, ...], ...]
+) -> None:
+    """That of the scores, which without weights is that of the head's logits."""
+    signals = torch.tensor(values, dtype=torch.float64)[:, None]  # [N, 1, 2]
+    scores = signals[:, 0] @ torch.tensor(weights[0] if weights else (1.0, 0.0), dtype=torch.float64)
+    online = OnlineCalibration(Calibration((temperature,), shifts=(-shift / 2,), weights=weights))
     online.shift[:] = shift
     for calibrator in (online.base, online):
-        confidence = calibrator.confidence(logits)[:, 0]
-        assert bool((confidence[logits[:, 0].argsort()].diff() >= 0).all())
+        confidence = calibrator.confidence(signals)[:, 0]
+        assert bool((confidence[scores.argsort()].diff() >= 0).all())
         assert bool(((confidence >= 0) & (confidence <= 1)).all())
 
 
 def test_whatever_the_drafter_emits_is_a_probability() -> None:
-    logits = torch.tensor([[math.nan, math.inf, -math.inf, 0.0]])
+    signals = torch.tensor([[math.nan, math.inf, -math.inf, 0.0]])[..., None]
     online = OnlineCalibration(Calibration.identity(4))
     for _ in range(3):
         for calibrator in (online.base, online):
-            assert calibrator.confidence(logits)[0, :3].tolist() == [0.0, 1.0, 0.0]
-        online.observe(logits, torch.tensor([4]), torch.tensor([4]))
+            assert calibrator.confidence(signals)[0, :3].tolist() == [0.0, 1.0, 0.0]
+        online.observe(signals, torch.tensor([4]), torch.tensor([4]))
     assert np.isfinite(online.shift).all()
 
 
@@ -106,7 +140,7 @@ def test_online_calibration_converges_and_follows() -> None:
         logits, accepted = rounds(12_000, (1.0, 2.0), shift)
         for batch in range(0, len(logits), 8):
             part = slice(batch, batch + 8)
-            online.observe(logits[part], torch.full((8,), 2), accepted[part])
+            online.observe(logits[part][..., None], torch.full((8,), 2), accepted[part])
         np.testing.assert_allclose(online.shift, shift, atol=0.35)
         np.testing.assert_allclose(online.accepted[0] / online.count[0], (accepted > 0).double().mean(), atol=0.1)
         assert max(prefix_errors(online, *rounds(12_000, (1.0, 2.0), shift, seed=1))) < 0.03
@@ -115,14 +149,15 @@ def test_online_calibration_converges_and_follows() -> None:
 def test_only_slots_that_were_decided_count() -> None:
     """Verified, and all before them accepted: by hand, 3 requests of 3 slots."""
     online = OnlineCalibration(Calibration.identity(3), decay=1.0)
-    online.observe(torch.zeros(3, 3), torch.tensor([3, 2, 0]), torch.tensor([1, 2, 0]))
+    online.observe(torch.zeros(3, 3, 1), torch.tensor([3, 2, 0]), torch.tensor([1, 2, 0]))
     assert online.count.tolist() == [2, 2, 0]
     assert online.accepted.tolist() == [2, 1, 0]
     assert online.shift[0] > 0 and online.shift[1] == 0 and online.shift[2] == 0
 
 
 def test_side_file(tmp_path: Path) -> None:
-    calibration = Calibration((0.5, 2.0), "prompts", 10, (0.2, 0.1), (0.01, 0.02), (-0.5, 0.25))
+    weights = ((0.5, 2.0, 1.0), (1.0, 0.0, 0.0))
+    calibration = Calibration((0.5, 2.0), "prompts", 10, (0.2, 0.1), (0.01, 0.02), (-0.5, 0.25), weights)
     write_json(calibration, tmp_path / "calibration.json")
     assert read_json(Calibration, tmp_path / "calibration.json") == calibration
 
@@ -135,9 +170,17 @@ def test_impossible_temperatures_are_refused(temperature: float) -> None:
         Calibration((1.0, 1.0), shifts=(0.0, math.nan))
 
 
+@pytest.mark.parametrize("weights", [((1.0,),), ((1.0,), (1.0, 2.0)), ((1.0,), (math.nan,))])
+def test_impossible_weights_are_refused(weights: tuple[tuple[float, ...], ...]) -> None:
+    with pytest.raises(ValueError, match="weights must be finite"):
+        Calibration((1.0, 1.0), weights=weights)
+
+
 def test_a_calibration_of_another_drafter_is_refused() -> None:
     with pytest.raises(ValueError, match="for 1 draft tokens a round, the drafter makes 2"):
-        Calibration((1.0,)).confidence(torch.zeros(3, 2))
+        Calibration((1.0,)).confidence(torch.zeros(3, 2, 1))
+    with pytest.raises(ValueError, match="weighs 2 signals a slot, the drafter gives 1"):
+        Calibration((1.0,), weights=((1.0, 0.5),)).confidence(torch.zeros(3, 1, 1))
 
 
 def test_metrics_by_hand() -> None:

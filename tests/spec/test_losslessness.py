@@ -213,6 +213,7 @@ def decode(num_requests: int, num_tokens: int, sharpening: float = 1.0) -> Tenso
             draft_probs=DRAFT_TABLE[torch.arange(G), block[:, :G]],
             confidence_logits=torch.zeros(num_requests, G),
             lengths=torch.full((num_requests,), G),
+            evidence=torch.zeros(num_requests, G, 0),
         )
 
         lengths = torch.from_numpy(lengths_generator.integers(0, G + 1, num_requests))

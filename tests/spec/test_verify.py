@@ -47,6 +47,7 @@ def rounds(draw: st.DrawFn) -> tuple[Tensor, Draft, Tensor, Tensor, Tensor]:
         draft_probs=draft_probs,
         confidence_logits=torch.zeros(requests, gamma),
         lengths=torch.tensor(lengths),
+        evidence=torch.zeros(requests, gamma, 0),
     )
     return (
         random_probs(generator, (sum(verify_lengths) + requests, vocab), zeros),
