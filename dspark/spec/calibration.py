@@ -1,9 +1,8 @@
 """Confidence that can be trusted: from what a drafter signals to calibrated probabilities (design §5).
 
-A slot's signals are the confidence head's logit and the draft's evidence; `fit_weights` makes one score of them;
-`fit` is Sequential Temperature Scaling of scores (DSpark paper; temperature scaling: Guo et al. 2017), and a shift
-beside it; `Calibration` is their result and the side file beside a checkpoint; `OnlineCalibration` goes on learning
-while serving.
+A slot's signals are the confidence head's logit and the draft's evidence. `fit_weights` makes one score of them; `fit`
+is Sequential Temperature Scaling of scores (DSpark paper; temperature scaling: Guo et al. 2017), and a shift beside it.
+`Calibration` is their result and the side file beside a checkpoint; `OnlineCalibration` goes on learning while serving.
 
 Shapes: N = recorded rounds, R = requests, G = slots of a block, S = signals of a slot. Slot k, from 0, belongs to the
 prefix of k + 1 tokens.

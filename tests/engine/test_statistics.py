@@ -24,6 +24,7 @@ from dspark.drafters.load import bind
 from dspark.engine.engine import Engine, EngineConfig
 from dspark.penalties import Prefix
 from dspark.sampling import SamplingParams
+from dspark.spec.calibration import Calibration
 from dspark.spec.draft import Draft
 from dspark.spec.prefix_scheduler import PrefixScheduler, Threshold
 from tests.engine.plain import AdjustedTarget
@@ -62,10 +63,13 @@ def joint_law(params: SamplingParams) -> dict[tuple[int, ...], float]:
 
 
 def p_value(
-    drafter: Drafter | None, filters: dict[str, Any] = ALIVE, scheduler: PrefixScheduler | None = None
+    drafter: Drafter | None,
+    filters: dict[str, Any] = ALIVE,
+    scheduler: PrefixScheduler | None = None,
+    calibration: Calibration | None = None,
 ) -> float:
     """Of the outputs of REQUESTS requests against the joint law; rare outputs are counted together."""
-    engine = Engine(TARGET, drafter, scheduler, END, EngineConfig(STREAMS, 32, seed=0))
+    engine = Engine(TARGET, drafter, scheduler, END, EngineConfig(STREAMS, 32, seed=0), calibration)
     sequences = [
         engine.add(list(PROMPT), SamplingParams(1.0, max_new_tokens=OUTPUT, **filters)) for _ in range(REQUESTS)
     ]
@@ -176,6 +180,30 @@ def test_draft_probs_from_before_the_filters_are_caught(filters: dict[str, Any])
     assert p_value(drafter, {**filters, **ALIVE}) > 1e-3
     drafter.__class__ = Untruncated
     assert p_value(drafter, {**filters, **ALIVE}) < 1e-6
+
+
+class Telling(DSparkDrafter):
+    """Its evidence is the drawn token's own probability, not the largest one."""
+
+    def decode_block(self, requests: list[DraftRequest], hidden: Tensor) -> Draft:
+        draft = super().decode_block(requests, hidden)
+        own = draft.draft_probs * (draft.support == draft.tokens[..., None])
+        draft.evidence[..., 0] = own.sum(-1)
+        return draft
+
+
+@pytest.mark.parametrize("filters", ["everything", "all three", "penalties"])
+def test_evidence_may_tell_of_the_distribution_and_not_of_the_token(filters: str):
+    """Verified is what the evidence says is likelier than some value, about the median for the right drafter."""
+    drafter = tiny_drafter(TARGET, 1, block_size=2, num_layers=1)
+
+    def p_above(least: float) -> float:
+        by_evidence = Calibration((0.01, 0.01), shifts=(-100 * least,) * 2, weights=((0.0, 1.0, 0.0, 0.0),) * 2)
+        return p_value(drafter, FILTERS[filters], Threshold(0.5), by_evidence)
+
+    assert p_above(0.85) > 1e-3
+    drafter.__class__ = Telling
+    assert p_above(0.5) < 1e-6
 
 
 @pytest.mark.parametrize("filters", ["everything", "penalties"])
