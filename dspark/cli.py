@@ -174,12 +174,19 @@ def build_parser() -> argparse.ArgumentParser:
     add_bench_load(sub, model, online)
 
     sub = command("eval", commands.run_eval, "measure how many draft tokens live decoding accepts", model)
-    sub.add_argument("--drafter", default="dspark", help="dspark (shipped), ngram or a checkpoint folder")
+    sub.add_argument(
+        "--drafter",
+        action="append",
+        default=[],
+        help="dspark (shipped, default), ngram or a checkpoint folder; repeatable",
+    )
     sub.add_argument("--prompts", type=Path, help="JSON lines not trained on (default: 30 that come with dspark)")
     sub.add_argument("--limit", type=int, help="use only N prompts, spread over the domains")
     sub.add_argument("--temperatures", default="0,1", help="sampling temperatures to decode at (default 0,1)")
+    sub.add_argument("--top-p", type=float, default=1.0, help="keep the smallest set of this mass (default 1)")
     sub.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default 128)")
     sub.add_argument("--streams", type=int, default=16, help="answers at once (default 16)")
+    sub.add_argument("--plot", type=Path, metavar="PNG", help="draw acceptance by position, a curve a drafter")
     sub.add_argument("--json", action="store_true", help="print only the JSON line")
 
     sub = command("calibrate", commands.run_calibrate, "fit a drafter's confidence to what is really accepted", model)

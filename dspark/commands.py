@@ -319,14 +319,16 @@ def run_eval(args: argparse.Namespace) -> None:
 
     config = EvalConfig(
         model=args.model,
-        drafter=args.drafter,
+        drafters=tuple(args.drafter) or EvalConfig.drafters,
         dtype=args.dtype,
         device=args.device,
         prompts=args.prompts,
         limit=args.limit,
         temperatures=tuple(parse_list(args.temperatures, float, "temperatures")),
+        top_p=args.top_p,
         max_new_tokens=args.max_new_tokens,
         streams=args.streams,
+        plot=args.plot,
     )
     run_and_report(config, show_table=not args.json)
 

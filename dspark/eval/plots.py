@@ -1,6 +1,7 @@
-"""Figures of the paper, drawn from plain rows: throughput under load (7, 8) and reliability (6).
+"""Figures of the paper, drawn from plain rows: acceptance (2), reliability (6), throughput under load (7, 8).
 
-Rows are those of the load bench; a missing figure (None) leaves a gap. matplotlib is imported when a figure is drawn.
+Rows are those of the load bench or of `dspark eval`; a missing figure (None) leaves a gap. matplotlib is imported when
+a figure is drawn.
 """
 
 from collections.abc import Sequence
@@ -89,6 +90,26 @@ def latency_against_rate(rows: Sequence[dict], path: Path) -> Path:
         axis.grid(alpha=0.3)
     wait.set_yscale("log")
     speed.legend()
+    return _save(figure, path)
+
+
+def conditional_acceptance(rows: Sequence[dict], path: Path) -> Path:
+    """Figure 2: acceptance of each slot given that all before it were accepted; a curve a row of `dspark eval`.
+
+    Drafters are called by their folders' names, or in full where two of those are equal.
+    """
+    figure, axis = _pyplot().subplots(figsize=(7, 5))
+    names = {row["drafter"]: Path(row["drafter"]).name for row in rows}
+    if len(set(names.values())) < len(names):
+        names = {name: name for name in names}
+    for row in rows:
+        slots = range(1, 1 + len(row["conditional"]))
+        label = f"{names[row['drafter']]}, temperature {row['temperature']:g}"
+        axis.plot(slots, [float("nan") if c is None else c for c in row["conditional"]], marker="o", label=label)
+    axis.set(xlabel="slot of the block", ylabel="accepted, given that all slots before were", ylim=(0, 1))
+    axis.set_xticks(range(1, 1 + max(len(row["conditional"]) for row in rows)))
+    axis.grid(alpha=0.3)
+    axis.legend()
     return _save(figure, path)
 
 

@@ -109,17 +109,16 @@ def reliability_table(calibration: Calibration, before: dict, after: dict) -> Ta
 
 
 def acceptance_table(rows: list[dict]) -> Table:
-    """One line a temperature and domain; columns of slots hold the acceptance given that all before were accepted."""
-    table = Table(title="accepted in live decoding, every draft token verified")
-    for column in ("temperature", "domain", "rounds", "accepted length"):
-        table.add_column(column, justify="left" if column == "domain" else "right")
-    for k in range(len(rows[0]["conditional"])):
+    """One line a drafter, temperature and domain; slots: acceptance given that all before them were accepted."""
+    table = Table(title=f"accepted in live decoding, every draft token verified, top-p {rows[0]['top_p']:g}")
+    for column in ("drafter", "temperature", "domain", "rounds", "accepted length"):
+        table.add_column(column, justify="left" if column in ("drafter", "domain") else "right")
+    for k in range(max(len(row["conditional"]) for row in rows)):
         table.add_column(f"slot {k}", justify="right")
     for row in rows:
         slots = ["" if c is None else f"{c:.3f}" for c in row["conditional"]]
-        table.add_row(
-            f"{row['temperature']:g}", row["domain"], str(row["rounds"]), f"{row['accepted_length']:.2f}", *slots
-        )
+        setting = (row["drafter"], f"{row['temperature']:g}", row["domain"])
+        table.add_row(*setting, str(row["rounds"]), f"{row['accepted_length']:.2f}", *slots)
     return table
 
 
