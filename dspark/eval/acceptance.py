@@ -4,18 +4,22 @@ Teacher-forced figures of training look at the target's own sampled answers; the
 drafter's own guesses in the block, so that a mask or an off-by-one that training cannot see shows here.
 """
 
-import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
 
 from dspark.drafters.interface import Drafter
 from dspark.drafters.load import make_drafter
 from dspark.engine.engine import Engine, EngineConfig
 from dspark.engine.llm import encode_prompt
 from dspark.engine.rounds import MACRO_AVERAGE, RoundRecorder, acceptance, macro_average
-from dspark.eval.machine import provenance
+from dspark.eval.plots import conditional_acceptance
+from dspark.eval.report import acceptance_table, print_report
+from dspark.eval.setting import check_options
 from dspark.eval.tasks import load_prompts
 from dspark.models.loader import Target, load_target
 from dspark.sampling import SamplingParams
@@ -38,8 +42,7 @@ class EvalConfig:
     plot: Path | None = None
 
     def __post_init__(self) -> None:
-        if not self.temperatures or min(self.temperatures) < 0:
-            raise ValueError("--temperatures must be numbers of at least 0")
+        check_options(self)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p must be above 0 and at most 1, not {self.top_p}")
 
@@ -49,9 +52,6 @@ def measure(config: EvalConfig) -> list[dict]:
 
     Raises ValueError for a drafter that does not fit, one that drafts nothing, and prompts that cannot be used.
     """
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-
     prompts = load_prompts(config.prompts, config.limit)
     target = load_target(config.model, config.dtype, config.device)
     drafters: dict[str, Drafter] = {}
@@ -64,18 +64,16 @@ def measure(config: EvalConfig) -> list[dict]:
     for prompt in prompts:
         by_domain.setdefault(prompt.domain, []).append(encode_prompt(target.tokenizer, prompt.turns[0]))
     rows = []
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("answers", total=len(prompts) * len(config.temperatures) * len(drafters))
-        for name, drafter in drafters.items():
-            for temperature in config.temperatures:
-                params = SamplingParams(temperature, top_p=config.top_p, max_new_tokens=config.max_new_tokens)
-                found = [
-                    {"temperature": temperature, "domain": domain, "prompts": len(ids)}
-                    | live_acceptance(target, drafter, ids, params, config.streams, lambda: progress.advance(task))
-                    for domain, ids in sorted(by_domain.items())
-                ]
-                rows += [{"drafter": name, "top_p": config.top_p} | row for row in (*found, macro_average(found))]
+        for (name, drafter), temperature in product(drafters.items(), config.temperatures):
+            params = SamplingParams(temperature, top_p=config.top_p, max_new_tokens=config.max_new_tokens)
+            found = [
+                {"temperature": temperature, "domain": domain, "prompts": len(ids)}
+                | live_acceptance(target, drafter, ids, params, config.streams, lambda: progress.advance(task))
+                for domain, ids in sorted(by_domain.items())
+            ]
+            rows += [{"drafter": name, "top_p": config.top_p} | row for row in (*found, macro_average(found))]
     return rows
 
 
@@ -103,14 +101,7 @@ def live_acceptance(
 
 def run_and_report(config: EvalConfig, show_table: bool) -> None:
     """The whole command: decode, draw the plot, print the table and the JSON line."""
-    from rich.console import Console
-
-    from dspark.eval.plots import conditional_acceptance
-    from dspark.eval.report import acceptance_table
-
     rows = measure(config)
     if config.plot is not None:
         conditional_acceptance([row for row in rows if row["domain"] == MACRO_AVERAGE], config.plot)
-    if show_table:
-        Console(width=None if sys.stdout.isatty() else 170).print(acceptance_table(rows))
-    print(json.dumps({"rows": rows, **provenance()}))
+    print_report({"rows": rows}, show_table, acceptance_table(rows))

@@ -40,7 +40,7 @@ def test_drafters_side_by_side_at_top_p(drafters, capsys, tmp_path: Path):
     sampling = ["--temperatures", "0.2,1", "--top-p", "0.9"]
     assert main(["eval", *OPTIONS, *names, *sampling, "--plot", str(figure)]) == 0
     table, line = capsys.readouterr().out.rsplit("\n", 2)[:2]
-    assert "top-p 0.9" in table and "oracle" in table and "slot 3" in table
+    assert "top p" in table and " 0.9 " in table and "oracle" in table and "slot 3" in table
     rows = json.loads(line)["rows"]
     assert [(r["drafter"], r["temperature"], r["domain"]) for r in rows] == [
         (drafter, temperature, domain)
