@@ -24,7 +24,7 @@ def run_demo(options: BenchConfig) -> None:
     question = str(target.tokenizer.decode(result.prompts[0]))
     console.rule("one of the answers")
     console.print(question.strip() + " " + answer, markup=False, highlight=False)
-    columns = ("system:<", "tokens_per_s:.1f", "accepted_length:.2f")
+    columns = ("system:<", "tokens/s=tokens_per_s:.1f", "accepted_length:.2f")
     rows = [row | {"system": NAMES[row["system"]]} for row in result.rows]
     console.print(make_table(f"{NUM_PROMPTS} prompts, one stream, greedy", columns, rows))
     share, differences = compare(result, target, 1)

@@ -121,7 +121,7 @@ def conditional_acceptance(rows: Sequence[dict], path: Path) -> Path:
     for row in rows:
         label = f"{names[row['drafter']]}, temperature {row['temperature']:g}"
         axis.plot(range(1, 1 + len(row["conditional"])), _numbers(row["conditional"]), marker="o", label=label)
-    axis.set(xlabel="slot of the block", ylabel="accepted, given that all slots before were", ylim=(0, 1))
+    axis.set(xlabel="slot of the block", ylabel="accepted, given that all slots before were", ylim=(0, 1.02))
     axis.set_xticks(range(1, 1 + max(len(row["conditional"]) for row in rows)))
     axis.legend()
     return _save(axis, path)

@@ -27,15 +27,18 @@ def print_report(result: dict, show: bool, *parts: Table | str) -> None:
 def make_table(title: str | None, columns: Sequence[str], rows: Iterable[dict], style: Box = HEAVY_HEAD) -> Table:
     """One line a row; what a row lacks, or holds as None, is left empty.
 
-    columns: `key:format` each; the key, its underscores as spaces, is the heading. Formats that begin with `<` stand
-    left, the others right.
+    columns: `heading=key:format` each, or `key:format`; underscores of a heading become spaces. Formats that begin
+    with `<` stand left, the others right.
     """
     table = Table(title=title, box=style)
-    specs = [column.rpartition(":")[::2] for column in columns]
-    for key, form in specs:
-        table.add_column(key.replace("_", " "), justify="left" if form.startswith("<") else "right")
+    cells = []  # (key, format)
+    for column in columns:
+        name, _, form = column.rpartition(":")
+        heading, _, key = name.rpartition("=")
+        table.add_column((heading or key).replace("_", " "), justify="left" if form.startswith("<") else "right")
+        cells.append((key, form))
     for row in rows:
-        table.add_row(*("" if row.get(key) is None else format(row[key], form) for key, form in specs))
+        table.add_row(*("" if row.get(key) is None else format(row[key], form) for key, form in cells))
     return table
 
 
@@ -43,23 +46,27 @@ def bench_table(rows: list[dict]) -> Table:
     """One line a system, temperature and number of streams; speed-ups are against plain decoding."""
     plain = {(r["streams"], r["temperature"]): r["tokens_per_s"] for r in rows if r["system"] == "plain"}
     bases = [plain.get((r["streams"], r["temperature"])) for r in rows]
-    columns = "streams:d temperature:g system:< tokens_per_s:.1f x_plain:.2f accepted_length:.2f ms_per_round:.1f"
+    columns = (
+        "streams:d temperature:g system:< tokens/s=tokens_per_s:.1f x_plain:.2f accepted=accepted_length:.2f "
+        "ms/round=ms_per_round:.1f draft_share:.0%"
+    )
     shown = [row | {"x_plain": base and row["tokens_per_s"] / base} for row, base in zip(rows, bases)]
-    return make_table("same prompts, one interleaved run", [*columns.split(), "draft_share:.0%"], shown)
+    return make_table("same prompts, one interleaved run", columns.split(), shown)
 
 
 def load_table(rows: list[dict]) -> Table:
     """One line a load and policy; ± is the standard error, p95 of a speed is what 95 % of the streams reach."""
     columns = (
-        "load:< policy:< tokens_per_s:> stream_tokens_per_s_p50:.1f stream_tokens_per_s_p95:.1f first_token_s_p50:.3f "
-        "first_token_s_p95:.3f accepted_length:.2f verify_length:.2f ms_per_round:.1f draft_share:.1% "
-        "schedule_share:.1% verify_share:.1% sample_share:.1% other_share:.1%"
+        "load:< policy:< tokens/s:> stream_p50=stream_tokens_per_s_p50:.1f p95=stream_tokens_per_s_p95:.1f "
+        "first_token_p50=first_token_s_p50:.3f p95=first_token_s_p95:.3f accepted=accepted_length:.2f "
+        "verified=verify_length:.2f ms/round=ms_per_round:.1f draft=draft_share:.1% schedule=schedule_share:.1% "
+        "verify=verify_share:.1% sample=sample_share:.1% other=other_share:.1%"
     )
     shown = []
     for row in rows:
         load = f"{row['streams']} streams" if row["arrivals"] == "closed" else f"{row['rate']:g} requests/s"
         speed = with_error(row["tokens_per_s"], row["tokens_per_s_se"], ".1f")
-        shown.append(row | {"load": load, "tokens_per_s": speed})
+        shown.append(row | {"load": load, "tokens/s": speed})
     return make_table("load bench, one interleaved run", columns.split(), shown)
 
 
