@@ -4,7 +4,6 @@ Teacher-forced figures of training look at the target's own sampled answers; the
 drafter's own guesses in the block, so that a mask or an off-by-one that training cannot see shows here.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -14,14 +13,13 @@ from rich.progress import Progress
 
 from dspark.drafters.interface import Drafter
 from dspark.drafters.load import make_drafter
-from dspark.engine.engine import Engine, EngineConfig
 from dspark.engine.llm import encode_prompt
-from dspark.engine.rounds import MACRO_AVERAGE, RoundRecorder, acceptance, macro_average
+from dspark.engine.rounds import MACRO_AVERAGE, acceptance_by_domain
 from dspark.eval.plots import conditional_acceptance
 from dspark.eval.report import acceptance_table, print_report
 from dspark.eval.setting import check_options
 from dspark.eval.tasks import load_prompts
-from dspark.models.loader import Target, load_target
+from dspark.models.loader import load_target
 from dspark.sampling import SamplingParams
 
 
@@ -68,35 +66,11 @@ def measure(config: EvalConfig) -> list[dict]:
         task = progress.add_task("answers", total=len(prompts) * len(config.temperatures) * len(drafters))
         for (name, drafter), temperature in product(drafters.items(), config.temperatures):
             params = SamplingParams(temperature, top_p=config.top_p, max_new_tokens=config.max_new_tokens)
-            found = [
-                {"temperature": temperature, "domain": domain, "prompts": len(ids)}
-                | live_acceptance(target, drafter, ids, params, config.streams, lambda: progress.advance(task))
-                for domain, ids in sorted(by_domain.items())
-            ]
-            rows += [{"drafter": name, "top_p": config.top_p} | row for row in (*found, macro_average(found))]
+            found = acceptance_by_domain(
+                target, drafter, by_domain, params, config.streams, lambda: progress.advance(task)
+            )
+            rows += [{"drafter": name} | row for row in found]
     return rows
-
-
-def live_acceptance(
-    target: Target,
-    drafter: Drafter,
-    prompts: list[list[int]],
-    params: SamplingParams,
-    streams: int,
-    on_finish: Callable[[], None],
-) -> dict:
-    """Figures of `acceptance` for these prompts. Raises ValueError if no whole block was verified."""
-    recorder, limits = RoundRecorder(), EngineConfig(max_streams=streams, seed=0)
-    engine = Engine(target.decoder, drafter, eos_ids=target.eos_ids, config=limits, calibration=recorder)
-    for ids in prompts:
-        engine.add(ids, params)
-    while engine.has_work:
-        for new in engine.step():
-            if new.sequence.finish_reason is not None:
-                on_finish()
-    if not sum(map(len, recorder.accepted)):
-        raise ValueError("no whole block was drafted; use more prompts or more new tokens")
-    return acceptance(recorder.rounds().accepted, drafter.block_size)
 
 
 def run_and_report(config: EvalConfig, show_table: bool) -> None:

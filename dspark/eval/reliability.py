@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -17,6 +18,7 @@ from dspark.eval.report import print_report, reliability_table
 from dspark.eval.setting import Setting
 from dspark.eval.tasks import load_prompts
 from dspark.models.loader import load_target
+from dspark.sampling import SamplingParams
 from dspark.spec import calibration as scores
 from dspark.spec.calibration import Calibration
 
@@ -74,12 +76,13 @@ def run(config: CalibrateConfig) -> tuple[Calibration, dict]:
     ids = [encode_prompt(target.tokenizer, p.turns[0]) for p in prompts]
     random.Random(0).shuffle(ids)  # prompts come round and round from the domains: every third would be of one
     parts = {"fitting": [p for i, p in enumerate(ids) if i % 3 != 2], "measuring": ids[2::3]}
+    settings = [SamplingParams(t, max_new_tokens=config.max_new_tokens) for t in config.temperatures]
     rounds = {}
     with Progress(console=Console(stderr=True)) as progress:
         for name, part in parts.items():
             task = progress.add_task(f"answers for {name}", total=len(part) * len(config.temperatures))
-            limits = (config.temperatures, config.max_new_tokens, config.streams)
-            rounds[name] = collect_rounds(target, drafter, part, *limits, lambda task=task: progress.advance(task))
+            advance = partial(progress.advance, task)
+            rounds[name] = collect_rounds(target, drafter, part, settings, config.streams, advance)
     dataset = f"{config.prompts.name if config.prompts else 'own prompts'}, temperatures {config.temperatures}"
     calibration, before, after = calibrate(rounds["fitting"], rounds["measuring"], dataset)
     out = config.out or folder / CALIBRATION_FILE

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from dspark.cli import main
+from dspark.engine.engine import Engine
 from dspark.eval import acceptance
 from dspark.models.loader import Target, load_target
 from dspark.sampling import SamplingParams
@@ -56,8 +57,8 @@ def test_drafters_side_by_side_at_top_p(drafters, capsys, tmp_path: Path):
 
 def test_top_p_is_what_the_answers_are_sampled_with(drafters, monkeypatch):
     seen: list[SamplingParams] = []
-    original = acceptance.Engine.add
-    monkeypatch.setattr(acceptance.Engine, "add", lambda self, ids, p: seen.append(p) or original(self, ids, p))
+    original = Engine.add
+    monkeypatch.setattr(Engine, "add", lambda self, ids, p: seen.append(p) or original(self, ids, p))
     assert main(["eval", *OPTIONS, "--drafter", "runs/short", "--temperatures", "0.2", "--top-p", "0.9"]) == 0
     assert len(seen) == 3 and {(p.temperature, p.top_p) for p in seen} == {(0.2, 0.9)}
 
