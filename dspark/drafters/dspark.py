@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dspark.drafters.bound import BoundDrafter, Slot, whole_draft
-from dspark.drafters.greedy_markov import GreedyMarkov
 from dspark.drafters.interface import DraftRequest
 from dspark.drafters.model import DSparkModel
-from dspark.models.attention import CachedAttention, store
+from dspark.drafters.programs import ContextProgram, GreedyMarkov
+from dspark.models.attention import CachedAttention, compiled_cache, store
 from dspark.models.cpu_ops import CompiledLinear
 from dspark.models.decoder import Decoder, DecoderLayer, layer_shapes
 from dspark.models.layer_stack import LayerStack
@@ -45,6 +45,10 @@ class DSparkDrafter(BoundDrafter):
             self.context_norm = torch.stack([w["self_attn.k_norm.weight"] for w in weights])[:, None]  # [L, 1, D]
         self.fc = linear_map(place(model.fc.weight), target.dtype)
         self.hidden_norm = place(model.hidden_norm.weight)
+        self.context_program = None
+        maps = self.fc, self.context_kv
+        if all(isinstance(m, CompiledLinear) and m.dense for m in maps) and not (c.qkv_bias or c.qk_norm):
+            self.context_program = ContextProgram(self.fc, self.hidden_norm, self.context_kv, c)  # pyright: ignore
         self.norm = place(model.norm.weight)
         self.markov = self.greedy_markov = None
         if model.markov_head is not None:
@@ -61,6 +65,10 @@ class DSparkDrafter(BoundDrafter):
     @torch.inference_mode()
     def extend(self, taps: list[Tensor], tokens: Tensor, positions: Tensor, slots: Tensor) -> None:
         c = self.config.decoder
+        cos, sin = self.target.rotary(positions)
+        if self.context_program is not None and compiled_cache(self._storage[0]):
+            self.context_program(taps, cos, sin, slots, self._storage)
+            return
         context = rms_norm(self.fc(torch.cat(taps, -1)), self.hidden_norm, c.rms_norm_eps)
         product = self.context_kv(context)
         if self.context_bias is not None:
@@ -69,7 +77,6 @@ class DSparkDrafter(BoundDrafter):
         if self.context_norm is not None:
             keys = kv[:, :, 0]
             keys.copy_(F.rms_norm(keys, (c.head_dim,), eps=c.rms_norm_eps) * self.context_norm)
-        cos, sin = self.target.rotary(positions)
         for storage, layer_kv in zip(self._storage, kv.unbind(1), strict=True):
             rotate_(layer_kv.flatten(1, 2), c.num_kv_heads, cos, sin)
             store(layer_kv, storage, slots)
