@@ -5,6 +5,7 @@ Shapes: R requests, G slots, N committed or block tokens, C width, V' draft voca
 
 import copy
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -60,7 +61,6 @@ class DSparkDrafter(BoundDrafter):
         if model.confidence_head is not None:
             of_both, bias = (place(parameter) for parameter in model.confidence_head.proj.parameters())
             self.confidence_head = *of_both[0].split([c.hidden_size, model.config.markov_rank]), bias
-        self.mask_embedding = target.embedding[model.config.mask_token_id]
 
     @torch.inference_mode()
     def extend(self, taps: list[Tensor], tokens: Tensor, positions: Tensor, slots: Tensor) -> None:
@@ -88,14 +88,13 @@ class DSparkDrafter(BoundDrafter):
     def backbone(self, requests: list[DraftRequest]) -> Tensor:
         """One parallel pass over all blocks -> hidden states [R, G, C]."""
         g, device = self.config.num_slots, self.target.device
-        anchors = torch.tensor([len(r.token_ids) - 1 for r in requests], device=device)
-        offsets = torch.arange(g, device=device)
-        positions = (anchors[:, None] + offsets).flatten()
-        first_slots = torch.tensor([r.first_slot for r in requests], device=device)
-        slots = (first_slots[:, None] + anchors[:, None] + offsets).flatten()
-        x = self.mask_embedding.repeat(len(requests) * g, 1)
-        x[::g] = self.target.embed(torch.tensor([r.token_ids[-1] for r in requests], device=device))
-        cos, sin = self.target.rotary(positions)
+        anchors = np.array([len(r.token_ids) - 1 for r in requests])
+        positions = (anchors[:, None] + np.arange(g)).ravel()
+        slots = positions + np.repeat([r.first_slot for r in requests], g)
+        tokens = np.full(len(positions), self.config.mask_token_id)
+        tokens[::g] = [r.token_ids[-1] for r in requests]
+        positions, slots, tokens = (torch.from_numpy(t).to(device) for t in (positions, slots, tokens))
+        x, (cos, sin) = self.target.embed(tokens), self.target.rotary(positions)
 
         segments = [self.segment(r, g, g) for r in requests]
         attention = CachedAttention(self._storage, slots, segments, self.config.decoder.group_size)
@@ -138,8 +137,8 @@ class DSparkDrafter(BoundDrafter):
         probability [R, G] at temperature 1, the request's temperature and their product: how much the first one tells
         depends on how the token is drawn.
         """
-        temperature = largest.new_tensor([[min(q.params.temperature, 1.0)] for q in requests]).expand_as(largest)
-        evidence = torch.stack([largest, temperature, temperature * largest], -1)
+        temperature = largest.new_tensor([[min(q.params.temperature, 1.0)] for q in requests])
+        evidence = torch.stack([largest, temperature.expand_as(largest), temperature * largest], -1)
         if self.confidence_head is None:
             return torch.zeros_like(largest), evidence
         of_hidden, of_embedding, bias = self.confidence_head
