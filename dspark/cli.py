@@ -120,12 +120,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--window", type=int, default=0, help="context tokens that draft layers see (default 0: all)")
     sub.add_argument("--learning-rate", type=float, default=6e-4, help="peak of the schedule (default 6e-4)")
-    sub.add_argument(
-        "--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: for the draft layers' matrices"
-    )
-    sub.add_argument(
-        "--weight-average", type=float, default=0.0, metavar="DECAY", help="keep a moving average, e.g. of 0.998"
-    )
     sub.add_argument("--max-length", type=int, default=512, help="tokens of an example, prompt included")
     sub.add_argument("--cache-gib", type=float, default=6.0, help="memory for the target's features (default 6)")
     sub.add_argument("--feature-cache", metavar="FOLDER", help="keep the target's features on disk, for later runs too")

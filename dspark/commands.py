@@ -190,8 +190,8 @@ def parse_sampling(text: str) -> tuple[float, float]:
 
 
 def run_train(args: argparse.Namespace) -> int:
+    from dspark.train.config import TrainConfig
     from dspark.train.run import TrainRun, train
-    from dspark.train.trainer import TrainConfig
 
     files, weights = zip(*map(parse_weighted, args.data))
     config = TrainConfig(
@@ -200,8 +200,6 @@ def run_train(args: argparse.Namespace) -> int:
         sequences_per_step=args.sequences_per_step,
         anchors_per_sequence=args.anchors,
         learning_rate=args.learning_rate,
-        optimizer=args.optimizer,
-        weight_average=args.weight_average,
         parallel=args.parallel,
         evaluations=args.evaluations,
         cache_gib=args.cache_gib,
@@ -254,7 +252,7 @@ def parse_list(text: str, kind: type, name: str) -> list:
 
 def run_fit(args: argparse.Namespace) -> None:
     from dspark.fit import FitConfig, run_and_report
-    from dspark.train.trainer import TrainConfig
+    from dspark.train.config import TrainConfig
 
     config = FitConfig(
         model=args.model,
