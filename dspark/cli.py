@@ -192,8 +192,6 @@ def add_training(command: Command) -> None:
     )
     sub.option("--window", 0, "context tokens that draft layers see; 0 for all")
     sub.option("--learning-rate", 6e-4, "peak of the schedule")
-    sub.option("--optimizer", "adamw", "muon: for the draft layers' matrices", choices=("adamw", "muon"))
-    sub.option("--weight-average", 0.0, "keep a moving average, e.g. of 0.998", metavar="DECAY")
     sub.option("--max-length", 512, "tokens of an example, prompt included")
     sub.option("--cache-gib", 6.0, "memory for the target's features")
     sub.option("--feature-cache", None, "keep the target's features on disk, for later runs too", metavar="FOLDER")

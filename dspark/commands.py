@@ -183,8 +183,8 @@ def parse_sampling(text: str) -> tuple[float, float]:
 
 
 def run_train(args: argparse.Namespace) -> int:
+    from dspark.train.config import TrainConfig
     from dspark.train.run import TrainRun, train
-    from dspark.train.trainer import TrainConfig
 
     files, weights = zip(*map(parse_weighted, args.data))
     shares = tuple(weight or 1.0 for weight in weights) if any(weights) else ()
@@ -208,7 +208,7 @@ def parse_weighted(text: str) -> tuple[Path, float | None]:
 
 def run_fit(args: argparse.Namespace) -> None:
     from dspark.fit import FitConfig, run_and_report
-    from dspark.train.trainer import TrainConfig
+    from dspark.train.config import TrainConfig
 
     out = args.out or Path("runs", Path(args.model).resolve().name)
     config = configure(FitConfig, args, out=out, train=TrainConfig(minutes=args.minutes))

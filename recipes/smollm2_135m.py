@@ -13,9 +13,9 @@ OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 recipes/smollm2_135m.py wider
 import sys
 from pathlib import Path
 
+from dspark.train.config import TrainConfig
 from dspark.train.run import TrainRun, train
 from dspark.train.setup import DrafterRecipe
-from dspark.train.trainer import TrainConfig
 
 
 def dspark() -> TrainRun:
