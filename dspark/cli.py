@@ -2,7 +2,9 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from dspark import commands
 
@@ -23,37 +25,117 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class Options(argparse.ArgumentParser):
+    """A command's parser, or a group of options that several commands share."""
+
+    def option(self, flag: str, default: Any, text: str, **more: Any) -> None:
+        """Add an option with a value. The default tells its type and stands in the help; None: `type`, or a text."""
+        if default is not None:
+            more = {"type": type(default)} | more
+            text += f" (default {str(default).removesuffix('.0')})"
+        self.add_argument(flag, default=default, help=text, **more)
+
+    def switch(self, flag: str, text: str) -> None:
+        self.add_argument(flag, action="store_true", help=text)
+
+
+Command = Callable[..., Options]  # (name, what runs it, summary, *groups of options)
+
+
+# ---- options that several commands share
+
+
+def model_options(name: str) -> Options:
+    group = Options(add_help=False)
+    names = "smollm2-135m (fetched on first use), a Hugging Face folder, a GGUF file or a hub name"
+    group.add_argument(name, default="smollm2-135m", help=names)
+    group.option("--dtype", "bf16", "precision", choices=("bf16", "fp32"))
+    group.option("--device", "cpu", "PyTorch device")
+    return group
+
+
+MODEL = model_options("--model")
+
+DRAFTER = Options(add_help=False)
+DRAFTER.add_argument("--drafter", default="dspark", help="dspark (shipped), ngram, none or a checkpoint folder")
+
+POLICY = Options(add_help=False)
+POLICY.option(
+    "--policy",
+    None,
+    "how many draft tokens are verified: fixed-1, fixed-2, ..., threshold-0.7, greedy, stale or foresight "
+    "(default: foresight for trained drafters, which goes by confidence and this machine's costs)",
+)
+
+ONLINE = Options(add_help=False)
+ONLINE.switch("--online-calibration", "correct the drafter's confidence by what is verified")
+
+JSON = Options(add_help=False)
+JSON.switch("--json", "print only the JSON line")
+
+PROMPTS = Options(add_help=False)
+PROMPTS.option("--prompts", None, "JSON lines not trained on (default: 30 that come with dspark)", type=Path)
+PROMPTS.option("--limit", None, "use only N prompts, spread over the domains", type=int)
+PROMPTS.option("--max-new-tokens", 128, "longest answer")
+
+LIVE = Options(add_help=False)
+LIVE.option("--temperatures", "0,1", "sampling temperatures to decode at")
+LIVE.option("--streams", 16, "answers at once")
+
+SAMPLING = Options(add_help=False)
+SAMPLING.option("--temperature", 0.0, "0 is greedy")
+SAMPLING.option("--top-p", 1.0, "keep the smallest set of this mass")
+SAMPLING.option("--top-k", 0, "keep the k likeliest tokens; 0 for all")
+SAMPLING.option("--min-p", 0.0, "drop tokens below this share of the likeliest")
+SAMPLING.option("--presence-penalty", 0.0, "against tokens generated before, -2 to 2")
+SAMPLING.option("--frequency-penalty", 0.0, "the same, for each time, -2 to 2")
+SAMPLING.option("--repetition-penalty", 1.0, "the same, prompt included; 1 is off")
+SAMPLING.add_argument(
+    "--logit-bias", action="append", default=[], metavar="ID=BIAS", help="added to a token's logit; repeatable"
+)
+SAMPLING.option("--seed", None, "the same seed gives the same answer (default: random)", type=int)
+SAMPLING.option("--max-new-tokens", 256, "longest answer")
+SAMPLING.option("--min-new-tokens", 0, "no end before so many tokens")
+SAMPLING.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+SAMPLING.switch("--ignore-eos", "go on after the model's end token")
+
+
+# ---- commands
+
+
+def build_parser() -> Options:
+    parser = Options(
         prog="dspark",
         description="Speculative generation with DSpark drafters: faster decoding, the output unchanged.",
         epilog="Begin with: dspark generate 'What is the capital of France?'   Each command has its own --help.",
     )
     subcommands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(name: str, run, summary: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        sub = subcommands.add_parser(name, help=summary, description=summary, parents=list(parents))
+    def command(name: str, run: Callable[[argparse.Namespace], int | None], summary: str, *parents: Options) -> Options:
+        sub = subcommands.add_parser(name, help=summary, description=summary, parents=parents)
         sub.set_defaults(run=run)
         return sub
 
-    model, sampling = model_options(), sampling_options()
-    online = argparse.ArgumentParser(add_help=False)
-    online.add_argument(
-        "--online-calibration", action="store_true", help="correct the drafter's confidence by what is verified"
-    )
+    add_serving(command)
+    add_training(command)
+    add_measuring(command)
+    return parser
 
-    sub = command(
-        "generate", commands.run_generate, "answer one prompt, streaming", model, drafter_options(), online, sampling
-    )
+
+def add_serving(command: Command) -> None:
+    options = MODEL, DRAFTER, POLICY, ONLINE, SAMPLING
+    sub = command("generate", commands.run_generate, "answer one prompt, streaming", *options)
     sub.add_argument("prompt", help="the user's message; '-' reads it from standard input")
-    sub.add_argument("--json", action="store_true", help="print one JSON object an answer instead of streaming text")
-    sub.add_argument("--n", type=int, default=1, help="answers, each with a seed of its own (default 1)")
-    sub.add_argument("--deterministic", action="store_true", help="the same to the last bit in any batch")
-    sub.add_argument("--logprobs", type=int, metavar="K", help="log-probabilities of each token and the K likeliest")
+    sub.switch("--json", "print one JSON object an answer instead of streaming text")
+    sub.option("--n", 1, "answers, each with a seed of its own")
+    sub.switch("--deterministic", "the same to the last bit in any batch")
+    sub.option("--logprobs", None, "log-probabilities of each token and the K likeliest", type=int, metavar="K")
+    command("chat", commands.run_chat, "talk to the model in the terminal", *options)
 
-    command("chat", commands.run_chat, "talk to the model in the terminal", model, drafter_options(), online, sampling)
 
-    sub = command("data", commands.run_data, "let the target answer prompts: training data for a drafter", model)
+def add_training(command: Command) -> None:
+    summary = "let the target answer prompts: training data for a drafter"
+    sub = command("data", commands.run_data, summary, MODEL, JSON)
     source = sub.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--prompts",
@@ -64,36 +146,28 @@ def build_parser() -> argparse.ArgumentParser:
         "--self-written", type=int, default=0, metavar="N", help="let the target write N prompts itself"
     )
     sub.add_argument("--out", type=Path, required=True, help="JSON lines to write; an unfinished file is continued")
-    sub.add_argument("--limit", type=int, help="use only the first N prompts")
-    sub.add_argument("--subset", help="configuration of a dataset that has several")
-    sub.add_argument("--split", default="train", help="split of a dataset (default train)")
-    sub.add_argument("--samples", type=int, default=1, metavar="N", help="answers to each prompt (default 1)")
-    sub.add_argument(
-        "--samplings",
-        default="0,0.2/0.9,0.7/0.95,1",
-        metavar="T/P,...",
-        help="temperature, or temperature/top-p, in turn (default 0,0.2/0.9,0.7/0.95,1)",
-    )
-    sub.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (default 256)")
-    sub.add_argument("--max-prompt-tokens", type=int, metavar="N", help="leave longer ones out, earlier turns included")
-    sub.add_argument("--streams", type=int, default=32, help="answers generated at once, by each server (default 32)")
+    sub.option("--limit", None, "use only the first N prompts", type=int)
+    sub.option("--subset", None, "configuration of a dataset that has several")
+    sub.option("--split", "train", "split of a dataset")
+    sub.option("--samples", 1, "answers to each prompt", metavar="N")
+    samplings = "temperature, or temperature/top-p, in turn"
+    sub.option("--samplings", "0,0.2/0.9,0.7/0.95,1", samplings, metavar="T/P,...")
+    sub.option("--max-new-tokens", 256, "longest answer")
+    sub.option("--max-prompt-tokens", None, "leave longer ones out, earlier turns included", type=int, metavar="N")
+    sub.option("--streams", 32, "answers generated at once, by each server")
     sub.add_argument(
         "--server",
+        dest="servers",
         action="append",
         default=[],
         metavar="URL",
         help="an OpenAI-compatible server that runs the model, asked instead of the embedded engine; repeatable",
     )
-    sub.add_argument("--timeout", type=float, default=600.0, help="seconds for one answer of a server (default 600)")
-    sub.add_argument(
-        "--keep-answers",
-        action="store_true",
-        help="do not ask the target, keep the answers that the prompts file holds: such drafters accept less",
-    )
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--json", action="store_true", help="print only the summary as a JSON line")
+    sub.option("--timeout", 600.0, "seconds for one answer of a server")
+    sub.switch("--keep-answers", "do not ask, keep the answers of the prompts file: such drafters accept less")
+    sub.option("--seed", 0, "of sampled answers")
 
-    sub = command("train", commands.run_train, "train a drafter on answers that 'dspark data' wrote", model)
+    sub = command("train", commands.run_train, "train a drafter on answers that 'dspark data' wrote", MODEL)
     sub.add_argument(
         "--data",
         required=True,
@@ -102,198 +176,112 @@ def build_parser() -> argparse.ArgumentParser:
         help="JSON lines from 'dspark data'; weights are the files' shares of an epoch (default: every answer once)",
     )
     sub.add_argument("--out", type=Path, required=True, help="checkpoint folder; a run found there is resumed")
-    sub.add_argument("--initial", type=Path, metavar="FOLDER", help="a trained drafter to start from, shape included")
-    sub.add_argument("--minutes", type=float, default=60.0, help="training time, the schedule follows it (default 60)")
-    sub.add_argument("--epochs", type=float, help="passes over the data, instead of minutes; repeatable to the bit")
-    sub.add_argument("--sequences-per-step", type=int, default=1, help="examples of one update (default 1)")
-    sub.add_argument("--anchors", type=int, default=256, help="blocks drawn from an example, at most (default 256)")
-    sub.add_argument(
-        "--drafter",
-        choices=("dspark", "dflash", "dflash-zlab", "eagle3", "mtp"),
-        default="dspark",
-        help="what is trained; dflash-zlab has masks predict their own position (default dspark)",
+    sub.option("--initial", None, "a trained drafter to start from, shape included", type=Path, metavar="FOLDER")
+    sub.option("--minutes", 60.0, "training time, the schedule follows it")
+    sub.option("--epochs", None, "passes over the data, instead of minutes; repeatable to the bit", type=float)
+    sub.option("--sequences-per-step", 1, "examples of one update")
+    sub.option("--anchors", 256, "blocks drawn from an example, at most", dest="anchors_per_sequence", metavar="N")
+    kinds = ("dspark", "dflash", "dflash-zlab", "eagle3", "mtp")
+    sub.option(
+        "--drafter", "dspark", "what is trained; dflash-zlab has masks predict their own position", choices=kinds
     )
-    sub.add_argument("--block-size", type=int, help="draft tokens a round (default 4, mtp 1)")
-    sub.add_argument("--draft-layers", type=int, help="layers copied from the target's end (default 2; eagle3, mtp 1)")
-    sub.add_argument(
-        "--markov-head", choices=("vanilla", "gated", "rnn"), help="DSpark's sequential head (default vanilla)"
+    sub.option("--block-size", None, "draft tokens a round (default 4, mtp 1)", type=int)
+    sub.option("--draft-layers", None, "layers copied from the target's end (default 2; eagle3, mtp 1)", type=int)
+    sub.option(
+        "--markov-head", None, "of dspark: sequential head (default vanilla)", choices=("vanilla", "gated", "rnn")
     )
-    sub.add_argument("--window", type=int, default=0, help="context tokens that draft layers see (default 0: all)")
-    sub.add_argument("--learning-rate", type=float, default=6e-4, help="peak of the schedule (default 6e-4)")
-    sub.add_argument(
-        "--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: for the draft layers' matrices"
-    )
-    sub.add_argument(
-        "--weight-average", type=float, default=0.0, metavar="DECAY", help="keep a moving average, e.g. of 0.998"
-    )
-    sub.add_argument("--max-length", type=int, default=512, help="tokens of an example, prompt included")
-    sub.add_argument("--cache-gib", type=float, default=6.0, help="memory for the target's features (default 6)")
-    sub.add_argument("--feature-cache", metavar="FOLDER", help="keep the target's features on disk, for later runs too")
-    sub.add_argument(
-        "--feature-cache-gib", type=float, default=50.0, help="what they may take there; more is refused (default 50)"
-    )
-    sub.add_argument("--heldout", type=int, default=24, help="examples kept for evaluation, whole prompts (default 24)")
-    sub.add_argument("--evaluations", type=int, default=8, help="on those, over the run; the best is kept (default 8)")
-    sub.add_argument("--tensorboard", type=Path, metavar="FOLDER", help="write TensorBoard scalars there")
-    sub.add_argument(
-        "--parallel", choices=("ddp", "fsdp"), default="ddp", help="how processes of torchrun share (default ddp)"
-    )
-    sub.add_argument("--seed", type=int, default=0)
+    sub.option("--window", 0, "context tokens that draft layers see; 0 for all")
+    sub.option("--learning-rate", 6e-4, "peak of the schedule")
+    sub.option("--max-length", 512, "tokens of an example, prompt included")
+    sub.option("--cache-gib", 6.0, "memory for the target's features")
+    sub.option("--feature-cache", None, "keep the target's features on disk, for later runs too", metavar="FOLDER")
+    sub.option("--feature-cache-gib", 50.0, "what they may take there; more is refused")
+    sub.option("--heldout", 24, "examples kept for evaluation, whole prompts")
+    sub.option("--evaluations", 8, "on those, over the run; the best is kept")
+    sub.option("--tensorboard", None, "write TensorBoard scalars there", type=Path, metavar="FOLDER")
+    sub.option("--parallel", "ddp", "how processes of torchrun share", choices=("ddp", "fsdp"))
+    sub.option("--seed", 0, "of all that is drawn")
 
-    sub = command(
-        "fit", commands.run_fit, "the whole way for a new model, with a report of what it gains", model_options("model")
-    )
+    summary = "the whole way for a new model, with a report of what it gains"
+    sub = command("fit", commands.run_fit, summary, model_options("model"), JSON)
     sub.description = (
         "Prompts, the model's answers, training, calibration, profile, and a report: tokens/s, plain and with the "
         "drafter, on prompts held out. Stopped at any moment, the same command goes on."
     )
-    sub.add_argument("--prompts", type=Path, help="as for 'dspark data', 12 or more (default: the model writes them)")
-    sub.add_argument(
+    sub.option("--prompts", None, "as for 'dspark data', 12 or more (default: the model writes them)", type=Path)
+    sub.option(
         "--minutes",
-        type=float,
-        default=60.0,
-        help="training time; there are as many answers as the model writes here in half as long again, up to 4 to a "
-        "prompt, and half as many where it writes the prompts too; measuring takes some minutes more (default 60)",
+        60.0,
+        "training time; there are as many answers as the model writes here in half as long again, up to 4 to a "
+        "prompt, and half as many where it writes the prompts too; measuring takes some minutes more",
     )
-    sub.add_argument("--max-new-tokens", type=int, default=256, help="longest answer to train on (default 256)")
-    sub.add_argument("--out", type=Path, metavar="FOLDER", help="where all results go (default: runs/<model name>)")
-    sub.add_argument("--price-per-hour", type=float, help="of this machine: the report says what a million tokens cost")
-    sub.add_argument("--json", action="store_true", help="print only the report as a JSON line")
+    sub.option("--max-new-tokens", 256, "longest answer to train on")
+    sub.option("--out", None, "where all results go (default: runs/<model name>)", type=Path, metavar="FOLDER")
+    sub.option("--price-per-hour", None, "of this machine: the report says what a million tokens cost", type=float)
 
-    sub = command(
-        "bench", commands.run_bench, "time systems side by side on the same prompts", model, drafter_options()
-    )
-    sub.add_argument("--prompts", type=Path, help="JSON lines of prompts (default: 30 that come with dspark)")
-    sub.add_argument("--limit", type=int, help="use only N prompts, spread over the domains")
-    sub.add_argument("--streams", default="1,8", help="numbers of concurrent requests (default 1,8)")
-    sub.add_argument("--temperatures", default="0,1", help="sampling temperatures (default 0,1)")
-    sub.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default 128)")
-    sub.add_argument("--systems", default="transformers,plain,ngram,dspark", help="what to compare (default: all)")
-    sub.add_argument("--json", action="store_true", help="print only the JSON line")
-    sub.usage = "dspark bench [OPTIONS]\n       dspark bench load [OPTIONS]"
-    add_bench_load(sub, model, online)
-
-    sub = command("eval", commands.run_eval, "measure how many draft tokens live decoding accepts", model)
-    sub.add_argument("--drafter", default="dspark", help="dspark (shipped), ngram or a checkpoint folder")
-    sub.add_argument("--prompts", type=Path, help="JSON lines not trained on (default: 30 that come with dspark)")
-    sub.add_argument("--limit", type=int, help="use only N prompts, spread over the domains")
-    sub.add_argument("--temperatures", default="0,1", help="sampling temperatures to decode at (default 0,1)")
-    sub.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default 128)")
-    sub.add_argument("--streams", type=int, default=16, help="answers at once (default 16)")
-    sub.add_argument("--json", action="store_true", help="print only the JSON line")
-
-    sub = command("calibrate", commands.run_calibrate, "fit a drafter's confidence to what is really accepted", model)
-    sub.add_argument("--drafter", default="dspark", help="dspark (shipped) or a checkpoint folder")
-    sub.add_argument("--prompts", type=Path, help="JSON lines not trained on (default: 30 that come with dspark)")
-    sub.add_argument("--limit", type=int, help="use only N prompts, spread over the domains")
-    sub.add_argument("--temperatures", default="0,1", help="sampling temperatures to decode at (default 0,1)")
-    sub.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default 128)")
-    sub.add_argument("--streams", type=int, default=16, help="answers at once (default 16)")
-    sub.add_argument("--out", type=Path, help="side file to write (default: calibration.json beside the checkpoint)")
-    sub.add_argument("--plot", type=Path, metavar="PNG", help="draw the reliability diagram")
-    sub.add_argument("--json", action="store_true", help="print only the JSON line")
-
-    sub = command("profile", commands.run_profile, "measure what a step costs on this machine", model)
-    sub.add_argument("--drafter", default="dspark", help="dspark (shipped), ngram, none or a checkpoint folder")
-    sub.add_argument("--context", type=int, default=192, help="tokens of a request in the cache (default 192)")
-    sub.add_argument("--repeats", type=int, default=9, help="timings of each size (default 9)")
-    sub.add_argument("--out", type=Path, help="file to write (default: where the engine looks for it)")
-    sub.add_argument("--json", action="store_true", help="print only the JSON line")
-
-    sub = command("export", commands.run_export, "write a drafter in the format of the official implementation", model)
+    sub = command("export", commands.run_export, "write a drafter in the format of the official implementation", MODEL)
     sub.add_argument("--drafter", required=True, help="checkpoint folder of a drafter of a Qwen3 target")
     sub.add_argument("--out", type=Path, required=True, help="folder to write: config.json and model.safetensors")
 
-    command(
-        "demo", commands.run_demo, "plain decoding and DSpark side by side, in about a minute", model, drafter_options()
-    )
-    return parser
+
+def add_measuring(command: Command) -> None:
+    summary = "plain decoding and DSpark side by side, in about a minute"
+    command("demo", commands.run_demo, summary, MODEL, DRAFTER, POLICY)
+
+    options = MODEL, DRAFTER, POLICY, PROMPTS, JSON
+    sub = command("bench", commands.run_bench, "time systems side by side on the same prompts", *options)
+    sub.option("--streams", "1,8", "numbers of concurrent requests")
+    sub.option("--temperatures", "0,1", "sampling temperatures")
+    sub.option("--systems", "transformers,plain,ngram,dspark", "what to compare")
+    sub.usage = "dspark bench [OPTIONS]\n       dspark bench load [OPTIONS]"
+    add_bench_load(sub)
+
+    options = MODEL, PROMPTS, LIVE, JSON
+    sub = command("eval", commands.run_eval, "measure how many draft tokens live decoding accepts", *options)
+    names = "dspark (shipped, the default), ngram or a checkpoint folder; repeatable"
+    sub.add_argument("--drafter", dest="drafters", action="append", default=argparse.SUPPRESS, help=names)
+    sub.option("--top-p", 1.0, "keep the smallest set of this mass")
+    sub.option("--plot", None, "draw acceptance by position, a curve a drafter", type=Path, metavar="PNG")
+
+    summary = "fit a drafter's confidence to what is really accepted"
+    sub = command("calibrate", commands.run_calibrate, summary, MODEL, DRAFTER, PROMPTS, LIVE, JSON)
+    sub.option("--out", None, "side file to write (default: calibration.json beside the checkpoint)", type=Path)
+    sub.option("--plot", None, "draw the reliability diagram", type=Path, metavar="PNG")
+
+    options = MODEL, DRAFTER, JSON
+    sub = command("profile", commands.run_profile, "measure what a step costs on this machine", *options)
+    sub.option("--context", 192, "tokens of a request in the cache")
+    sub.option("--repeats", 9, "timings of each size")
+    sub.option("--out", None, "file to write (default: where the engine looks for it)", type=Path)
 
 
-def add_bench_load(
-    bench: argparse.ArgumentParser, model: argparse.ArgumentParser, online: argparse.ArgumentParser
-) -> None:
+def add_bench_load(bench: Options) -> None:
     """`bench load`, a command of its own inside `bench`; its options stand after the word `load`."""
     summary = "policies of choosing verify lengths under rising load, in one interleaved run"
     loads = bench.add_subparsers(title="another bench, with its own --help", metavar="COMMAND")
-    sub = loads.add_parser(
-        "load",
-        help=summary,
-        description=summary,
-        parents=[model, online],
-        prog="dspark bench load",
-        usage="%(prog)s [OPTIONS]",
-    )
+    parents = MODEL, DRAFTER, ONLINE, PROMPTS, JSON
+    sub = loads.add_parser("load", help=summary, description=summary, parents=parents, prog="dspark bench load")
     sub.set_defaults(run=commands.run_bench_load)
-    sub.add_argument("--drafter", default="dspark", help="dspark (shipped), ngram, none or a checkpoint folder")
-    sub.add_argument("--prompts", type=Path, help="JSON lines of prompts (default: 30 that come with dspark)")
-    sub.add_argument("--limit", type=int, help="use only N prompts, spread over the domains")
     sub.add_argument(
         "--policies",
         default="",
         help="plain, fixed-1, fixed-2, ..., threshold, threshold-0.7, greedy, stale, foresight "
         "(default: plain, every fixed length and the rest)",
     )
-    sub.add_argument("--arrivals", default="closed", help="closed: always so many requests; poisson; both")
-    sub.add_argument("--streams", default="1,2,4,8,16,32,64", help="requests in flight; the largest bounds poisson too")
-    sub.add_argument("--rates", default="0.5,1,2,4", help="requests a second for poisson (default 0.5,1,2,4)")
-    sub.add_argument("--seconds", type=float, default=20.0, help="of each policy at each load (default 20)")
-    sub.add_argument(
+    sub.option("--arrivals", "closed", "closed: always so many requests; poisson; both")
+    sub.option("--streams", "1,2,4,8,16,32,64", "requests in flight; the largest bounds poisson too")
+    sub.option("--rates", "0.5,1,2,4", "requests a second for poisson")
+    sub.option("--seconds", 20.0, "of each policy at each load")
+    sub.option(
         "--precision",
-        type=float,
-        default=0.0,
-        help="closed loop: take up to 10 times --seconds until the standard error of every ratio to the best of "
-        "plain and fixed lengths is at most this, such as 0.01 (default 0: do not)",
+        0.0,
+        "closed loop: take up to 10 times --seconds until the standard error of every ratio to the best of plain and "
+        "fixed lengths is at most this, such as 0.01; 0: do not",
     )
-    sub.add_argument("--slice", type=float, default=1.0, help="seconds before the next policy's turn (default 1)")
-    sub.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default 128)")
-    sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default 0)")
-    sub.add_argument("--seed", type=int, default=0, help="of prompt order, turns and arrivals")
-    sub.add_argument("--json", action="store_true", help="print only the JSON line")
-    sub.add_argument("--plots", type=Path, metavar="FOLDER", help="write figures (PNG) there")
-
-
-def model_options(name: str = "--model") -> argparse.ArgumentParser:
-    parent = argparse.ArgumentParser(add_help=False)
-    parent.add_argument(
-        name,
-        default="smollm2-135m",
-        help="smollm2-135m (fetched on first use), a Hugging Face folder, a GGUF file or a hub name",
-    )
-    parent.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="precision (default bf16)")
-    parent.add_argument("--device", default="cpu", help="PyTorch device (default cpu)")
-    return parent
-
-
-def drafter_options() -> argparse.ArgumentParser:
-    parent = argparse.ArgumentParser(add_help=False)
-    parent.add_argument("--drafter", default="dspark", help="dspark (shipped), ngram, none or a checkpoint folder")
-    parent.add_argument(
-        "--policy",
-        help="how many draft tokens are verified: fixed-1, fixed-2, ..., threshold-0.7, greedy, stale or foresight "
-        "(default: foresight for trained drafters, which goes by confidence and this machine's costs)",
-    )
-    return parent
-
-
-def sampling_options() -> argparse.ArgumentParser:
-    parent = argparse.ArgumentParser(add_help=False)
-    parent.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default 0)")
-    parent.add_argument("--top-p", type=float, default=1.0, help="keep the smallest set of this mass (default 1)")
-    parent.add_argument("--top-k", type=int, default=0, help="keep the k likeliest tokens (default 0: all)")
-    parent.add_argument("--min-p", type=float, default=0.0, help="drop tokens below this share of the likeliest")
-    parent.add_argument("--presence-penalty", type=float, default=0.0, help="against tokens generated before, -2 to 2")
-    parent.add_argument("--frequency-penalty", type=float, default=0.0, help="the same, for each time, -2 to 2")
-    parent.add_argument("--repetition-penalty", type=float, default=1.0, help="the same, prompt included (1: off)")
-    parent.add_argument(
-        "--logit-bias", action="append", default=[], metavar="ID=BIAS", help="added to a token's logit; repeatable"
-    )
-    parent.add_argument("--seed", type=int, help="the same seed gives the same answer (default: random)")
-    parent.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (default 256)")
-    parent.add_argument("--min-new-tokens", type=int, default=0, help="no end before so many tokens (default 0)")
-    parent.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
-    parent.add_argument("--ignore-eos", action="store_true", help="go on after the model's end token")
-    return parent
+    sub.option("--slice", 1.0, "seconds before the next policy's turn", dest="slice_seconds", metavar="SECONDS")
+    sub.option("--temperature", 0.0, "0 is greedy")
+    sub.option("--seed", 0, "of prompt order, turns and arrivals")
+    sub.option("--plots", None, "write figures (PNG) there", type=Path, metavar="FOLDER")
 
 
 if __name__ == "__main__":

@@ -4,33 +4,45 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from dspark.engine.llm import LLM
     from dspark.sampling import SamplingParams
 
+Config = TypeVar("Config")
+
+
+def configure(kind: type[Config], args: argparse.Namespace, **given: Any) -> Config:
+    """Make a configuration: each field is `given`, or the option of its name, or its default.
+
+    An option for a tuple may be a text, its items separated by commas. Raises ValueError naming one that is no such
+    list, and what the configuration itself refuses.
+    """
+    from dataclasses import fields
+    from typing import get_args, get_origin
+
+    for field in fields(kind):  # pyright: ignore
+        if field.name in args and field.name not in given:
+            value = getattr(args, field.name)
+            if isinstance(value, str) and get_origin(field.type) is tuple:
+                value = parse_list(value, get_args(field.type)[0], field.name)
+            given[field.name] = tuple(value) if isinstance(value, list) else value
+    return kind(**given)
+
+
+def parse_list(text: str, kind: type, name: str) -> list:
+    """Parse `1,8` style options. Raises ValueError naming the option."""
+    try:
+        return [kind(part.strip()) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ValueError(f"--{name} must be numbers separated by commas, not '{text}'") from None
+
 
 def sampling_params(args: argparse.Namespace) -> "SamplingParams":
     from dspark.sampling import SamplingParams
 
-    return SamplingParams(
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        min_p=args.min_p,
-        seed=args.seed,
-        max_new_tokens=args.max_new_tokens,
-        min_new_tokens=args.min_new_tokens,
-        ignore_eos=args.ignore_eos,
-        stop=tuple(args.stop),
-        presence_penalty=args.presence_penalty,
-        frequency_penalty=args.frequency_penalty,
-        repetition_penalty=args.repetition_penalty,
-        logit_bias=dict(map(parse_bias, args.logit_bias)),
-        n=getattr(args, "n", 1),
-        logprobs=getattr(args, "logprobs", None),
-    )
+    return configure(SamplingParams, args, logit_bias=dict(map(parse_bias, args.logit_bias)))
 
 
 def parse_bias(text: str) -> tuple[int, float]:
@@ -42,22 +54,22 @@ def parse_bias(text: str) -> tuple[int, float]:
         raise ValueError(f"--logit-bias must be a token id and a number as in 42=-5, not '{text}'") from None
 
 
-def load(args: argparse.Namespace, drafter: str, max_streams: int) -> "LLM":
+def load(args: argparse.Namespace, max_streams: int) -> "LLM":
     """The model and drafter that the options name; says on stderr what was loaded and its limits."""
     from dspark.engine.engine import EngineConfig
     from dspark.engine.llm import LLM
 
     llm = LLM(
         args.model,
-        drafter,
-        policy=getattr(args, "policy", None),
+        args.drafter,
+        policy=args.policy,
         deterministic=getattr(args, "deterministic", False),
-        online_calibration=getattr(args, "online_calibration", False),
+        online_calibration=args.online_calibration,
         dtype=args.dtype,
         device=args.device,
         config=EngineConfig(max_streams=max_streams),
     )
-    print(f"{llm.target.describe()}; drafter {drafter}; {llm.engine.limits()}", file=sys.stderr)
+    print(f"{llm.target.describe()}; drafter {args.drafter}; {llm.engine.limits()}", file=sys.stderr)
     return llm
 
 
@@ -70,7 +82,7 @@ def run_generate(args: argparse.Namespace) -> None:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not prompt.strip():
         raise ValueError("the prompt is empty")
-    llm = load(args, args.drafter, max_streams=params.n)
+    llm = load(args, max_streams=params.n)
     started = time.perf_counter()
     if args.json:
         answers = llm.generate([prompt], params)
@@ -113,7 +125,7 @@ def print_stream(llm: "LLM", prompt, params: "SamplingParams"):
 
 def run_chat(args: argparse.Namespace) -> None:
     params = sampling_params(args)
-    llm = load(args, args.drafter, max_streams=1)
+    llm = load(args, max_streams=1)
     print("Type a message; /clear forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer.")
     messages: list[dict[str, str]] = []
     while True:
@@ -149,26 +161,7 @@ def run_data(args: argparse.Namespace) -> None:
     from dspark.train.generate import write_data
     from dspark.train.work import DataConfig
 
-    config = DataConfig(
-        out=args.out,
-        prompts=args.prompts,
-        subset=args.subset,
-        split=args.split,
-        limit=args.limit,
-        self_written=args.self_written,
-        keep_answers=args.keep_answers,
-        model=args.model,
-        dtype=args.dtype,
-        device=args.device,
-        streams=args.streams,
-        servers=tuple(args.server),
-        timeout=args.timeout,
-        samples=args.samples,
-        samplings=tuple(parse_sampling(part) for part in args.samplings.split(",")),
-        max_new_tokens=args.max_new_tokens,
-        max_prompt_tokens=args.max_prompt_tokens,
-        seed=args.seed,
-    )
+    config = configure(DataConfig, args, samplings=tuple(map(parse_sampling, args.samplings.split(","))))
     interrupt_on_signals()
     summary = write_data(config)
     if not args.json:
@@ -190,43 +183,12 @@ def parse_sampling(text: str) -> tuple[float, float]:
 
 
 def run_train(args: argparse.Namespace) -> int:
+    from dspark.train.config import TrainConfig
     from dspark.train.run import TrainRun, train
-    from dspark.train.trainer import TrainConfig
 
     files, weights = zip(*map(parse_weighted, args.data))
-    config = TrainConfig(
-        minutes=args.minutes,
-        epochs=args.epochs,
-        sequences_per_step=args.sequences_per_step,
-        anchors_per_sequence=args.anchors,
-        learning_rate=args.learning_rate,
-        optimizer=args.optimizer,
-        weight_average=args.weight_average,
-        parallel=args.parallel,
-        evaluations=args.evaluations,
-        cache_gib=args.cache_gib,
-        feature_cache=args.feature_cache,
-        feature_cache_gib=args.feature_cache_gib,
-        seed=args.seed,
-    )
-    run = TrainRun(
-        data=files,
-        weights=tuple(weight or 1.0 for weight in weights) if any(weights) else (),
-        out=args.out,
-        model=args.model,
-        dtype=args.dtype,
-        device=args.device,
-        drafter=args.drafter,
-        block_size=args.block_size,
-        draft_layers=args.draft_layers,
-        markov_head=args.markov_head,
-        window=args.window,
-        initial=args.initial,
-        max_length=args.max_length,
-        heldout=args.heldout,
-        tensorboard=args.tensorboard,
-        train=config,
-    )
+    shares = tuple(weight or 1.0 for weight in weights) if any(weights) else ()
+    run = configure(TrainRun, args, data=files, weights=shares, train=configure(TrainConfig, args))
     return 0 if train(run) else 130
 
 
@@ -244,27 +206,12 @@ def parse_weighted(text: str) -> tuple[Path, float | None]:
     return Path(name), weight
 
 
-def parse_list(text: str, kind: type, name: str) -> list:
-    """Parse `1,8` style options. Raises ValueError naming the option."""
-    try:
-        return [kind(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise ValueError(f"--{name} must be numbers separated by commas, not '{text}'") from None
-
-
 def run_fit(args: argparse.Namespace) -> None:
     from dspark.fit import FitConfig, run_and_report
-    from dspark.train.trainer import TrainConfig
+    from dspark.train.config import TrainConfig
 
-    config = FitConfig(
-        model=args.model,
-        out=args.out or Path("runs", Path(args.model).resolve().name),
-        prompts=args.prompts,
-        dtype=args.dtype,
-        device=args.device,
-        max_new_tokens=args.max_new_tokens,
-        train=TrainConfig(minutes=args.minutes),
-    )
+    out = args.out or Path("runs", Path(args.model).resolve().name)
+    config = configure(FitConfig, args, out=out, train=TrainConfig(minutes=args.minutes))
     interrupt_on_signals()
     run_and_report(config, args.price_per_hour, show_table=not args.json)
 
@@ -272,82 +219,25 @@ def run_fit(args: argparse.Namespace) -> None:
 def run_bench(args: argparse.Namespace) -> None:
     from dspark.eval.bench import BenchConfig, run_and_report
 
-    config = BenchConfig(
-        model=args.model,
-        drafter=args.drafter,
-        policy=args.policy,
-        dtype=args.dtype,
-        device=args.device,
-        prompts=args.prompts,
-        limit=args.limit,
-        streams=tuple(parse_list(args.streams, int, "streams")),
-        temperatures=tuple(parse_list(args.temperatures, float, "temperatures")),
-        max_new_tokens=args.max_new_tokens,
-        systems=tuple(s.strip() for s in args.systems.split(",") if s.strip()),
-    )
-    run_and_report(config, show_table=not args.json)
+    run_and_report(configure(BenchConfig, args), show_table=not args.json)
 
 
 def run_bench_load(args: argparse.Namespace) -> int:
     from dspark.eval.load import LoadConfig, run_and_report
 
-    config = LoadConfig(
-        model=args.model,
-        drafter=args.drafter,
-        dtype=args.dtype,
-        device=args.device,
-        prompts=args.prompts,
-        limit=args.limit,
-        policies=tuple(p.strip() for p in args.policies.split(",") if p.strip()),
-        arrivals=args.arrivals,
-        streams=tuple(parse_list(args.streams, int, "streams")),
-        rates=tuple(parse_list(args.rates, float, "rates")),
-        seconds=args.seconds,
-        slice_seconds=args.slice,
-        precision=args.precision,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        seed=args.seed,
-        online_calibration=args.online_calibration,
-        plots=args.plots,
-    )
-    return 0 if run_and_report(config, show_table=not args.json) else 130
+    return 0 if run_and_report(configure(LoadConfig, args), show_table=not args.json) else 130
 
 
 def run_eval(args: argparse.Namespace) -> None:
     from dspark.eval.acceptance import EvalConfig, run_and_report
 
-    config = EvalConfig(
-        model=args.model,
-        drafter=args.drafter,
-        dtype=args.dtype,
-        device=args.device,
-        prompts=args.prompts,
-        limit=args.limit,
-        temperatures=tuple(parse_list(args.temperatures, float, "temperatures")),
-        max_new_tokens=args.max_new_tokens,
-        streams=args.streams,
-    )
-    run_and_report(config, show_table=not args.json)
+    run_and_report(configure(EvalConfig, args), show_table=not args.json)
 
 
 def run_calibrate(args: argparse.Namespace) -> None:
     from dspark.eval.reliability import CalibrateConfig, run_and_report
 
-    config = CalibrateConfig(
-        model=args.model,
-        drafter=args.drafter,
-        dtype=args.dtype,
-        device=args.device,
-        prompts=args.prompts,
-        limit=args.limit,
-        temperatures=tuple(parse_list(args.temperatures, float, "temperatures")),
-        max_new_tokens=args.max_new_tokens,
-        streams=args.streams,
-        out=args.out,
-        plot=args.plot,
-    )
-    run_and_report(config, show_table=not args.json)
+    run_and_report(configure(CalibrateConfig, args), show_table=not args.json)
 
 
 def run_profile(args: argparse.Namespace) -> None:
@@ -361,7 +251,7 @@ def run_profile(args: argparse.Namespace) -> None:
     from dspark.eval.report import cost_tables
     from dspark.models.loader import load_target
 
-    config = ProfileConfig(repeats=args.repeats, context=args.context)
+    config = configure(ProfileConfig, args)
     target = load_target(args.model, args.dtype, args.device)
     drafter = make_drafter(args.drafter, target.source.name, target.decoder)
     with Console(stderr=True).status("measuring") as status:
@@ -395,6 +285,7 @@ def run_export(args: argparse.Namespace) -> None:
 
 
 def run_demo(args: argparse.Namespace) -> None:
+    from dspark.eval.bench import BenchConfig
     from dspark.eval.demo import run_demo
 
-    run_demo(args.model, args.drafter, args.policy, args.dtype, args.device)
+    run_demo(configure(BenchConfig, args))

@@ -28,11 +28,11 @@ from dspark.models.config import DecoderConfig
 from dspark.models.loader import load_target
 from dspark.models.source import load_hf_config, resolve_model
 from dspark.train.checkpoint import differences
+from dspark.train.config import TrainConfig
 from dspark.train.data import Prompt, read_jsonl, read_prompts
 from dspark.train.generate import progress_bar, write_data, write_prompts
 from dspark.train.output import only_writer, write_lines
 from dspark.train.run import TrainRun, train
-from dspark.train.trainer import TrainConfig
 from dspark.train.work import DataConfig
 
 ANSWER_SHARE = 0.5  # of the training minutes, for answers beside them; self-written prompts are half of that

@@ -7,10 +7,10 @@ python recipes/qwen3.py 4B runs/qwen3-answers.jsonl
 import sys
 from pathlib import Path
 
+from dspark.train.config import TrainConfig
 from dspark.train.loss import LossWeights
 from dspark.train.run import TrainRun, train
 from dspark.train.setup import DrafterRecipe
-from dspark.train.trainer import TrainConfig
 
 TAP_LAYERS = {"4B": (1, 9, 17, 25, 33), "8B": (1, 9, 17, 25, 33), "14B": (1, 10, 19, 28, 37)}
 NUM_LAYERS = {"4B": 36, "8B": 36, "14B": 40}

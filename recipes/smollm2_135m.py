@@ -1,9 +1,9 @@
 """The drafter for SmolLM2-135M-Instruct.
 
 The shipped one had 42 minutes of `dspark` on 806 answers, 51 of `continued` on 1,243 (271k tokens), 33 of
-`on_policy` on 2,383 (510k tokens, 338 of the prompts written by the target itself) and 47 of `wider` on 4,135 (984k
-tokens, 1,340 of the prompts self-written), each from where the one before ended. The last ran as two processes of
-one thread:
+`on_policy` on 2,383 (510k tokens, 338 of the prompts written by the target itself), 47 of `wider` on 4,135 (984k
+tokens, 1,340 of the prompts self-written) and 42 of `longer`, in one thread, on 6,582 (1.59 M tokens), each from
+where the one before ended. `wider` ran as two processes of one thread:
 
 dspark data --prompts train.jsonl --out runs/answers.jsonl
 dspark data --self-written 2000 --out runs/self-written.jsonl
@@ -13,9 +13,9 @@ OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 recipes/smollm2_135m.py wider
 import sys
 from pathlib import Path
 
+from dspark.train.config import TrainConfig
 from dspark.train.run import TrainRun, train
 from dspark.train.setup import DrafterRecipe
-from dspark.train.trainer import TrainConfig
 
 
 def dspark() -> TrainRun:
@@ -70,5 +70,24 @@ def wider() -> TrainRun:
     )
 
 
+def longer() -> TrainRun:
+    """On again with two thirds more answers, half of the new ones to prompts that the target wrote itself."""
+    return TrainRun(
+        data=(Path("runs/answers.jsonl"), Path("runs/more-answers.jsonl"), Path("runs/self-written.jsonl")),
+        out=Path("runs/smollm2-135m-longer"),
+        initial=Path("runs/smollm2-135m-wider"),
+        max_length=448,
+        heldout=32,
+        train=TrainConfig(
+            minutes=42,
+            learning_rate=7e-4,
+            sequences_per_step=4,
+            feature_cache="runs/features",
+            evaluations=6,
+            seed=5,
+        ),
+    )
+
+
 if __name__ == "__main__":
-    train({f.__name__: f for f in (dspark, continued, on_policy, wider)}[sys.argv[1]]())
+    train({f.__name__: f for f in (dspark, continued, on_policy, wider, longer)}[sys.argv[1]]())

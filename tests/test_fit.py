@@ -14,9 +14,9 @@ from dspark.cli import main
 from dspark.drafters.checkpoint import load_drafter
 from dspark.engine.profile import ProfileConfig
 from dspark.fit import STAGES, FitConfig
+from dspark.train.config import TrainConfig
 from dspark.train.data import read_prompts
 from dspark.train.output import only_writer
-from dspark.train.trainer import TrainConfig
 from tests.tiny_folder import write_tiny_folder
 
 ROOT = Path(__file__).parents[1]

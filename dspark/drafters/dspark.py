@@ -5,15 +5,16 @@ Shapes: R requests, G slots, N committed or block tokens, C width, V' draft voca
 
 import copy
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dspark.drafters.bound import BoundDrafter, Slot, whole_draft
-from dspark.drafters.greedy_markov import GreedyMarkov
 from dspark.drafters.interface import DraftRequest
 from dspark.drafters.model import DSparkModel
-from dspark.models.attention import CachedAttention, store
+from dspark.drafters.programs import ContextProgram, GreedyMarkov
+from dspark.models.attention import CachedAttention, compiled_cache, store
 from dspark.models.cpu_ops import CompiledLinear
 from dspark.models.decoder import Decoder, DecoderLayer, layer_shapes
 from dspark.models.layer_stack import LayerStack
@@ -45,6 +46,10 @@ class DSparkDrafter(BoundDrafter):
             self.context_norm = torch.stack([w["self_attn.k_norm.weight"] for w in weights])[:, None]  # [L, 1, D]
         self.fc = linear_map(place(model.fc.weight), target.dtype)
         self.hidden_norm = place(model.hidden_norm.weight)
+        self.context_program = None
+        maps = self.fc, self.context_kv
+        if all(isinstance(m, CompiledLinear) and m.dense for m in maps) and not (c.qkv_bias or c.qk_norm):
+            self.context_program = ContextProgram(self.fc, self.hidden_norm, self.context_kv, c)  # pyright: ignore
         self.norm = place(model.norm.weight)
         self.markov = self.greedy_markov = None
         if model.markov_head is not None:
@@ -56,11 +61,14 @@ class DSparkDrafter(BoundDrafter):
         if model.confidence_head is not None:
             of_both, bias = (place(parameter) for parameter in model.confidence_head.proj.parameters())
             self.confidence_head = *of_both[0].split([c.hidden_size, model.config.markov_rank]), bias
-        self.mask_embedding = target.embedding[model.config.mask_token_id]
 
     @torch.inference_mode()
     def extend(self, taps: list[Tensor], tokens: Tensor, positions: Tensor, slots: Tensor) -> None:
         c = self.config.decoder
+        cos, sin = self.target.rotary(positions)
+        if self.context_program is not None and compiled_cache(self._storage[0]):
+            self.context_program(taps, cos, sin, slots, self._storage)
+            return
         context = rms_norm(self.fc(torch.cat(taps, -1)), self.hidden_norm, c.rms_norm_eps)
         product = self.context_kv(context)
         if self.context_bias is not None:
@@ -69,7 +77,6 @@ class DSparkDrafter(BoundDrafter):
         if self.context_norm is not None:
             keys = kv[:, :, 0]
             keys.copy_(F.rms_norm(keys, (c.head_dim,), eps=c.rms_norm_eps) * self.context_norm)
-        cos, sin = self.target.rotary(positions)
         for storage, layer_kv in zip(self._storage, kv.unbind(1), strict=True):
             rotate_(layer_kv.flatten(1, 2), c.num_kv_heads, cos, sin)
             store(layer_kv, storage, slots)
@@ -81,14 +88,13 @@ class DSparkDrafter(BoundDrafter):
     def backbone(self, requests: list[DraftRequest]) -> Tensor:
         """One parallel pass over all blocks -> hidden states [R, G, C]."""
         g, device = self.config.num_slots, self.target.device
-        anchors = torch.tensor([len(r.token_ids) - 1 for r in requests], device=device)
-        offsets = torch.arange(g, device=device)
-        positions = (anchors[:, None] + offsets).flatten()
-        first_slots = torch.tensor([r.first_slot for r in requests], device=device)
-        slots = (first_slots[:, None] + anchors[:, None] + offsets).flatten()
-        x = self.mask_embedding.repeat(len(requests) * g, 1)
-        x[::g] = self.target.embed(torch.tensor([r.token_ids[-1] for r in requests], device=device))
-        cos, sin = self.target.rotary(positions)
+        anchors = np.array([len(r.token_ids) - 1 for r in requests])
+        positions = (anchors[:, None] + np.arange(g)).ravel()
+        slots = positions + np.repeat([r.first_slot for r in requests], g)
+        tokens = np.full(len(positions), self.config.mask_token_id)
+        tokens[::g] = [r.token_ids[-1] for r in requests]
+        positions, slots, tokens = (torch.from_numpy(t).to(device) for t in (positions, slots, tokens))
+        x, (cos, sin) = self.target.embed(tokens), self.target.rotary(positions)
 
         segments = [self.segment(r, g, g) for r in requests]
         attention = CachedAttention(self._storage, slots, segments, self.config.decoder.group_size)
@@ -131,8 +137,8 @@ class DSparkDrafter(BoundDrafter):
         probability [R, G] at temperature 1, the request's temperature and their product: how much the first one tells
         depends on how the token is drawn.
         """
-        temperature = largest.new_tensor([[min(q.params.temperature, 1.0)] for q in requests]).expand_as(largest)
-        evidence = torch.stack([largest, temperature, temperature * largest], -1)
+        temperature = largest.new_tensor([[min(q.params.temperature, 1.0)] for q in requests])
+        evidence = torch.stack([largest, temperature.expand_as(largest), temperature * largest], -1)
         if self.confidence_head is None:
             return torch.zeros_like(largest), evidence
         of_hidden, of_embedding, bias = self.confidence_head

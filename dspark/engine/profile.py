@@ -22,7 +22,7 @@ from dspark.machine import machine_name
 from dspark.models.attention import CachedAttention, Segment
 from dspark.models.download import cache_folder
 from dspark.models.loader import Target
-from dspark.sampling import SamplingParams, first_maximum
+from dspark.sampling import SamplingParams
 from dspark.spec.cost_table import CostTable
 
 BATCH_TOKENS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 13, 16, 20, 24, 25, 32, 40, 48, 64, 80, 96, 128, 192, 256, 320)
@@ -87,7 +87,7 @@ def measure_costs(
         attention = CachedAttention(cache.storage, slots, segments, decoder.config.group_size)
         tokens = torch.ones_like(positions)
         output = decoder.forward(tokens, positions, attention, taps)
-        first_maximum(decoder.logits(output.hidden)).tolist()
+        decoder.likeliest(decoder.logits(output.hidden)).tolist()
         if drafter is not None and taps:
             drafter.extend(output.taps, tokens, positions, slots)
 

@@ -51,12 +51,11 @@ def collect_rounds(
     target: Target,
     drafter: Drafter,
     prompts: Sequence[list[int]],
-    temperatures: Sequence[float],
-    max_new_tokens: int,
+    settings: Sequence[SamplingParams],
     streams: int,
     on_finish: Callable[[], None] = lambda: None,
 ) -> Rounds:
-    """Decode all prompts at all temperatures, every draft token verified. Raises ValueError if no round was whole."""
+    """Decode all prompts in all settings, every draft token verified. Raises ValueError if no round was whole."""
     recorder = RoundRecorder()
     engine = Engine(
         target.decoder,
@@ -66,9 +65,9 @@ def collect_rounds(
         config=EngineConfig(max_streams=streams, seed=0),
         calibration=recorder,
     )
-    for temperature in temperatures:
+    for params in settings:
         for prompt in prompts:
-            engine.add(prompt, SamplingParams(temperature=temperature, max_new_tokens=max_new_tokens))
+            engine.add(prompt, params)
     while engine.has_work:
         for new in engine.step():
             if new.sequence.finish_reason is not None:
@@ -97,8 +96,7 @@ def acceptance_by_domain(
     target: Target,
     drafter: Drafter,
     prompts: dict[str, list[list[int]]],
-    temperature: float,
-    max_new_tokens: int,
+    params: SamplingParams,
     streams: int,
     on_finish: Callable[[], None] = lambda: None,
 ) -> list[dict]:
@@ -108,9 +106,9 @@ def acceptance_by_domain(
     """
     rows = []
     for domain, ids in sorted(prompts.items()):
-        rounds = collect_rounds(target, drafter, ids, (temperature,), max_new_tokens, streams, on_finish)
-        figures = acceptance(rounds.accepted, drafter.block_size)
-        rows.append({"temperature": temperature, "domain": domain, "prompts": len(ids), **figures})
+        rounds = collect_rounds(target, drafter, ids, (params,), streams, on_finish)
+        setting = {"temperature": params.temperature, "top_p": params.top_p, "domain": domain, "prompts": len(ids)}
+        rows.append({**setting, **acceptance(rounds.accepted, drafter.block_size)})
     return [*rows, macro_average(rows)]
 
 
@@ -119,6 +117,7 @@ def macro_average(rows: list[dict]) -> dict:
     by_slot = [[c for c in column if c is not None] for column in zip(*(r["conditional"] for r in rows))]
     return {
         "temperature": rows[0]["temperature"],
+        "top_p": rows[0]["top_p"],
         "domain": MACRO_AVERAGE,
         "prompts": sum(r["prompts"] for r in rows),
         "rounds": sum(r["rounds"] for r in rows),

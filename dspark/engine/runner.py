@@ -22,7 +22,6 @@ from dspark.sampling import (
     Purpose,
     TokenLogprobs,
     categorical,
-    first_maximum,
     token_logprobs,
     truncated_probs,
     uniforms,
@@ -78,7 +77,7 @@ class Runner:
         """
         lengths = torch.nn.functional.pad(verify_lengths, (0, len(sequences) - len(verify_lengths)))
         if all(s.params.greedy for s in sequences):
-            return verify_greedy(first_maximum(logits), draft.tokens, lengths)
+            return verify_greedy(self.target.likeliest(logits), draft.tokens, lengths)
         request = torch.arange(len(sequences)).repeat_interleave(lengths + 1)
 
         def per_row(values: list[float]) -> Tensor:

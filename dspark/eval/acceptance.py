@@ -4,77 +4,78 @@ Teacher-forced figures of training look at the target's own sampled answers; the
 drafter's own guesses in the block, so that a mask or an off-by-one that training cannot see shows here.
 """
 
-import json
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
+from rich.console import Console
+from rich.progress import Progress
+
+from dspark.drafters.interface import Drafter
 from dspark.drafters.load import make_drafter
 from dspark.engine.llm import encode_prompt
-from dspark.engine.rounds import acceptance_by_domain
-from dspark.eval.machine import provenance
+from dspark.engine.rounds import MACRO_AVERAGE, acceptance_by_domain
+from dspark.eval.plots import conditional_acceptance
+from dspark.eval.report import acceptance_table, print_report
+from dspark.eval.setting import check_options
 from dspark.eval.tasks import load_prompts
 from dspark.models.loader import load_target
+from dspark.sampling import SamplingParams
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Which drafter to measure, on which prompts, at which temperatures; every draft token is verified."""
+    """Which drafters to measure, on which prompts, at which temperatures; every draft token is verified."""
 
     model: str = "smollm2-135m"
-    drafter: str = "dspark"
+    drafters: tuple[str, ...] = ("dspark",)
     dtype: str = "bf16"
     device: str = "cpu"
     prompts: Path | None = None
     limit: int | None = None
     temperatures: tuple[float, ...] = (0.0, 1.0)
+    top_p: float = 1.0
     max_new_tokens: int = 128
     streams: int = 16
+    plot: Path | None = None
 
     def __post_init__(self) -> None:
-        if not self.temperatures or min(self.temperatures) < 0:
-            raise ValueError("--temperatures must be numbers of at least 0")
+        check_options(self)
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"--top-p must be above 0 and at most 1, not {self.top_p}")
 
 
 def measure(config: EvalConfig) -> list[dict]:
-    """One row a temperature and domain, then one a temperature for all domains: their macro average.
+    """One row a drafter, temperature and domain; the last of each temperature is all domains' macro average.
 
     Raises ValueError for a drafter that does not fit, one that drafts nothing, and prompts that cannot be used.
     """
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-
     prompts = load_prompts(config.prompts, config.limit)
     target = load_target(config.model, config.dtype, config.device)
-    drafter = make_drafter(config.drafter, config.model, target.decoder)
-    if drafter is None:
-        raise ValueError("'none' drafts nothing; give dspark, ngram or a checkpoint folder")
+    drafters: dict[str, Drafter] = {}
+    for name in config.drafters:
+        drafter = make_drafter(name, config.model, target.decoder)
+        if drafter is None:
+            raise ValueError("'none' drafts nothing; give dspark, ngram or a checkpoint folder")
+        drafters[name] = drafter
     by_domain: dict[str, list[list[int]]] = {}
     for prompt in prompts:
         by_domain.setdefault(prompt.domain, []).append(encode_prompt(target.tokenizer, prompt.turns[0]))
     rows = []
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("answers", total=len(prompts) * len(config.temperatures))
-        for temperature in config.temperatures:
-            rows += acceptance_by_domain(
-                target,
-                drafter,
-                by_domain,
-                temperature,
-                config.max_new_tokens,
-                config.streams,
-                lambda: progress.advance(task),
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("answers", total=len(prompts) * len(config.temperatures) * len(drafters))
+        for (name, drafter), temperature in product(drafters.items(), config.temperatures):
+            params = SamplingParams(temperature, top_p=config.top_p, max_new_tokens=config.max_new_tokens)
+            found = acceptance_by_domain(
+                target, drafter, by_domain, params, config.streams, lambda: progress.advance(task)
             )
+            rows += [{"drafter": name} | row for row in found]
     return rows
 
 
 def run_and_report(config: EvalConfig, show_table: bool) -> None:
-    """The whole command: decode, print the table and the JSON line."""
-    from rich.console import Console
-
-    from dspark.eval.report import acceptance_table
-
+    """The whole command: decode, draw the plot, print the table and the JSON line."""
     rows = measure(config)
-    if show_table:
-        Console().print(acceptance_table(rows))
-    print(json.dumps({"rows": rows, **provenance()}))
+    if config.plot is not None:
+        conditional_acceptance([row for row in rows if row["domain"] == MACRO_AVERAGE], config.plot)
+    print_report({"rows": rows}, show_table, acceptance_table(rows))

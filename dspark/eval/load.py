@@ -7,13 +7,13 @@ at random (Poisson); every policy gets the same arrivals, from an empty engine u
 counted but not waited for.
 """
 
-import json
 import random
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
 
 from dspark.drafters.interface import Drafter
 from dspark.drafters.load import make_drafter
@@ -23,7 +23,9 @@ from dspark.engine.policy import BY_COST, check_policy, make_calibrator, make_po
 from dspark.engine.profile import cost_table
 from dspark.eval.load_lane import Lane, poisson_arrivals
 from dspark.eval.load_stats import Tally, largest_error, summarise
-from dspark.eval.machine import provenance
+from dspark.eval.plots import load_plots
+from dspark.eval.report import load_table, print_report, summary_table
+from dspark.eval.setting import Setting
 from dspark.eval.tasks import load_prompts
 from dspark.models.loader import Target, load_target
 from dspark.sampling import SamplingParams
@@ -37,15 +39,9 @@ TRACE_SECONDS = 10.0  # of arrivals in the open loop, before it drains
 
 
 @dataclass(frozen=True)
-class LoadConfig:
+class LoadConfig(Setting):
     """What to run, under which loads, for how long. No policies: plain, every fixed length, and all scheduled ones."""
 
-    model: str = "smollm2-135m"
-    drafter: str = "dspark"
-    dtype: str = "bf16"
-    device: str = "cpu"
-    prompts: Path | None = None
-    limit: int | None = None
     policies: tuple[str, ...] = ()
     arrivals: str = "closed"  # closed, poisson or both
     streams: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
@@ -53,13 +49,13 @@ class LoadConfig:
     seconds: float = 20.0  # of each policy at each load
     slice_seconds: float = 1.0
     precision: float = 0.0  # go on in the closed loop until no ratio's standard error is larger; 0: do not
-    max_new_tokens: int = 128
     temperature: float = 0.0
     seed: int = 0
     online_calibration: bool = False  # each policy with one of its own, as a server would have it
     plots: Path | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for policy in self.policies:
             if policy != "plain":
                 check_policy(policy)
@@ -67,18 +63,8 @@ class LoadConfig:
             raise ValueError("--policies names a policy twice")
         if self.arrivals not in ("closed", "poisson", "both"):
             raise ValueError(f"--arrivals is closed, poisson or both, not '{self.arrivals}'")
-        if not self.streams or min(self.streams) < 1:
-            raise ValueError("--streams must be numbers of at least 1")
-        if not self.rates or min(self.rates) <= 0:
-            raise ValueError("--rates must be numbers above 0")
-        if not self.seconds > 0 or not self.slice_seconds > 0:
-            raise ValueError("--seconds and --slice must be above 0")
-        if not self.precision >= 0:
-            raise ValueError("--precision must be at least 0")
-        if self.max_new_tokens < 1:
-            raise ValueError("--max-new-tokens must be at least 1")
-        if self.temperature < 0:
-            raise ValueError("--temperature must be at least 0")
+        if not self.rates or not all(value > 0 for value in (*self.rates, self.seconds, self.slice_seconds)):
+            raise ValueError("--rates, --seconds and --slice must be above 0")
 
     @property
     def traces(self) -> int:
@@ -88,8 +74,8 @@ class LoadConfig:
     @property
     def loads(self) -> list[tuple[str, float]]:
         """(arrivals, number of streams or rate), in the order they are run."""
-        closed = [("closed", n) for n in dict.fromkeys(self.streams)] if self.arrivals != "poisson" else []
-        return closed + ([("poisson", r) for r in dict.fromkeys(self.rates)] if self.arrivals != "closed" else [])
+        every = [*(("closed", n) for n in self.streams), *(("poisson", r) for r in self.rates)]
+        return [load for load in dict.fromkeys(every) if self.arrivals in (load[0], "both")]
 
 
 class LoadBench:
@@ -111,10 +97,11 @@ class LoadBench:
         self.config, self.names = config, names
         # They live through all loads, as in a server: what they learn of the drafter does not depend on the load.
         self.policies = {name: make_policy(name, block_size, get_costs) for name in speculative}
-        self.calibrators: dict[str, Calibrator | None] = {}
-        if drafter is not None:
-            calibrator = partial(make_calibrator, drafter, config.drafter, target.source.name)
-            self.calibrators = {name: calibrator(config.online_calibration) for name in speculative}
+        self.calibrators: dict[str, Calibrator | None] = {
+            name: make_calibrator(drafter, config.drafter, target.source.name, config.online_calibration)
+            for name in speculative
+            if drafter is not None
+        }
         prompts = [encode_prompt(target.tokenizer, p.turns[0]) for p in load_prompts(config.prompts, config.limit)]
         params = SamplingParams(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
         self.lanes: dict[bool, Lane] = {}  # by whether it speculates
@@ -169,20 +156,17 @@ class LoadBench:
         steps = 0
         while lane.finished < (streams + 1) // 2 or steps < LEAD_IN * len(names):
             self.lane(names[steps // LEAD_IN % len(names)])
-            lane.step()
-            lane.refill(streams)
+            lane.step(streams=streams)
             steps += 1
 
     def run_slice(self, lane: Lane, tally: Tally, streams: int) -> float:
         """One turn of a policy; returns the seconds that count."""
         for _ in range(LEAD_IN):
-            lane.step()
-            lane.refill(streams)
+            lane.step(streams=streams)
         tally.slices.append([0, 0.0])
         steps, seconds = 0, 0.0
         while seconds < self.config.slice_seconds or steps < MIN_STEPS:
-            seconds += lane.step(tally)
-            lane.refill(streams)
+            seconds += lane.step(tally, streams)
             steps += 1
         return seconds
 
@@ -220,20 +204,13 @@ def default_policies(block_size: int) -> tuple[str, ...]:
     return ("plain", *(f"fixed-{n}" for n in range(1, block_size + 1)), "threshold", *BY_COST)
 
 
-def make_engine(
-    target: Target,
-    drafter: Drafter | None,
-    prompts: list[list[int]],
-    config: LoadConfig,
-) -> Engine:
+def make_engine(target: Target, drafter: Drafter | None, prompts: list[list[int]], config: LoadConfig) -> Engine:
     """Room for the longest request, and no memory of prompts: they come again and again, which users' would not.
 
     Raises ValueError if the model has no such room.
     """
     longest = max(map(len, prompts)) + config.max_new_tokens
-    limits = EngineConfig(
-        max_streams=max(config.streams), max_model_len=longest, kv_gib=4.0, reuse_prefixes=False, seed=0
-    )
+    limits = EngineConfig(max(config.streams), longest, kv_gib=4.0, reuse_prefixes=False, seed=0)
     engine = Engine(target.decoder, drafter, eos_ids=target.eos_ids, config=limits)
     if longest > engine.longest_request:
         raise ValueError(
@@ -245,12 +222,6 @@ def make_engine(
 
 def run_and_report(config: LoadConfig, show_table: bool) -> bool:
     """The whole command: measure, print a table and the JSON line, draw the plots. False if it was interrupted."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    from dspark.eval.plots import load_plots
-    from dspark.eval.report import load_table, summary_table
-
     console = Console(stderr=True)
     load_prompts(config.prompts, config.limit)  # complain before the model is loaded
     if config.plots is not None:
@@ -259,25 +230,18 @@ def run_and_report(config: LoadConfig, show_table: bool) -> bool:
         target = load_target(config.model, config.dtype, config.device)
         drafter = make_drafter(config.drafter, target.source.name, target.decoder)
         bench = LoadBench(config, target, drafter)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     finished = False
     try:
-        with Progress(*columns, console=console) as progress:
+        with Progress(console=console) as progress:
             task = progress.add_task("warming up", total=bench.planned_seconds)
             bench.run(lambda text, done: progress.update(task, description=text, advance=done))
         finished = True
     except KeyboardInterrupt:
         console.print("interrupted; what was measured so far:")
     rows, summary = bench.rows(), bench.summary()
-    plots = load_plots(rows, config.plots) if config.plots is not None else []
-    if show_table:
-        out = Console(width=None if sys.stdout.isatty() else 170)
-        out.print(load_table(rows))
-        if summary["scheduled"]:
-            out.print(summary_table(summary))
-        for path in plots:
-            out.print(f"wrote {path}", markup=False, highlight=False)
+    parts = [load_table(rows), *([summary_table(summary)] if summary["scheduled"] else [])]
+    if config.plots is not None:
+        parts += [f"wrote {path}" for path in load_plots(rows, config.plots)]
     costs = asdict(bench.costs) if bench.costs is not None else None
-    result = {"rows": rows, "summary": summary, "costs": costs, "interrupted": not finished}
-    print(json.dumps(result | provenance()))
+    print_report({"rows": rows, "summary": summary, "costs": costs, "interrupted": not finished}, show_table, *parts)
     return finished

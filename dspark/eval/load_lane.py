@@ -5,7 +5,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field, replace
 
-from dspark.engine.engine import Engine
+from dspark.engine.engine import Engine, StepTimes
 from dspark.engine.sequence import Sequence
 from dspark.eval.load_stats import Tally
 from dspark.sampling import SamplingParams
@@ -44,26 +44,24 @@ class Lane:
         if not self.deck:
             self.deck = list(range(len(self.prompts)))
             self.random.shuffle(self.deck)
-        limit = max_new_tokens or self.params.max_new_tokens
-        params = replace(self.params, max_new_tokens=limit)
+        params = replace(self.params, max_new_tokens=max_new_tokens or self.params.max_new_tokens)
         sequence = self.engine.add(self.prompts[self.deck.pop()], params)
         self.live[sequence.request_id] = Request(sequence, arrived)
         self.submitted += 1
 
-    def refill(self, streams: int) -> None:
-        while len(self.live) < streams:
-            self.submit(self.clock)
+    def step(self, tally: Tally | None = None, streams: int = 0) -> float:
+        """One step of the engine, booked to the tally if there is one; returns its seconds.
 
-    def step(self, tally: Tally | None = None) -> float:
-        """One step of the engine, booked to the tally if there is one; returns its seconds."""
-        before = replace(self.engine.times)
+        Then new requests make up for those that ended, so that `streams` are in flight.
+        """
+        self.engine.times = StepTimes()
         started = time.perf_counter()
         new_tokens = self.engine.step()
         seconds = time.perf_counter() - started
         self.clock += seconds
         counts = {new.sequence.request_id: len(new.token_ids) for new in new_tokens}
         if tally is not None:
-            tally.add_step(sum(counts.values()), seconds, before, self.engine.times)
+            tally.add_step(sum(counts.values()), seconds, self.engine.times)
         for request_id, request in list(self.live.items()):
             if tally is not None and request.started:
                 tally.add_round(request_id, counts.get(request_id, 0), seconds)
@@ -73,6 +71,8 @@ class Lane:
             if request.sequence.finish_reason is not None:
                 del self.live[request_id]
                 self.finished += 1
+        while len(self.live) < streams:
+            self.submit(self.clock)
         return seconds
 
     def run_trace(self, tally: Tally, arrivals: list[float]) -> None:

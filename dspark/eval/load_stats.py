@@ -6,12 +6,19 @@ same machine, so a ratio's standard error is the jackknife over passes: what is 
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from dspark.engine.engine import StepTimes
 
-PARTS = ("draft", "choose", "target", "sample", "other")  # of StepTimes; in rows: draft, schedule, verify, ...
-SHARES = dict(zip(PARTS, ("draft_share", "schedule_share", "verify_share", "sample_share", "other_share")))
+SHARES = {  # parts of StepTimes -> columns of a row
+    "draft": "draft_share",
+    "choose": "schedule_share",
+    "target": "verify_share",
+    "sample": "sample_share",
+    "other": "other_share",
+}
 MIN_STREAM_ROUNDS = 8  # a request seen for fewer rounds under a policy says nothing about its speed
 
 
@@ -33,13 +40,12 @@ class Tally:
     streams: dict[int, Stream] = field(default_factory=dict)  # by request id
     first_token_seconds: list[float] = field(default_factory=list)
 
-    def add_step(self, tokens: int, seconds: float, before: StepTimes, after: StepTimes) -> None:
-        """Book one engine step into the current slice."""
+    def add_step(self, tokens: int, seconds: float, times: StepTimes) -> None:
+        """Book one engine step, which took `times`, into the current slice."""
         self.slices[-1][0] += tokens
         self.slices[-1][1] += seconds
-        for f in fields(StepTimes):
-            change = getattr(after, f.name) - getattr(before, f.name)
-            setattr(self.times, f.name, getattr(self.times, f.name) + change)
+        for name, value in vars(times).items():
+            setattr(self.times, name, getattr(self.times, name) + value)
 
     def add_round(self, request_id: int, tokens: int, seconds: float) -> None:
         """Book what a step meant to one decoding request."""
@@ -58,11 +64,10 @@ class Tally:
 
     def row(self) -> dict:
         """The measured columns of a result row; None where nothing was measured."""
-        streams = self.streams.values()
-        rounds = sum(s.rounds for s in streams)
-        speeds = [s.tokens / s.seconds for s in streams if s.rounds >= MIN_STREAM_ROUNDS]
-        speeds = speeds or [s.tokens / s.seconds for s in streams if s.rounds]
+        times, streams = self.times, [s for s in self.streams.values() if s.rounds]
+        rounds, long = sum(s.rounds for s in streams), [s for s in streams if s.rounds >= MIN_STREAM_ROUNDS]
         # Of speeds the slow tail is what users feel: 95 % of the streams are at least this fast.
+        speeds = [s.tokens / s.seconds for s in long or streams]
         row = {
             "tokens_per_s": self.tokens_per_s,
             "tokens_per_s_se": jackknife(throughput, self.slices),
@@ -71,15 +76,13 @@ class Tally:
             "first_token_s_p50": percentile(self.first_token_seconds, 50),
             "first_token_s_p95": percentile(self.first_token_seconds, 95),
             "accepted_length": sum(s.tokens for s in streams) / rounds if rounds else None,
-            "verify_length": self.times.verified / rounds if rounds else None,
-            "rounds": self.times.rounds,
-            "ms_per_round": 1e3 * self.times.total / self.times.rounds if self.times.rounds else None,
+            "verify_length": times.verified / rounds if rounds else None,
+            "rounds": times.rounds,
+            "ms_per_round": 1e3 * times.total / times.rounds if times.rounds else None,
+            **{name: getattr(times, part) / times.total if times.total else None for part, name in SHARES.items()},
+            "slices": len(self.slices),
         }
-        shares = {
-            name: getattr(self.times, part) / self.times.total if self.times.total else None
-            for part, name in SHARES.items()
-        }
-        return {key: rounded(value) for key, value in (row | shares).items()} | {"slices": len(self.slices)}
+        return {key: rounded(value) for key, value in row.items()}
 
 
 def rounded(value: float | None) -> float | None:
@@ -94,11 +97,7 @@ def throughput(slices: Iterable[list[float]]) -> float:
 
 def percentile(values: list[float], percent: float) -> float | None:
     """By linear interpolation; None of nothing."""
-    if not values:
-        return None
-    ordered, place = sorted(values), (len(values) - 1) * percent / 100
-    low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
-    return low + (high - low) * (place - math.floor(place))
+    return float(np.percentile(values, percent)) if values else None
 
 
 def jackknife(statistic: Callable[[list], float], observations: list) -> float | None:
@@ -106,9 +105,7 @@ def jackknife(statistic: Callable[[list], float], observations: list) -> float |
     n = len(observations)
     if n < 2:
         return None
-    without = [statistic(observations[:i] + observations[i + 1 :]) for i in range(n)]
-    mean = sum(without) / n
-    return math.sqrt((n - 1) / n * sum((x - mean) ** 2 for x in without))
+    return math.sqrt((n - 1) * np.var([statistic(observations[:i] + observations[i + 1 :]) for i in range(n)]))
 
 
 def is_fixed(policy: str) -> bool:
@@ -129,9 +126,8 @@ def compare(ours: Tally, other: Tally) -> tuple[float, float | None]:
     return ratio(pairs), jackknife(ratio, pairs)
 
 
-def geometric_mean(values: Iterable[float]) -> float:
-    logs = [math.log(v) if v > 0 else -math.inf for v in values]
-    return math.exp(sum(logs) / len(logs))
+def geometric_mean(values: list[float]) -> float:
+    return math.prod(values) ** (1 / len(values))
 
 
 def best_rival(by_policy: dict[str, Tally]) -> str | None:
@@ -152,7 +148,7 @@ def largest_error(by_policy: dict[str, Tally]) -> float:
 def best_single_fixed(tallies: dict[int, dict[str, Tally]]) -> str | None:
     """The fixed length with the best geometric mean of throughput over all loads."""
     names = filter(is_fixed, next(iter(tallies.values()), {}))
-    return max(names, key=lambda p: geometric_mean(t[p].tokens_per_s for t in tallies.values()), default=None)
+    return max(names, key=lambda p: geometric_mean([t[p].tokens_per_s for t in tallies.values()]), default=None)
 
 
 def summarise(tallies: dict[int, dict[str, Tally]]) -> dict:
@@ -163,25 +159,27 @@ def summarise(tallies: dict[int, dict[str, Tally]]) -> dict:
     being the best of several noisy figures, that one is a little flattered.
     """
     measured = {s: by_policy for s, by_policy in tallies.items() if all(t.tokens_per_s for t in by_policy.values())}
-    single = best_single_fixed(measured)
-    result: dict[str, dict] = {}
-    for policy in filter(is_scheduled, next(iter(measured.values()), {})):
-        levels, against_single = [], []
-        for streams, by_policy in measured.items():
-            best = best_rival(by_policy)
-            if best is None:
-                continue
-            ratio, error = compare(by_policy[policy], by_policy[best])
-            level = {"streams": streams, "best": best, "ratio": rounded(ratio), "ratio_se": rounded(error)}
-            if "plain" in by_policy:
-                level["ratio_to_plain"] = rounded(compare(by_policy[policy], by_policy["plain"])[0])
-            levels.append(level)
-            if single is not None:
-                against_single.append(compare(by_policy[policy], by_policy[single])[0])
-        if levels:
-            result[policy] = {
-                "levels": levels,
-                "worst_ratio": min(level["ratio"] for level in levels),
-                "geomean_to_best_single_fixed": rounded(geometric_mean(against_single)) if against_single else None,
-            }
-    return {"best_single_fixed": single, "scheduled": result}
+    policies, single = list(next(iter(measured.values()), {})), best_single_fixed(measured)
+    if all(map(is_scheduled, policies)):
+        return {"best_single_fixed": None, "scheduled": {}}
+
+    def level(policy: str, streams: int) -> dict:
+        by_policy = measured[streams]
+        best = best_rival(by_policy)
+        assert best is not None
+        ratio, error = compare(by_policy[policy], by_policy[best])
+        result = {"streams": streams, "best": best, "ratio": rounded(ratio), "ratio_se": rounded(error)}
+        if "plain" in by_policy:
+            result["ratio_to_plain"] = rounded(compare(by_policy[policy], by_policy["plain"])[0])
+        return result
+
+    scheduled = {}
+    for policy in filter(is_scheduled, policies):
+        levels = [level(policy, streams) for streams in measured]
+        to_single = [compare(t[policy], t[single])[0] for t in measured.values()] if single is not None else []
+        scheduled[policy] = {
+            "levels": levels,
+            "worst_ratio": min(level["ratio"] for level in levels),
+            "geomean_to_best_single_fixed": rounded(geometric_mean(to_single)) if to_single else None,
+        }
+    return {"best_single_fixed": single, "scheduled": scheduled}

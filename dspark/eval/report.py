@@ -1,67 +1,77 @@
-"""Result rows as tables for humans."""
+"""Results for humans, as tables of rows, and for programs, as one line of JSON."""
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
 
 from rich.box import HEAVY_HEAD, Box
+from rich.console import Console
 from rich.table import Table
 
+from dspark.eval.machine import provenance
 from dspark.spec.calibration import Calibration
 from dspark.spec.cost_table import CostTable
 
 
+def print_report(result: dict, show: bool, *parts: Table | str) -> None:
+    """Tables and sentences, if they are to be shown; last, the result and its provenance as a JSON line."""
+    console = Console(width=None if sys.stdout.isatty() else 170)
+    for part in parts if show else ():
+        if isinstance(part, str):
+            print(part)  # as it is: a path must not be wrapped
+        else:
+            console.print(part)
+    print(json.dumps(result | provenance()))
+
+
+def make_table(title: str | None, columns: Sequence[str], rows: Iterable[dict], style: Box = HEAVY_HEAD) -> Table:
+    """One line a row; what a row lacks, or holds as None, is left empty.
+
+    columns: `heading=key:format` each, or `key:format`; underscores of a heading become spaces. Formats that begin
+    with `<` stand left, the others right.
+    """
+    table = Table(title=title, box=style)
+    cells = []  # (key, format)
+    for column in columns:
+        name, _, form = column.rpartition(":")
+        heading, _, key = name.rpartition("=")
+        table.add_column((heading or key).replace("_", " "), justify="left" if form.startswith("<") else "right")
+        cells.append((key, form))
+    for row in rows:
+        table.add_row(*("" if row.get(key) is None else format(row[key], form) for key, form in cells))
+    return table
+
+
 def bench_table(rows: list[dict]) -> Table:
     """One line a system, temperature and number of streams; speed-ups are against plain decoding."""
-    table = Table(title="tokens/s, same prompts, one interleaved run")
-    for column in (
-        "streams",
-        "temperature",
-        "system",
-        "tokens/s",
-        "x plain",
-        "accepted",
-        "ms/round",
-        "draft share",
-    ):
-        table.add_column(column, justify="left" if column == "system" else "right")
     plain = {(r["streams"], r["temperature"]): r["tokens_per_s"] for r in rows if r["system"] == "plain"}
-    for row in rows:
-        base = plain.get((row["streams"], row["temperature"]))
-        table.add_row(
-            str(row["streams"]),
-            f"{row['temperature']:g}",
-            row["system"],
-            f"{row['tokens_per_s']:.1f}",
-            f"{row['tokens_per_s'] / base:.2f}" if base else "",
-            f"{row['accepted_length']:.2f}" if row["accepted_length"] else "",
-            f"{row['ms_per_round']:.1f}" if row["ms_per_round"] else "",
-            f"{row['draft_share']:.0%}" if row["draft_share"] is not None and row["system"] != "plain" else "",
-        )
-    return table
+    bases = [plain.get((r["streams"], r["temperature"])) for r in rows]
+    columns = (
+        "streams:d temperature:g system:< tokens/s=tokens_per_s:.1f x_plain:.2f accepted=accepted_length:.2f "
+        "ms/round=ms_per_round:.1f draft_share:.0%"
+    )
+    shown = [row | {"x_plain": base and row["tokens_per_s"] / base} for row, base in zip(rows, bases)]
+    return make_table("same prompts, one interleaved run", columns.split(), shown)
 
 
 def load_table(rows: list[dict]) -> Table:
     """One line a load and policy; ± is the standard error, p95 of a speed is what 95 % of the streams reach."""
-    table = Table(title="load bench, one interleaved run")
-    for column in ("load", "policy", "tokens/s", "stream p50", "p95", "first token p50", "p95", "accepted", "verified"):
-        table.add_column(column, justify="left" if column in ("load", "policy") else "right")
-    for column in ("ms/round", "draft", "schedule", "verify", "sample", "other"):
-        table.add_column(column, justify="right")
-
-    def number(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
-
+    columns = (
+        "load:< policy:< tokens/s:> stream_p50=stream_tokens_per_s_p50:.1f p95=stream_tokens_per_s_p95:.1f "
+        "first_token_p50=first_token_s_p50:.3f p95=first_token_s_p95:.3f accepted=accepted_length:.2f "
+        "verified=verify_length:.2f ms/round=ms_per_round:.1f draft=draft_share:.1% schedule=schedule_share:.1% "
+        "verify=verify_share:.1% sample=sample_share:.1% other=other_share:.1%"
+    )
+    shown = []
     for row in rows:
-        error = number(row["tokens_per_s_se"], ".1f")
-        table.add_row(
-            f"{row['streams']} streams" if row["arrivals"] == "closed" else f"{row['rate']:g} requests/s",
-            row["policy"],
-            f"{row['tokens_per_s']:.1f}" + (f" ± {error}" if error else ""),
-            *(number(row[f"stream_tokens_per_s_{p}"], ".1f") for p in ("p50", "p95")),
-            *(number(row[f"first_token_s_{p}"], ".3f") for p in ("p50", "p95")),
-            number(row["accepted_length"], ".2f"),
-            number(row["verify_length"], ".2f"),
-            number(row["ms_per_round"], ".1f"),
-            *(number(row[f"{part}_share"], ".1%") for part in ("draft", "schedule", "verify", "sample", "other")),
-        )
-    return table
+        load = f"{row['streams']} streams" if row["arrivals"] == "closed" else f"{row['rate']:g} requests/s"
+        speed = with_error(row["tokens_per_s"], row["tokens_per_s_se"], ".1f")
+        shown.append(row | {"load": load, "tokens/s": speed})
+    return make_table("load bench, one interleaved run", columns.split(), shown)
+
+
+def with_error(value: float, error: float | None, form: str) -> str:
+    return f"{value:{form}}" + ("" if error is None else f" ± {error:{form}}")
 
 
 def summary_table(summary: dict) -> Table:
@@ -69,90 +79,60 @@ def summary_table(summary: dict) -> Table:
 
     summary: of `dspark.eval.load_stats.summarise`.
     """
-    table = Table(title="throughput as a multiple of the best of plain and every fixed length")
-    table.add_column("policy")
-    levels = {level["streams"]: level["best"] for s in summary["scheduled"].values() for level in s["levels"]}
-    for streams, best in sorted(levels.items()):
-        table.add_column(f"{streams}: {best}", justify="right")
-    table.add_column("worst", justify="right")
-    table.add_column(f"mean / {summary['best_single_fixed'] or 'fixed'}", justify="right")
+    mean = f"mean / {summary['best_single_fixed'] or 'fixed'}"
+    rows = []
     for policy, scheduled in summary["scheduled"].items():
-        cells = dict.fromkeys(sorted(levels), "")
-        for level in scheduled["levels"]:
-            error = "" if level["ratio_se"] is None else f" ± {level['ratio_se']:.3f}"
-            cells[level["streams"]] = f"{level['ratio']:.3f}{error}"
-        mean = scheduled["geomean_to_best_single_fixed"]
-        table.add_row(policy, *cells.values(), f"{scheduled['worst_ratio']:.3f}", f"{mean:.3f}" if mean else "")
-    return table
+        levels = {
+            f"{level['streams']}: {level['best']}": with_error(level["ratio"], level["ratio_se"], ".3f")
+            for level in sorted(scheduled["levels"], key=lambda level: level["streams"])
+        }
+        worst, geomean = scheduled["worst_ratio"], scheduled["geomean_to_best_single_fixed"]
+        rows.append({"policy": policy, **levels, "worst": worst, mean: geomean})
+    loads = [key for key in rows[0] if ": " in key]
+    columns = ["policy:<", *(f"{load}:>" for load in loads), "worst:.3f", f"{mean}:.3f"]
+    return make_table("throughput as a multiple of the best of plain and every fixed length", columns, rows)
 
 
 def reliability_table(calibration: Calibration, before: dict, after: dict) -> Table:
     """One line a position: how well survival is predicted, on prompts not used for fitting."""
-    table = Table(title="P(the prefix survives), before and after calibration")
-    for column in (
-        "position",
-        "survival",
-        "temperature",
-        "shift",
-        "ECE",
-        "after",
-        "ROC-AUC",
-        "after",
-        "Brier",
-        "after",
-    ):
-        table.add_column(column, justify="right")
-    for k, (temperature, shift) in enumerate(zip(calibration.temperatures, calibration.shifts)):
-        scores = [f"{part[name][k]:{form}}" for name, form in SCORES for part in (before, after)]
-        table.add_row(str(k), f"{after['survival'][k]:.3f}", f"{temperature:.2f}", f"{shift:.2f}", *scores)
-    return table
+    columns = [
+        *("position:d", "survival:.3f", "temperature:.2f", "shift:.2f", "ECE:.2%", "ECE_after:.2%"),
+        *("ROC-AUC:.3f", "ROC-AUC_after:.3f", "Brier:.4f", "Brier_after:.4f"),
+    ]
+    by_column = {"survival": before["survival"], "temperature": calibration.temperatures, "shift": calibration.shifts}
+    for heading, name in (("ECE", "ece"), ("ROC-AUC", "roc_auc"), ("Brier", "brier")):
+        by_column |= {heading: before[name], f"{heading}_after": after[name]}
+    rows = [{"position": k, **dict(zip(by_column, values))} for k, values in enumerate(zip(*by_column.values()))]
+    return make_table("P(the prefix survives), before and after calibration", columns, rows)
 
 
 def acceptance_table(rows: list[dict]) -> Table:
-    """One line a temperature and domain; columns of slots hold the acceptance given that all before were accepted."""
-    table = Table(title="accepted in live decoding, every draft token verified")
-    for column in ("temperature", "domain", "rounds", "accepted length"):
-        table.add_column(column, justify="left" if column == "domain" else "right")
-    for k in range(len(rows[0]["conditional"])):
-        table.add_column(f"slot {k}", justify="right")
-    for row in rows:
-        slots = ["" if c is None else f"{c:.3f}" for c in row["conditional"]]
-        table.add_row(
-            f"{row['temperature']:g}", row["domain"], str(row["rounds"]), f"{row['accepted_length']:.2f}", *slots
-        )
-    return table
+    """One line a drafter, temperature and domain; slots: acceptance given that all before them were accepted."""
+    slots = [f"slot_{k}:.3f" for k in range(max(len(row["conditional"]) for row in rows))]
+    columns = "drafter:< temperature:g top_p:g domain:< rounds:d accepted_length:.2f".split()
+    shown = [row | {f"slot_{k}": share for k, share in enumerate(row["conditional"])} for row in rows]
+    return make_table("accepted in live decoding, every draft token verified", columns + slots, shown)
 
 
 def fit_table(gains: list[dict], style: Box = HEAVY_HEAD) -> Table:
     """One line a load: plain decoding beside the drafter, costs where there is a price; gains of `dspark.eval.gain`."""
-    table = Table(box=style)
-    pairs = [(name, text) for name, text in GAINS if name in gains[0]]
-    titles = [title for _, text in pairs for title in (f"{text}, plain", "with drafter")]
-    for column in ("streams", "temperature", *titles[:2], "times", "accepted length", *titles[2:]):
-        table.add_column(column, justify="right")
-    for g in gains:
-        speeds, *costs = ([f"{value:.4g}" for value in g[name].values()] for name, _ in pairs)
-        length = "" if g["accepted_length"] is None else f"{g['accepted_length']:.2f}"
-        cells = [str(g["streams"]), f"{g['temperature']:g}", *speeds, f"{g['gain']:.2f}", length]
-        table.add_row(*cells, *(cell for pair in costs for cell in pair))
-    return table
-
-
-GAINS = (("tokens_per_s", "tokens/s"), ("cost_per_million_tokens", "cost of a million tokens"))
-SCORES = (("ece", ".2%"), ("roc_auc", ".3f"), ("brier", ".4f"))
+    columns = "streams:d temperature:g gain:.2f accepted_length:.2f".split()
+    rows = [dict(gain) for gain in gains]
+    for name, heading in (("tokens_per_s", "tokens/s"), ("cost_per_million_tokens", "cost_of_a_million_tokens")):
+        if name in gains[0]:
+            columns += [f"{heading},_plain:.4g", f"{heading},_drafter:.4g"]
+            for row in rows:
+                row |= {f"{heading},_{side}": value for side, value in row[name].items()}
+    return make_table(None, columns, rows, style)
 
 
 def cost_tables(costs: CostTable) -> list[Table]:
     """Milliseconds of a target forward by batch tokens and of a draft pass by requests."""
     tables = []
     for title, size, sizes, seconds in (
-        ("target forward", "batch tokens", costs.batch_tokens, costs.target_seconds),
+        ("target forward", "batch_tokens", costs.batch_tokens, costs.target_seconds),
         ("draft pass", "requests", costs.requests, costs.draft_seconds),
     ):
-        table = Table(title=title)
-        for column in (size, "ms", "ms each"):
-            table.add_column(column, justify="right")
-        for n, s in zip(sizes, seconds, strict=True):
-            table.add_row(str(n), f"{1e3 * s:.2f}", f"{1e3 * s / n:.2f}")
-        tables.append(table)
+        rows = [{size: n, "ms": 1e3 * s, "ms_each": 1e3 * s / n} for n, s in zip(sizes, seconds, strict=True)]
+        tables.append(make_table(title, (f"{size}:d", "ms:.2f", "ms_each:.2f"), rows))
     return tables

@@ -1,6 +1,7 @@
 """LLVM code of norm, rotation, activation and choice, and of kernels one after the other."""
 
 import math
+from collections.abc import Callable
 
 from llvmlite import ir
 
@@ -134,38 +135,62 @@ def embed_kernel(machine: Machine, width: int) -> ir.Module:
 def likeliest_kernel(machine: Machine, vocab: int) -> ir.Module:
     """The id of each row's first maximum of logits + bias, and the probability of that maximum under their softmax.
 
-    What is NaN is never the maximum, and of NaNs alone some id is it.
     Fields: logits (row stride given), bias [N, vocab], ids [vocab], tokens (stride given), largest [N], row stride,
     token stride; items: rows.
     """
     e = Emitter("ffqqfiii", machine, lanes_for(vocab, machine))
     b = e.b
     logits, bias, ids, tokens, largest, stride, token_stride, _ = e.fields
-    indices = ir.VectorType(I32, e.lanes)
-    smallest = e.function(f"llvm.vector.reduce.umin.v{e.lanes}i32", I32, [indices])
     with e.loop(e.first, e.last) as row:
         own, of_bias = b.mul(row, stride), b.mul(row, I64(vocab))
 
         def at(i: Value, own=own, of_bias=of_bias) -> Value:
             return b.fadd(e.load(logits, b.add(own, i)), e.load(bias, b.add(of_bias, i)))
 
-        first = ir.Constant(indices, list(range(e.lanes)))
-        start = [e.constant(-math.inf), ir.Constant(indices, [0] * e.lanes), first]
-        with e.sums(I64(0), I64(vocab), start, e.lanes) as (i, carried, results):
-            best, best_index, index = carried
-            value = at(i)
-            better = b.fcmp_ordered(">", value, best)
-            carried[0] = b.select(better, value, best)
-            carried[1] = b.select(better, index, best_index)
-            carried[2] = b.add(index, ir.Constant(indices, [e.lanes] * e.lanes))
-        best, best_index, _ = results
-        highest = e.spread(e.highest(best))
-        is_best = b.fcmp_ordered("==", best, highest)
-        found = b.call(smallest, [b.select(is_best, best_index, ir.Constant(indices, [vocab - 1] * e.lanes))])
-        token = b.load(b.gep(ids, [b.zext(found, I64)]))
-        b.store(token, b.gep(tokens, [b.mul(row, token_stride)]))
+        index, highest = _first_maximum(e, at, vocab)
+        b.store(b.load(b.gep(ids, [index])), b.gep(tokens, [b.mul(row, token_stride)]))
         with e.sums(I64(0), I64(vocab), [e.constant(0.0)], e.lanes) as (i, carried, sums):
             carried[0] = b.fadd(carried[0], e.exp(b.fsub(at(i), highest)))
         b.store(b.fdiv(F32(1.0), e.total(sums[0])), b.gep(largest, [row]))
     b.ret_void()
     return e.module
+
+
+def first_maximum_kernel(machine: Machine, width: int) -> ir.Module:
+    """Index of each row's first maximum. Fields: x [N, width], indices [N]; items: rows."""
+    e = Emitter("fqi", machine, lanes_for(width, machine))
+    b = e.b
+    x, indices, _ = e.fields
+    with e.loop(e.first, e.last) as row:
+        start = b.mul(row, I64(width))
+        index, _ = _first_maximum(e, lambda i, start=start: e.load(x, b.add(start, i)), width)
+        b.store(index, b.gep(indices, [row]))
+    b.ret_void()
+    return e.module
+
+
+def _first_maximum(e: Emitter, at: Callable[[Value], Value], count: int) -> tuple[Value, Value]:
+    """Index of the first maximum of `count` numbers, vectors of which `at` gives, and the maximum in every lane.
+
+    What is NaN is never the maximum; of NaNs alone some index is found.
+    """
+    b, indices = e.b, ir.VectorType(I32, e.lanes)
+
+    def constant(number: int) -> Value:
+        return ir.Constant(indices, [number] * e.lanes)
+
+    start = [e.constant(-math.inf), constant(0), ir.Constant(indices, list(range(e.lanes)))]
+    with e.sums(I64(0), I64(count), start, e.lanes) as (i, carried, results):
+        best, best_index, index = carried
+        value = at(i)
+        better = b.fcmp_ordered(">", value, best)
+        carried[:] = [
+            b.select(better, value, best),
+            b.select(better, index, best_index),
+            b.add(index, constant(e.lanes)),
+        ]
+    best, best_index, _ = results
+    highest = e.spread(e.highest(best))
+    candidates = b.select(b.fcmp_ordered("==", best, highest), best_index, constant(count - 1))
+    smallest = e.function(f"llvm.vector.reduce.umin.v{e.lanes}i32", I32, [indices])
+    return b.zext(b.call(smallest, [candidates]), I64), highest

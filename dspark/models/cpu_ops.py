@@ -267,6 +267,14 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return y
 
 
+def first_maximum(x: Tensor) -> Tensor:
+    """Index [N] of the first maximum of each row of x [N, M] contiguous."""
+    rows, width = x.shape
+    indices = x.new_empty(rows, dtype=torch.int64)
+    call(kernel("first_maximum", width), x.numel(), x.data_ptr(), indices.data_ptr(), rows)
+    return indices
+
+
 def store(x: Tensor, cache: Tensor, slots: Tensor) -> None:
     """Write x [N, ...] fp32 (a row contiguous) to the slots [N] of cache [slots, ...], fp32 or bf16."""
     width = cache[0].numel()

@@ -14,7 +14,8 @@ from torch import Tensor
 from dspark.models import cpu_ops
 from dspark.models.config import DecoderConfig
 from dspark.models.layer_stack import LayerStack
-from dspark.models.layers import linear_map, rms_norm, rotary_table, rotate_, silu_mul, storage_dtype
+from dspark.models.layers import compiled, linear_map, rms_norm, rotary_table, rotate_, silu_mul, storage_dtype
+from dspark.sampling import first_maximum
 
 
 class Attention(Protocol):
@@ -149,6 +150,12 @@ class Decoder:
         tap_layers = tuple(tap_layers)
         hidden, taps = self._stack(self.embed(tokens), cos, sin, attention, tap_layers)
         return DecoderOutput(hidden, [taps[i] for i in tap_layers])
+
+    def likeliest(self, logits: Tensor) -> Tensor:
+        """Token [N] of the first maximum of each row of logits [N, V]."""
+        if compiled(logits) and logits.is_contiguous():
+            return cpu_ops.first_maximum(logits)
+        return first_maximum(logits)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [N, C] (before the final norm) -> logits [N, V], valid until the next call."""

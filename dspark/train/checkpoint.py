@@ -15,7 +15,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
-    get_model_state_dict,
     get_optimizer_state_dict,
     get_state_dict,
     set_model_state_dict,
@@ -60,14 +59,10 @@ def save_training(trainer: "Trainer", folder: Path) -> None:
 
 def training_state(trainer: "Trainer") -> dict[str, Tensor]:
     """All tensors that a step changes, whole, in process 0."""
-    model, optimizers = get_state_dict(trainer.model, trainer.optimizers, options=WHOLE)
+    model, optimizer = get_state_dict(trainer.model, trainer.optimizer, options=WHOLE)
     tensors = {f"model.{name}": t for name, t in model.items()}
-    for name, state in cast(dict, optimizers.get("state", {})).items():
+    for name, state in cast(dict, optimizer.get("state", {})).items():
         tensors |= {f"optimizer.{name}.{key}": t for key, t in state.items()}
-    if trainer.average is not None:
-        with trainer.average.in_place():
-            average = get_model_state_dict(trainer.model, options=WHOLE)
-            tensors |= {f"average.{name}": t.clone() for name, t in average.items()}  # pyright: ignore
     return cast(dict[str, Tensor], tensors)
 
 
@@ -94,17 +89,14 @@ def resume_training(trainer: "Trainer", folder: Path) -> None:
     def part(prefix: str) -> dict:
         return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
-    if trainer.average is not None:
-        set_model_state_dict(trainer.model, part("average."), options=WHOLE)
-        trainer.average.exchange()
     set_model_state_dict(trainer.model, part("model."), options=WHOLE)
     state: dict = defaultdict(dict)
     for name, t in part("optimizer.").items():
         weight, _, key = name.rpartition(".")
         state[weight][key] = t
-    moments = get_optimizer_state_dict(trainer.model, trainer.optimizers)
+    moments = get_optimizer_state_dict(trainer.model, trainer.optimizer)
     moments["state"] = state  # pyright: ignore
-    set_optimizer_state_dict(trainer.model, trainer.optimizers, moments, options=WHOLE)
+    set_optimizer_state_dict(trainer.model, trainer.optimizer, moments, options=WHOLE)
     trainer.progress = progress
     trainer.bind_draft_vocabulary()
 

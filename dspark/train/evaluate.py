@@ -14,6 +14,7 @@ from dspark.drafters.layers import DraftModel
 from dspark.drafters.load import bind
 from dspark.engine.rounds import acceptance_by_domain
 from dspark.models.loader import Target
+from dspark.sampling import SamplingParams
 from dspark.train.data import Example
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ def decoded_acceptance(target: Target, model: DraftModel, heldout: list[Example]
     rows = []
     for temperature in DECODED_TEMPERATURES:
         try:
-            rows += acceptance_by_domain(target, drafter, prompts, temperature, DECODED_TOKENS, DECODED_PROMPTS)
+            params = SamplingParams(temperature, max_new_tokens=DECODED_TOKENS)
+            rows += acceptance_by_domain(target, drafter, prompts, params, DECODED_PROMPTS)
         except ValueError:  # a figure beside the training, no reason to end it
             continue
     return rows

@@ -72,7 +72,7 @@ def wrap(
 ) -> Callable[..., tuple[Tensor, ...]]:
     """`loss`, which uses `model`, so that backward passes leave the mean gradient of all processes.
 
-    FSDP leaves each process a shard of the model's weights, so optimisers are made after this.
+    FSDP leaves each process a shard of the model's weights, so the optimiser is made after this.
     """
     if size() == 1:
         return loss

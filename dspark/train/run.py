@@ -19,11 +19,12 @@ from dspark.models.loader import Target, load_target
 from dspark.models.source import load_state_dict
 from dspark.train import parallel
 from dspark.train.checkpoint import RESUME_FILE, resume_training
+from dspark.train.config import TrainConfig
 from dspark.train.data import Example, mix, read_examples, split_by_prompt
 from dspark.train.evaluate import decoded_acceptance
 from dspark.train.scalars import Scalars
 from dspark.train.setup import DrafterRecipe, default_recipe, mask_token, new_drafter
-from dspark.train.trainer import StepResult, TrainConfig, Trainer
+from dspark.train.trainer import StepResult, Trainer
 
 SMOOTHING = 0.05  # weight of the newest step in the figures beside the progress bar
 

@@ -8,6 +8,7 @@ import torch
 
 from dspark.engine.rounds import acceptance, acceptance_by_domain, collect_rounds, macro_average
 from dspark.models.loader import Target
+from dspark.sampling import SamplingParams
 from tests.tiny import OracleDrafter, tiny_drafter, tiny_target
 
 TARGET = tiny_target()
@@ -15,19 +16,25 @@ MODEL = cast(Target, SimpleNamespace(decoder=TARGET, eos_ids=frozenset()))
 PROMPTS = [[3, 4, 5], [9, 8, 7, 6]]
 
 
+def params(temperature: float, max_new_tokens: int = 11) -> SamplingParams:
+    return SamplingParams(temperature, max_new_tokens=max_new_tokens)
+
+
 def test_every_whole_round_is_collected():
     finished = []
-    rounds = collect_rounds(MODEL, OracleDrafter(TARGET), PROMPTS, (0.0, 1.0), 11, 2, lambda: finished.append(1))
+    rounds = collect_rounds(
+        MODEL, OracleDrafter(TARGET), PROMPTS, [params(0.0), params(1.0)], 2, lambda: finished.append(1)
+    )
     assert len(finished) == 4
     assert rounds.signals.shape == (len(rounds.accepted), 4, 1)
     assert rounds.accepted.tolist() == [4] * len(rounds.accepted)  # the oracle is always right
-    other = collect_rounds(MODEL, tiny_drafter(TARGET), PROMPTS, (1.0,), 11, 2)
+    other = collect_rounds(MODEL, tiny_drafter(TARGET), PROMPTS, [params(1.0)], 2)
     assert other.accepted.max() <= 4 and len(other.accepted) > len(rounds.accepted) / 2
 
 
 def test_too_short_answers_are_refused():
     with pytest.raises(ValueError, match="more new tokens"):
-        collect_rounds(MODEL, tiny_drafter(TARGET), PROMPTS, (0.0,), 2, 2)
+        collect_rounds(MODEL, tiny_drafter(TARGET), PROMPTS, [params(0.0, 2)], 2)
 
 
 def test_figures_of_known_rounds():
@@ -41,7 +48,7 @@ def test_slots_that_no_round_reached_have_no_figure():
 
 def test_every_domain_weighs_the_same():
     rows = [
-        {"temperature": 0.0, "domain": d, "prompts": 1, **acceptance(torch.tensor(accepted), 2)}
+        {"temperature": 0.0, "top_p": 1.0, "domain": d, "prompts": 1, **acceptance(torch.tensor(accepted), 2)}
         for d, accepted in (("chat", [0] * 9), ("math", [2]))
     ]
     average = macro_average(rows)
@@ -51,6 +58,6 @@ def test_every_domain_weighs_the_same():
 
 def test_every_domain_is_decoded():
     prompts = {"math": PROMPTS, "chat": [[5, 6]]}
-    rows = acceptance_by_domain(MODEL, OracleDrafter(TARGET), prompts, 1.0, 11, 2)
+    rows = acceptance_by_domain(MODEL, OracleDrafter(TARGET), prompts, params(1.0), 2)
     assert [(r["domain"], r["prompts"]) for r in rows] == [("chat", 1), ("math", 2), ("macro average", 3)]
     assert all(r["accepted_length"] == 5 and r["temperature"] == 1.0 for r in rows)

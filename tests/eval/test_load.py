@@ -98,7 +98,7 @@ def test_the_open_loop_answers_every_arrival_under_every_policy(target, prompts)
 
 
 def test_interrupted_runs_keep_what_was_measured(target, prompts):
-    bench = bench_of(target, prompts, policies=("plain", "fixed-2", "greedy"))
+    bench = bench_of(target, prompts, policies=("plain", "fixed-2", "greedy"), seconds=60.0)
     seen = []
 
     def interrupt(text: str, _: float) -> None:

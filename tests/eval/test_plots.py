@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from dspark.eval.plots import ece, load_plots, reliability_diagram
+from dspark.eval.plots import conditional_acceptance, ece, load_plots, reliability_diagram
 
 PNG = b"\x89PNG\r\n"
 
@@ -37,6 +37,19 @@ def test_reliability_diagram_with_an_empty_bin(tmp_path):
     assert reliability_diagram(before, after, tmp_path / "figure.png").read_bytes().startswith(PNG)
     with pytest.raises(ValueError, match="same positions"):
         reliability_diagram(before, after[:1], tmp_path / "other.png")
+
+
+def test_acceptance_of_drafters_with_the_same_folder_name(tmp_path, monkeypatch):
+    """A shorter block, a slot that no round reached; legends are told apart."""
+    rows = [
+        {"drafter": "runs/a/drafter", "temperature": 0.0, "conditional": [0.5, None]},
+        {"drafter": "runs/b/drafter", "temperature": 0.2, "conditional": [0.5, 0.25, 0.75]},
+    ]
+    labels = []
+    monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda axis: labels.extend(axis.get_legend_handles_labels()[1]))
+    assert conditional_acceptance(rows, tmp_path / "figure.png").read_bytes().startswith(PNG)
+    conditional_acceptance(rows[:1], tmp_path / "one.png")
+    assert labels == ["runs/a/drafter, temperature 0", "runs/b/drafter, temperature 0.2", "drafter, temperature 0"]
 
 
 def test_ece_weights_bins_by_their_samples():

@@ -130,3 +130,14 @@ def test_cache_holds_the_nearest_numbers(dtype: torch.dtype):
     cpu_ops.store(rows, cache, slots)
     expected = torch.zeros_like(cache).index_copy_(0, slots, x.to(dtype))
     assert torch.equal(cache.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("width", [1, 17, 48, 49152])
+def test_first_maximum_takes_the_first_of_equals(width: int):
+    x = torch.randint(0, 40, (9, width)).float()
+    x[3] = -torch.inf
+    x[4, :: max(1, width // 3)] = torch.inf
+    expected = torch.tensor([row.tolist().index(max(row.tolist())) for row in x])
+    assert torch.equal(cpu_ops.first_maximum(x), expected)
+    x[5] = torch.nan
+    assert 0 <= cpu_ops.first_maximum(x)[5] < width

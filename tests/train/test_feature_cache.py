@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 
 import dspark.train.feature_cache
 from dspark.models.decoder import Decoder
+from dspark.train.config import TrainConfig
 from dspark.train.data import Example
 from dspark.train.feature_cache import FeatureCache, model_digest
 from dspark.train.features import FeatureSource
-from dspark.train.trainer import TrainConfig, Trainer
+from dspark.train.trainer import Trainer
 from tests.tiny import tiny_config, tiny_model, tiny_state_dict, tiny_target
 from tests.train.test_features import EXAMPLES, TARGET, CountingSource, assert_same
 

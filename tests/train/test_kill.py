@@ -13,7 +13,7 @@ import torch
 
 from tests.train.tiny_run import run_tiny, state, write_inputs
 
-SETTINGS: dict = {"epochs": 50.0, "save_every_minutes": 1e-9, "sequences_at_once": 4, "weight_average": 0.9}
+SETTINGS: dict = {"epochs": 50.0, "save_every_minutes": 1e-9, "sequences_at_once": 4}
 
 
 def start(folder: Path, **settings) -> subprocess.Popen:

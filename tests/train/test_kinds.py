@@ -9,9 +9,10 @@ from dspark.drafters.model import DSparkModel
 from dspark.drafters.mtp import MtpModel
 from dspark.engine.engine import Engine, EngineConfig
 from dspark.sampling import SamplingParams
+from dspark.train.config import CHAIN_LOSS, DFLASH_LOSS, DSPARK_LOSS, TrainConfig
 from dspark.train.data import Example
 from dspark.train.setup import DRAFTERS, default_recipe, new_drafter
-from dspark.train.trainer import CHAIN_LOSS, DFLASH_LOSS, DSPARK_LOSS, TrainConfig, Trainer
+from dspark.train.trainer import Trainer
 from tests.tiny import plain_greedy, tiny_config, tiny_state_dict, tiny_target
 
 TARGET = tiny_target()

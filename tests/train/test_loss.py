@@ -16,9 +16,10 @@ from torch import Tensor
 
 import dspark.train.loss
 from dspark.models.decoder import Decoder
+from dspark.train.config import TrainConfig
 from dspark.train.data import Example
 from dspark.train.loss import LossWeights, SlotTargets, dspark_loss
-from dspark.train.trainer import TrainConfig, Trainer
+from dspark.train.trainer import Trainer
 from tests.tiny import tiny_config, tiny_model, tiny_state_dict
 
 N, C, RANK, VOCAB, DRAFT_VOCAB = 10, 6, 3, 15, 11

@@ -11,7 +11,7 @@ import torch
 from dspark.drafters.checkpoint import load_drafter
 from tests.train.tiny_run import run_tiny, state, write_inputs
 
-SETTINGS: dict = {"sequences_at_once": 1, "weight_average": 0.9, "evaluations": 2}
+SETTINGS: dict = {"sequences_at_once": 1, "evaluations": 2}
 KINDS = ("ddp", "fsdp")
 
 

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from dspark.drafters.checkpoint import save_drafter
 from dspark.models.loader import Target
 from dspark.train import parallel
+from dspark.train.config import TrainConfig
 from dspark.train.run import TrainRun, train
-from dspark.train.trainer import TrainConfig, Trainer
+from dspark.train.trainer import Trainer
 from tests.tiny import tiny_model, tiny_target
 
 

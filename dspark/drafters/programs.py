@@ -1,0 +1,105 @@
+"""Parts of the DSpark drafter as compiled programs: one call each where there would be dozens.
+
+Shapes: N committed tokens, C width, L draft layers, K KV heads, D head width; R requests, G slots, V' draft
+vocabulary, r head rank.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dspark.models import cpu_ops
+from dspark.models.config import DecoderConfig
+from dspark.models.cpu_ops import CompiledLinear, Program
+
+KEPT_PROGRAMS = 64  # for so many numbers of tokens; each holds its buffers
+
+
+class ContextProgram:
+    """Callable: taps of committed tokens to the keys and values that all draft layers keep of them, in storage."""
+
+    def __init__(self, fc: CompiledLinear, norm: Tensor, context_kv: CompiledLinear, config: DecoderConfig):
+        """fc [N, taps*C] -> [N, C], norm [C], context_kv [N, C] -> [N, L*2*K*D]."""
+        self.fc, self.norm, self.context_kv, self.config = fc, norm, context_kv, config
+        self._programs: dict[tuple[int, bool], tuple[Program, Tensor, tuple[Tensor, ...]]] = {}
+
+    def __call__(self, taps: list[Tensor], cos: Tensor, sin: Tensor, slots: Tensor, storage: list[Tensor]) -> None:
+        """taps [N, C] each; cos, sin [N, 1, D]; slots [N]; storage [slots, 2, K, D] a layer."""
+        key = len(slots), storage[0].dtype is torch.bfloat16
+        if key not in self._programs:
+            if len(self._programs) > KEPT_PROGRAMS:
+                self._programs.clear()
+            self._programs[key] = self._build(*key)
+        program, fused, _ = self._programs[key]
+        torch.cat(taps, -1, out=fused)
+        program.set("cos", cos.data_ptr())
+        program.set("sin", sin.data_ptr())
+        program.set("slots", slots.data_ptr())
+        program.set("cache", np.array([layer.data_ptr() for layer in storage]))
+        program.run()
+
+    def _build(self, rows: int, in_bf16: bool) -> tuple[Program, Tensor, tuple[Tensor, ...]]:
+        """The program, its input [N, taps*C], and the buffers that it writes."""
+        c, padded = self.config, rows + -rows % 16  # whole tiles are written
+        fused, product = torch.empty(rows, self.fc.inputs), torch.empty(padded, self.context_kv.outputs)
+        mixed, normed = torch.empty(2, padded, c.hidden_size)
+        rounded = torch.empty(torch.get_num_threads() * padded * self.fc.inputs)
+        at = {t: t.data_ptr() for t in (fused, mixed, normed, product, rounded)}
+        rotary = cpu_ops.kernel("rotary", c.num_kv_heads, c.head_dim)
+        store, width = cpu_ops.kernel("store", 2 * c.kv_size, in_bf16), self.context_kv.outputs
+        program = Program()
+        program.add(self.fc.kernel, *self.fc.fields(at[fused], at[mixed], at[rounded], rows))
+        norm = cpu_ops.kernel("rms_norm", c.hidden_size, c.rms_norm_eps)
+        program.add(norm, at[mixed], self.norm.data_ptr(), at[normed], rows)
+        program.add(self.context_kv.kernel, *self.context_kv.fields(at[normed], at[product], at[rounded], rows))
+        for start in range(0, width, 2 * c.kv_size):
+            own = at[product] + 4 * start
+            program.add(rotary, x=own, cos=0, sin=0, stride=width, rows=rows)
+            program.add(store, x=own, cache=0, slots=0, stride=width, rows=rows)
+        return program, fused, (mixed, product, rounded)
+
+
+class GreedyMarkov:
+    """Callable: previous tokens [R], logits [R, G, V'] without bias -> tokens [R, G], W1 of the token before each
+    [R, G, r], and each token's probability [R, G] at temperature 1.
+
+    Slot k is the likeliest token under its logits and the bias of the slot before it.
+    """
+
+    def __init__(self, w1: Tensor, w2: CompiledLinear, d2t: Tensor):
+        """w1 [V, r] fp32, w2 [R, r] -> [R, V'], d2t [V'] the drafted ids."""
+        self.w1, self.w2, self.d2t = w1.contiguous(), w2, d2t.contiguous()
+        self._programs: dict[tuple[int, int], tuple[Program, Tensor, Tensor, Tensor]] = {}
+        self._bias = self._rounded = torch.empty(0)
+
+    def __call__(self, previous: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        r, g, _ = logits.shape
+        if (r, g) not in self._programs:
+            self._programs[r, g] = self._build(r, g)
+        program, tokens, features, largest = self._programs[r, g]
+        tokens[:, 0] = previous
+        logits = logits.contiguous()
+        program.set("logits", logits.data_ptr() + 4 * len(self.d2t) * torch.arange(g).numpy())
+        program.run()
+        return tokens[:, 1:].clone(), features.transpose(0, 1), largest.T
+
+    def _build(self, r: int, g: int) -> tuple[Program, Tensor, Tensor, Tensor]:
+        """The program for R blocks, and what it writes: tokens [R, 1 + G], features [G, R, r], largest [G, R]."""
+        vocab, rank = len(self.d2t), self.w1.shape[1]
+        padded = r + -r % 16  # whole tiles are written
+        if len(self._bias) < padded:
+            self._bias = torch.empty(padded, vocab)
+            self._rounded = torch.empty(torch.get_num_threads() * padded * rank)
+            self._programs.clear()
+        program, tokens, features = Program(), torch.zeros(r, g + 1, dtype=torch.int64), torch.empty(g, r, rank)
+        largest = torch.empty(g, r)
+        bias, rounded = self._bias.data_ptr(), self._rounded.data_ptr()
+        embed, likeliest = cpu_ops.kernel("embed", rank), cpu_ops.kernel("likeliest", vocab)
+        for k in range(g):
+            before, after = (tokens[:, i].data_ptr() for i in (k, k + 1))
+            own = features[k].data_ptr()
+            program.add(embed, before, self.w1.data_ptr(), own, g + 1, r)
+            program.add(self.w2.kernel, *self.w2.fields(own, bias, rounded, r))
+            found = {"bias": bias, "ids": self.d2t.data_ptr(), "tokens": after, "largest": largest[k].data_ptr()}
+            program.add(likeliest, logits=0, **found, stride=g * vocab, step=g + 1, rows=r)
+        return program, tokens, features, largest

@@ -1,0 +1,68 @@
+"""How a drafter is trained: every setting with its default, and the losses of the kinds of drafters."""
+
+from dataclasses import dataclass
+
+from dspark.drafters.layers import DraftModel
+from dspark.drafters.model import DSparkConfig
+from dspark.train.loss import LossWeights
+from dspark.train.parallel import ParallelKind
+
+DSPARK_LOSS = LossWeights(distillation=1.0)  # the paper's three terms and a fourth for short runs
+DFLASH_LOSS = LossWeights(cross_entropy=1.0, total_variation=0.0, confidence=0.0)
+CHAIN_LOSS = LossWeights(cross_entropy=0.0, total_variation=0.0, confidence=0.0, distillation=1.0)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. `minutes` of training time are the budget and the schedule follows them; or `epochs`, if given.
+
+    By epochs the weights depend on data and seed alone, by minutes on the speed of the machine too.
+    `evaluations` are spread evenly over the budget and take time of their own; the best one's drafter is kept.
+    """
+
+    minutes: float = 60.0
+    epochs: float | None = None
+    learning_rate: float = 6e-4
+    head_learning_rate_scale: float = 5.0  # the Markov head starts from zero and must reach logits of several units
+    warmup_share: float = 0.04
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    sequences_per_step: int = 1
+    sequences_at_once: int = 1  # of a step, in memory together; gradients of the others are added to theirs
+    anchors_per_sequence: int = 256
+    parallel: ParallelKind = "ddp"  # how several processes share the work
+    cache_gib: float = 6.0  # memory for the target's features
+    feature_cache: str | None = None  # a folder for them on disk instead
+    feature_cache_gib: float = 50.0
+    evaluations: int = 8
+    decode_every: int = 4  # evaluations; such a one, and the last, really decodes too
+    save_every_minutes: float = 5.0
+    seed: int = 0
+    loss: LossWeights | None = None  # None: what `default_loss` says
+
+    def __post_init__(self) -> None:
+        if not self.minutes > 0 or (self.epochs is not None and not self.epochs > 0):
+            raise ValueError("a training run needs minutes or epochs above 0")
+        for name in ("sequences_per_step", "sequences_at_once", "anchors_per_sequence", "evaluations", "decode_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+# What a resumed run may change: none of it moves a weight, but for the rounding of sums.
+FREE = (
+    "sequences_at_once",
+    "parallel",
+    "cache_gib",
+    "feature_cache",
+    "feature_cache_gib",
+    "evaluations",
+    "decode_every",
+    "save_every_minutes",
+)
+
+
+def default_loss(model: DraftModel) -> LossWeights:
+    """Of DSpark, of DFlash where it has no sequential head, or of drafters that draft token by token."""
+    if not isinstance(model.config, DSparkConfig):
+        return CHAIN_LOSS
+    return DSPARK_LOSS if model.config.markov_rank else DFLASH_LOSS

@@ -1,0 +1,67 @@
+"""The compiled programs do what the operations do one by one, for any number of rows."""
+
+import pytest
+import torch
+
+from dspark.drafters.programs import ContextProgram, GreedyMarkov
+from dspark.models.attention import store
+from dspark.models.cpu_ops import CompiledLinear, available
+from dspark.models.layers import rms_norm, rotary_table, rotate_
+from tests.tiny import tiny_config
+
+pytestmark = pytest.mark.skipif(not available(), reason="needs an x86 CPU with FMA and PyTorch on GNU OpenMP")
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_matches_argmax_slot_by_slot(dtype: torch.dtype):
+    torch.manual_seed(0)
+    vocab, rank, g = 96, 32, 3
+    w1, d2t = torch.randn(200, rank), torch.randperm(200)[:vocab].sort().values
+    w2 = CompiledLinear(torch.randn(vocab, rank).to(dtype))
+    chain = GreedyMarkov(w1, w2, d2t)
+    for r in (1, 5, 40, 2):
+        logits, previous = torch.randn(r, g, vocab), torch.randint(0, 200, (r,))
+        logits[0, 1, 7] = logits[0, 1, 70] = 1e30  # of equals the first
+        tokens, embeddings, largest = chain(previous, logits)
+        assert tokens.shape == (r, g) and embeddings.shape == (r, g, rank)
+        for k in range(g):
+            assert torch.equal(embeddings[:, k], w1[previous])
+            biased = logits[:, k] + w2(w1[previous])
+            expected = d2t[biased.argmax(-1)]
+            torch.testing.assert_close(largest[:, k], biased.softmax(-1).amax(-1), rtol=1e-5, atol=1e-6)
+            if k == 1:
+                expected[0] = d2t[7]
+            assert torch.equal(tokens[:, k], expected)
+            previous = expected
+
+
+def test_nan_logits_give_a_token_of_the_vocabulary():
+    d2t = torch.arange(0, 64, 2)
+    chain = GreedyMarkov(torch.randn(64, 16), CompiledLinear(torch.randn(32, 16)), d2t)
+    tokens, _, _ = chain(torch.tensor([1, 2]), torch.full((2, 4, 32), torch.nan))
+    assert bool(torch.isin(tokens, d2t).all())
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_context_equals_its_operations_one_by_one(dtype: torch.dtype):
+    torch.manual_seed(0)
+    c, layers, slots = tiny_config(), 2, 40
+    shape = slots, 2, c.num_kv_heads, c.head_dim
+    fc = CompiledLinear(torch.randn(c.hidden_size, 3 * c.hidden_size).to(dtype))
+    context_kv = CompiledLinear(torch.randn(layers * 2 * c.kv_size, c.hidden_size).to(dtype))
+    norm = torch.rand(c.hidden_size)
+    context = ContextProgram(fc, norm, context_kv, c)
+    table = rotary_table(slots, c.head_dim, c.rope_theta, torch.device("cpu"))
+    for rows in (1, 5, 33, 2):
+        taps = [torch.randn(rows, c.hidden_size) for _ in range(3)]
+        cos, sin = (t[torch.arange(rows) + 3][:, None] for t in table)
+        where = torch.randperm(slots)[:rows]
+        ours, expected = ([torch.zeros(shape, dtype=dtype) for _ in range(layers)] for _ in range(2))
+        context(taps, cos, sin, where, ours)
+        product = context_kv(rms_norm(fc(torch.cat(taps, -1)), norm, c.rms_norm_eps))
+        for storage, kv in zip(expected, product.view(rows, layers, 2, c.num_kv_heads, c.head_dim).unbind(1)):
+            rotate_(kv.flatten(1, 2), c.num_kv_heads, cos, sin)
+            store(kv, storage, where)
+        assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
