@@ -4,6 +4,7 @@ Rows are those of the load bench or of `dspark eval`; a missing figure (None) le
 a figure is drawn.
 """
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -112,18 +113,22 @@ def load_plots(rows: Sequence[dict], folder: Path) -> list[Path]:
 def conditional_acceptance(rows: Sequence[dict], path: Path) -> Path:
     """Figure 2: acceptance of each slot given that all before it were accepted; a curve a row of `dspark eval`.
 
-    Drafters are called by their folders' names, or in full where two of those are equal.
+    Drafters are called by their folders' names, or in full where two of those are equal; each has a colour, each
+    temperature a line style.
     """
     (axis,) = _axes(1, 7, 5)
+    styles = dict(zip(dict.fromkeys(row["temperature"] for row in rows), itertools.cycle(("-", "--", ":", "-."))))
     names = {row["drafter"]: Path(row["drafter"]).name for row in rows}
     if len(set(names.values())) < len(names):
         names = {name: name for name in names}
     for row in rows:
         label = f"{names[row['drafter']]}, temperature {row['temperature']:g}"
-        axis.plot(range(1, 1 + len(row["conditional"])), _numbers(row["conditional"]), marker="o", label=label)
+        slots, values = range(1, 1 + len(row["conditional"])), _numbers(row["conditional"])
+        colour = f"C{list(names).index(row['drafter']) % 10}"
+        axis.plot(slots, values, styles[row["temperature"]], color=colour, marker="o", label=label)
     axis.set(xlabel="slot of the block", ylabel="accepted, given that all slots before were", ylim=(0, 1.02))
     axis.set_xticks(range(1, 1 + max(len(row["conditional"]) for row in rows)))
-    axis.legend()
+    axis.legend(ncols=2, fontsize="small")
     return _save(axis, path)
 
 
