@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from dspark.config import read_json, write_json
@@ -42,7 +43,7 @@ class ProfileConfig:
 
 
 QUICK = ProfileConfig(QUICK_BATCH_TOKENS, QUICK_REQUESTS, repeats=5)
-CONTEXT_REQUESTS = 16  # whose blocks are timed together
+MOST_REQUESTS = 64  # with a context of their own; more tokens than that are timed as several of each
 STEP_SECONDS = 3e-4  # planning, committing and Python around a step, measured at one stream
 
 
@@ -63,14 +64,14 @@ def measure_costs(
     """Median seconds by size, forced monotone. The drafter must not be serving: its storage is made anew.
 
     A target forward of B tokens is timed as B requests of one token, with its logits, their argmax and the
-    drafter's taking in of the taps; another one with whole blocks tells what reading a request's context costs.
+    drafter's taking in of the taps. Past MOST_REQUESTS requests have several tokens, and the contexts that as many
+    requests more would read are added: another forward, with whole blocks, tells what reading one costs.
     """
     decoder = target.decoder
     most = max(config.batch_tokens[-1], config.requests[-1])
     gamma = drafter.block_size if drafter is not None else 0
-    room = config.context + 1 + gamma
-    # Requests share cache slots where memory would grow beyond reason: what they read costs the same.
-    regions = min(most, 64)
+    regions = min(most, MOST_REQUESTS)
+    room = config.context + max(1 + gamma, -(-most // regions))
     cache = KVCache(decoder.config, regions * room, decoder.kv_dtype, decoder.device)
     for storage in cache.storage:
         storage.normal_()
@@ -79,11 +80,12 @@ def measure_costs(
         drafter.allocate(regions * room)
 
     @torch.inference_mode()
-    def forward(requests: int, rows: int = 1) -> None:
-        firsts = torch.tensor([i % regions * room for i in range(requests)], device=decoder.device)
-        segments = [Segment(rows, first, config.context + rows) for first in firsts.tolist()]
-        positions = (config.context + torch.arange(rows, device=decoder.device)).repeat(requests)
-        slots = firsts.repeat_interleave(rows) + positions
+    def forward(batch_tokens: int, requests: int) -> None:
+        rows = [len(part) for part in np.array_split(np.arange(batch_tokens), requests)]
+        segments = [Segment(n, i * room, config.context + n) for i, n in enumerate(rows)]
+        positions = torch.cat([config.context + torch.arange(n) for n in rows]).to(decoder.device)
+        firsts = torch.arange(0, requests * room, room).repeat_interleave(torch.tensor(rows))
+        slots = positions + firsts.to(decoder.device)
         attention = CachedAttention(cache.storage, slots, segments, decoder.config.group_size)
         tokens = torch.ones_like(positions)
         output = decoder.forward(tokens, positions, attention, taps)
@@ -97,28 +99,31 @@ def measure_costs(
         drafter.propose([ProbeRequest(tokens, i % regions * room) for i in range(requests)])
 
     if drafter is not None:
-        forward(1)  # the drafter's context must hold finite numbers
+        forward(1, 1)  # the drafter's context must hold finite numbers
     requests = config.requests if drafter is not None else ()
-    few, rows = CONTEXT_REQUESTS, 1 + gamma
+    few = max(1, regions // (1 + gamma))
+    many = few * (1 + gamma)
+    apart = min(many, regions)
     sizes = sorted({*config.batch_tokens, *requests})  # in a step, drafting follows a target forward of its size too
     jobs: dict[tuple[str, int], Callable[[], None]] = {}
     for n in sizes:
-        jobs |= {("target", n): partial(forward, n)} if n in config.batch_tokens else {}
+        jobs |= {("target", n): partial(forward, n, min(n, regions))} if n in config.batch_tokens else {}
         jobs |= {("draft", n): partial(propose, n)} if n in requests else {}
     # As many tokens of fewer requests: what is saved was spent on reading contexts.
-    jobs["apart", 0], jobs["together", 0] = partial(forward, few * rows), partial(forward, few, rows)
+    jobs["apart", 0], jobs["together", 0] = partial(forward, many, apart), partial(forward, many, few)
     seconds = median_seconds(jobs, config.repeats, on_done)
-    saved = seconds["apart", 0] - seconds["together", 0]
+    saved = max(0.0, seconds["apart", 0] - seconds["together", 0])
+    context_seconds = saved / max(1, apart - few)
     return CostTable.measured(
         target.source.name,
         str(decoder.dtype).removeprefix("torch."),
         machine_name(decoder.device),
         config.batch_tokens,
-        [seconds["target", n] for n in config.batch_tokens],
+        [seconds["target", n] + context_seconds * max(0, n - regions) for n in config.batch_tokens],
         requests,
         [seconds["draft", n] for n in requests],
         step_seconds=STEP_SECONDS,
-        context_seconds=saved / (few * gamma) if gamma else 0.0,
+        context_seconds=context_seconds,
     )
 
 
