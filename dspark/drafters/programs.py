@@ -12,8 +12,6 @@ from dspark.models import cpu_ops
 from dspark.models.config import DecoderConfig
 from dspark.models.cpu_ops import CompiledLinear, Program
 
-KEPT_PROGRAMS = 64  # for so many numbers of tokens; each holds its buffers
-
 
 class ContextProgram:
     """Callable: taps of committed tokens to the keys and values that all draft layers keep of them, in storage."""
@@ -21,42 +19,48 @@ class ContextProgram:
     def __init__(self, fc: CompiledLinear, norm: Tensor, context_kv: CompiledLinear, config: DecoderConfig):
         """fc [N, taps*C] -> [N, C], norm [C], context_kv [N, C] -> [N, L*2*K*D]."""
         self.fc, self.norm, self.context_kv, self.config = fc, norm, context_kv, config
-        self._programs: dict[tuple[int, bool], tuple[Program, Tensor, tuple[Tensor, ...]]] = {}
+        self._programs: dict[tuple[int, bool], Program] = {}
+        self._capacity = 0
+        self._buffers: tuple[Tensor, ...] = ()
 
     def __call__(self, taps: list[Tensor], cos: Tensor, sin: Tensor, slots: Tensor, storage: list[Tensor]) -> None:
         """taps [N, C] each; cos, sin [N, 1, D]; slots [N]; storage [slots, 2, K, D] a layer."""
-        key = len(slots), storage[0].dtype is torch.bfloat16
-        if key not in self._programs:
-            if len(self._programs) > KEPT_PROGRAMS:
-                self._programs.clear()
-            self._programs[key] = self._build(*key)
-        program, fused, _ = self._programs[key]
-        torch.cat(taps, -1, out=fused)
+        rows, in_bf16 = len(slots), storage[0].dtype is torch.bfloat16
+        if rows > self._capacity:
+            self._grow(rows)
+        if (rows, in_bf16) not in self._programs:
+            self._programs[rows, in_bf16] = self._build(rows, in_bf16)
+        program = self._programs[rows, in_bf16]
+        torch.cat(taps, -1, out=self._buffers[0][:rows])
         program.set("cos", cos.data_ptr())
         program.set("sin", sin.data_ptr())
         program.set("slots", slots.data_ptr())
         program.set("cache", np.array([layer.data_ptr() for layer in storage]))
         program.run()
 
-    def _build(self, rows: int, in_bf16: bool) -> tuple[Program, Tensor, tuple[Tensor, ...]]:
-        """The program, its input [N, taps*C], and the buffers that it writes."""
-        c, padded = self.config, rows + -rows % 16  # whole tiles are written
-        fused, product = torch.empty(rows, self.fc.inputs), torch.empty(padded, self.context_kv.outputs)
-        mixed, normed = torch.empty(2, padded, c.hidden_size)
-        rounded = torch.empty(torch.get_num_threads() * padded * self.fc.inputs)
-        at = {t: t.data_ptr() for t in (fused, mixed, normed, product, rounded)}
+    def _grow(self, rows: int) -> None:
+        """Buffers for so many rows, shared by the programs, which point into them and go when they move."""
+        self._capacity = rows + -rows % 16  # whole tiles are written
+        widths = self.fc.inputs, self.fc.outputs, self.fc.outputs, self.context_kv.outputs
+        rounded = torch.get_num_threads() * max(self.fc.inputs, self.context_kv.inputs)
+        self._buffers = tuple(torch.empty(self._capacity, width) for width in (*widths, rounded))
+        self._programs.clear()
+
+    def _build(self, rows: int, in_bf16: bool) -> Program:
+        c, width = self.config, self.context_kv.outputs
+        fused, mixed, normed, product, rounded = (buffer.data_ptr() for buffer in self._buffers)
         rotary = cpu_ops.kernel("rotary", c.num_kv_heads, c.head_dim)
-        store, width = cpu_ops.kernel("store", 2 * c.kv_size, in_bf16), self.context_kv.outputs
-        program = Program()
-        program.add(self.fc.kernel, *self.fc.fields(at[fused], at[mixed], at[rounded], rows))
+        store = cpu_ops.kernel("store", 2 * c.kv_size, in_bf16)
         norm = cpu_ops.kernel("rms_norm", c.hidden_size, c.rms_norm_eps)
-        program.add(norm, at[mixed], self.norm.data_ptr(), at[normed], rows)
-        program.add(self.context_kv.kernel, *self.context_kv.fields(at[normed], at[product], at[rounded], rows))
+        program = Program()
+        program.add(self.fc.kernel, *self.fc.fields(fused, mixed, rounded, rows))
+        program.add(norm, mixed, self.norm.data_ptr(), normed, rows)
+        program.add(self.context_kv.kernel, *self.context_kv.fields(normed, product, rounded, rows))
         for start in range(0, width, 2 * c.kv_size):
-            own = at[product] + 4 * start
+            own = product + 4 * start
             program.add(rotary, x=own, cos=0, sin=0, stride=width, rows=rows)
             program.add(store, x=own, cache=0, slots=0, stride=width, rows=rows)
-        return program, fused, (mixed, product, rounded)
+        return program
 
 
 class GreedyMarkov:
