@@ -46,7 +46,8 @@ def test_acceptance_of_drafters_with_the_same_folder_name(tmp_path, monkeypatch)
         {"drafter": "runs/b/drafter", "temperature": 0.2, "conditional": [0.5, 0.25, 0.75]},
     ]
     labels = []
-    monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda axis: labels.extend(axis.get_legend_handles_labels()[1]))
+    seen = lambda axis, **_: labels.extend(axis.get_legend_handles_labels()[1])  # noqa: E731
+    monkeypatch.setattr("matplotlib.axes.Axes.legend", seen)
     assert conditional_acceptance(rows, tmp_path / "figure.png").read_bytes().startswith(PNG)
     conditional_acceptance(rows[:1], tmp_path / "one.png")
     assert labels == ["runs/a/drafter, temperature 0", "runs/b/drafter, temperature 0.2", "drafter, temperature 0"]
