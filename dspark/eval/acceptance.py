@@ -17,30 +17,24 @@ from dspark.engine.llm import encode_prompt
 from dspark.engine.rounds import MACRO_AVERAGE, acceptance_by_domain
 from dspark.eval.plots import conditional_acceptance
 from dspark.eval.report import acceptance_table, print_report
-from dspark.eval.setting import check_options
+from dspark.eval.setting import Setting
 from dspark.eval.tasks import load_prompts
 from dspark.models.loader import load_target
 from dspark.sampling import SamplingParams
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(Setting):
     """Which drafters to measure, on which prompts, at which temperatures; every draft token is verified."""
 
-    model: str = "smollm2-135m"
     drafters: tuple[str, ...] = ("dspark",)
-    dtype: str = "bf16"
-    device: str = "cpu"
-    prompts: Path | None = None
-    limit: int | None = None
     temperatures: tuple[float, ...] = (0.0, 1.0)
     top_p: float = 1.0
-    max_new_tokens: int = 128
     streams: int = 16
     plot: Path | None = None
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p must be above 0 and at most 1, not {self.top_p}")
 

@@ -31,6 +31,7 @@ DRAFTERS = {"plain": "none", "ngram": "ngram"}  # dspark: the one the user names
 class BenchConfig(Setting):
     """What to compare, under which load. policy: of the system `dspark`."""
 
+    drafter: str = "dspark"
     policy: str | None = None
     streams: tuple[int, ...] = (1, 8)
     temperatures: tuple[float, ...] = (0.0, 1.0)

@@ -42,6 +42,7 @@ TRACE_SECONDS = 10.0  # of arrivals in the open loop, before it drains
 class LoadConfig(Setting):
     """What to run, under which loads, for how long. No policies: plain, every fixed length, and all scheduled ones."""
 
+    drafter: str = "dspark"
     policies: tuple[str, ...] = ()
     arrivals: str = "closed"  # closed, poisson or both
     streams: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)

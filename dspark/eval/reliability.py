@@ -52,6 +52,7 @@ def calibrate(fitting: Rounds, measuring: Rounds, dataset: str) -> tuple[Calibra
 class CalibrateConfig(Setting):
     """Which drafter to calibrate, on which prompts; every third prompt is kept for measuring."""
 
+    drafter: str = "dspark"
     temperatures: tuple[float, ...] = (0.0, 1.0)
     streams: int = 16
     out: Path | None = None  # None: beside the checkpoint

@@ -8,10 +8,12 @@ LEAST = {"max_new_tokens": 1, "streams": 1, "temperature": 0, "temperatures": 0,
 
 @dataclass(frozen=True)
 class Setting:
-    """Target, drafter, prompts and the length of answers; each measurement adds its own."""
+    """Target, prompts and the length of answers; each measurement adds its own, drafters first.
+
+    Raises ValueError naming a field in LEAST that is too small or NaN, or that is a tuple and empty or holds such.
+    """
 
     model: str = "smollm2-135m"
-    drafter: str = "dspark"
     dtype: str = "bf16"
     device: str = "cpu"
     prompts: Path | None = None
@@ -19,13 +21,9 @@ class Setting:
     max_new_tokens: int = 128
 
     def __post_init__(self) -> None:
-        check_options(self)
-
-
-def check_options(config: object) -> None:
-    """Raise ValueError naming a field in LEAST that is too small or NaN, or that is a tuple and empty or holds such."""
-    for name, least in LEAST.items():
-        value = getattr(config, name, least)
-        values = value if isinstance(value, tuple) else (value,)
-        if not values or not all(v >= least for v in values):
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not '{','.join(map(str, values))}'")
+        for name, least in LEAST.items():
+            value = getattr(self, name, least)
+            values = value if isinstance(value, tuple) else (value,)
+            if not values or not all(v >= least for v in values):
+                given = ",".join(map(str, values))
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not '{given}'")

@@ -36,11 +36,9 @@ class AttentionShape:
     @property
     def kernel(self) -> Kernel:
         shape = self.kv_heads, self.group, self.head_dim
-        return (
-            cpu_ops.kernel("tiled_attention", *shape)
-            if self.tiled
-            else cpu_ops.kernel("attention", *shape, self.in_bf16)
-        )
+        if self.tiled:
+            return cpu_ops.kernel("tiled_attention", *shape)
+        return cpu_ops.kernel("attention", *shape, self.in_bf16)
 
     def chunk_rows(self, requests: int) -> int:
         """Rows of a chunk at most; for few requests fewer, so that all threads have work."""

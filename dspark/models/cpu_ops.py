@@ -79,6 +79,7 @@ def _may_use_tiles() -> bool:
 
 @functools.cache
 def compiler() -> _Compiler | None:
+    """Of this process, with what the CPU can do in `machine`; None where kernels cannot run (see `available`)."""
     if not llvm.get_host_cpu_features().get("fma"):
         return None
     # The copy of libgomp that PyTorch brings and has already loaded; a second one would fight it for the cores.
