@@ -39,6 +39,7 @@ class Server:
     url: str
     model: str = ""  # as the server calls it, known after the first request
     in_flight: int = 0
+    answered: int = 0
     failures: int = 0  # in a row; requests under way together count once
     refusals: int = 0  # "come back later" in a row
     ready_at: float = 0.0
@@ -66,7 +67,7 @@ class ServerPool:
 
         Raises RefusedError if it cannot be had, ValueError if no server is left or one cannot be used at all.
         """
-        failures = Counter[str]()  # of this request, by server
+        failures, answered = 0, Counter[str]()
         while True:
             server = await self.free_server()
             started = time.monotonic()
@@ -74,6 +75,7 @@ class ServerPool:
             try:
                 reply = await self.send(server, body)
                 server.failures = server.refusals = 0
+                server.answered += 1
                 return reply
             except BusyError as busy:
                 if started >= server.ready_at:  # otherwise it pauses already, for what went wrong together
@@ -83,9 +85,10 @@ class ServerPool:
             except (FailedError, httpx2.RequestError) as error:
                 if started >= server.ready_at:
                     self.failed(server, f"{type(error).__name__} {error}".strip())
-                failures[server.url] += 1
-                if failures[server.url] > RETRIES and server in self.servers:  # it answers others
-                    raise RefusedError(f"gave up after {failures[server.url]} failures: {error}") from None
+                failures += server.answered > answered[server.url]  # a server that answers nothing is to blame itself
+                answered[server.url] = server.answered
+                if failures > RETRIES:
+                    raise RefusedError(f"gave up after {failures} failures: {error}") from None
             finally:
                 server.in_flight -= 1
 
