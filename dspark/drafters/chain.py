@@ -83,16 +83,11 @@ class ChainDrafter(BoundDrafter):
     def pair(self, embeddings: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """As the trained model's."""
 
-    def features_before(self, positions: Tensor, slots: Tensor) -> Tensor:
-        """Feature of the position before each, [N, C]."""
-        before = self._storage[1][(slots - 1).clamp(min=0)].to(self.target.compute_dtype)
-        return torch.where(positions[:, None] > 0, before, 0.0)
-
     @torch.inference_mode()
     def extend(self, taps: list[Tensor], tokens: Tensor, positions: Tensor, slots: Tensor) -> None:
         kv, features = self._storage
         features.index_copy_(0, slots, self.fuse(taps).to(features.dtype))
-        _, inputs = self.pair(self.target.embed(tokens), self.features_before(positions, slots))
+        _, inputs = self.pair(self.target.embed(tokens), self.features_before(self._storage[1], positions, slots))
         store(self.layer.qkv(inputs, *self.target.rotary(positions))[1], kv, slots)
 
     @torch.inference_mode()
@@ -101,7 +96,7 @@ class ChainDrafter(BoundDrafter):
         positions = torch.tensor([len(r.token_ids) - 1 for r in requests], device=device)
         slots = torch.tensor([r.first_slot for r in requests], device=device) + positions
         token = torch.tensor([r.token_ids[-1] for r in requests], device=device)
-        feature = self.features_before(positions, slots)
+        feature = self.features_before(self._storage[1], positions, slots)
         draw = self.sampler(requests)
         drawn: list[Slot] = []
         for k in range(self.block_size):

@@ -28,7 +28,8 @@ class DSparkDrafter(BoundDrafter):
     def __init__(self, model: DSparkModel, target: Decoder):
         """Raises ValueError if the drafter was trained for a target of another shape."""
         c = model.config.decoder
-        super().__init__(model, target, [(2, c.num_kv_heads, c.head_dim)] * len(model.layers))
+        of_feature = [(c.hidden_size,)] if model.config.feature_input else []
+        super().__init__(model, target, [(2, c.num_kv_heads, c.head_dim)] * len(model.layers) + of_feature)
         self.config, place = model.config, self.place
         weights = [
             {name: place(layer.get_parameter(name)) for name in layer_shapes(c)}  # pyright: ignore
@@ -50,6 +51,9 @@ class DSparkDrafter(BoundDrafter):
         maps = self.fc, self.context_kv
         if all(isinstance(m, CompiledLinear) and m.dense for m in maps) and not (c.qkv_bias or c.qk_norm):
             self.context_program = ContextProgram(self.fc, self.hidden_norm, self.context_kv, c)  # pyright: ignore
+        if self.config.feature_input:
+            self.input_proj = linear_map(place(model.input_proj.weight), target.dtype)
+            self.feature_norm, self.token_norm = place(model.feature_norm.weight), place(model.token_norm.weight)
         self.norm = place(model.norm.weight)
         self.markov = self.greedy_markov = None
         if model.markov_head is not None:
@@ -62,14 +66,27 @@ class DSparkDrafter(BoundDrafter):
             of_both, bias = (place(parameter) for parameter in model.confidence_head.proj.parameters())
             self.confidence_head = *of_both[0].split([c.hidden_size, model.config.markov_rank]), bias
 
+    @property
+    def _caches(self) -> list[Tensor]:
+        """Keys and values of the context, a layer each."""
+        return self._storage[: len(self.layers)]
+
+    @property
+    def _features(self) -> Tensor | None:
+        """Fused taps of committed positions [slots, C], where blocks start from them."""
+        return self._storage[-1] if self.config.feature_input else None
+
     @torch.inference_mode()
     def extend(self, taps: list[Tensor], tokens: Tensor, positions: Tensor, slots: Tensor) -> None:
         c = self.config.decoder
         cos, sin = self.target.rotary(positions)
         if self.context_program is not None and compiled_cache(self._storage[0]):
-            self.context_program(taps, cos, sin, slots, self._storage)
+            self.context_program(taps, cos, sin, slots, self._caches, self._features)
             return
-        context = rms_norm(self.fc(torch.cat(taps, -1)), self.hidden_norm, c.rms_norm_eps)
+        fused = self.fc(torch.cat(taps, -1))
+        if self._features is not None:
+            self._features.index_copy_(0, slots, fused.to(self._features.dtype))
+        context = rms_norm(fused, self.hidden_norm, c.rms_norm_eps)
         product = self.context_kv(context)
         if self.context_bias is not None:
             product = product + self.context_bias
@@ -77,7 +94,7 @@ class DSparkDrafter(BoundDrafter):
         if self.context_norm is not None:
             keys = kv[:, :, 0]
             keys.copy_(F.rms_norm(keys, (c.head_dim,), eps=c.rms_norm_eps) * self.context_norm)
-        for storage, layer_kv in zip(self._storage, kv.unbind(1), strict=True):
+        for storage, layer_kv in zip(self._caches, kv.unbind(1), strict=True):
             rotate_(layer_kv.flatten(1, 2), c.num_kv_heads, cos, sin)
             store(layer_kv, storage, slots)
 
@@ -88,19 +105,28 @@ class DSparkDrafter(BoundDrafter):
     def backbone(self, requests: list[DraftRequest]) -> Tensor:
         """One parallel pass over all blocks -> hidden states [R, G, C]."""
         g, device = self.config.num_slots, self.target.device
-        anchors = np.array([len(r.token_ids) - 1 for r in requests])
-        positions = (anchors[:, None] + np.arange(g)).ravel()
-        slots = positions + np.repeat([r.first_slot for r in requests], g)
-        tokens = np.full(len(positions), self.config.mask_token_id)
-        tokens[::g] = [r.token_ids[-1] for r in requests]
-        positions, slots, tokens = (torch.from_numpy(t).to(device) for t in (positions, slots, tokens))
-        x, (cos, sin) = self.target.embed(tokens), self.target.rotary(positions)
+        anchors, first_slots = np.array([(len(r.token_ids) - 1, r.first_slot) for r in requests]).T
+        positions = torch.from_numpy((anchors[:, None] + np.arange(g)).ravel()).to(device)
+        slots = torch.from_numpy((first_slots[:, None] + anchors[:, None] + np.arange(g)).ravel()).to(device)
+        tokens = torch.tensor([r.token_ids[-1] for r in requests], device=device)
+        x, (cos, sin) = self.block_inputs(tokens, positions[::g], slots[::g]), self.target.rotary(positions)
 
         segments = [self.segment(r, g, g) for r in requests]
-        attention = CachedAttention(self._storage, slots, segments, self.config.decoder.group_size)
+        attention = CachedAttention(self._caches, slots, segments, self.config.decoder.group_size)
         x, _ = self._stack(x, cos, sin, attention)
         hidden = rms_norm(x, self.norm, self.config.decoder.rms_norm_eps).view(len(requests), g, -1)
         return hidden[:, -self.block_size :]
+
+    def block_inputs(self, tokens: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
+        """What the first layer gets [R*G, C], as the trained model's, from the anchors' [R] tokens and places."""
+        r, masks = len(tokens), self.config.num_slots - 1
+        first, mask = self.target.embed(tokens), self.target.embed(torch.full_like(tokens, self.config.mask_token_id))
+        if self._features is not None:
+            eps = self.config.decoder.rms_norm_eps
+            feature = rms_norm(self.features_before(self._features, positions, slots), self.feature_norm, eps)
+            of_tokens = rms_norm(torch.cat([first, mask]), self.token_norm, eps)
+            first, mask = self.input_proj(torch.cat([feature.repeat(2, 1), of_tokens], -1)).split(r)
+        return torch.cat([first[:, None], mask[:, None].expand(-1, masks, -1)], 1).flatten(0, 1)
 
     def decode_block(self, requests: list[DraftRequest], hidden: Tensor) -> Draft:
         """The sequential head, left to right over hidden [R, G, C], each slot from the token sampled before it."""

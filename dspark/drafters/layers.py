@@ -73,6 +73,8 @@ class RMSNorm(nn.Module):
         """Computed in fp32; under autocast, in the precision of the products that follow."""
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
+        if torch.compiler.is_compiling():
+            return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps).to(dtype)
         return RMSNormFunction.apply(x, self.weight, self.eps, dtype)  # pyright: ignore
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dspark.drafters.layers import DrafterConfig, DraftLayer, DraftModel, RMSNorm, SlotOutputs, block_tokens
@@ -18,6 +19,8 @@ class DSparkConfig(DrafterConfig):
     """What a DSpark drafter is made of.
 
     markov_rank 0: no sequential head, as in DFlash; `markov_head` says which one else.
+    feature_input: slots start from a projection of [norm(fused taps before the anchor); norm(token)], as MTP's layer
+    does, instead of the token alone. Ours: the official format has no such drafters.
     own_position: the block is the anchor's slot, which predicts nothing, and block_size masks that predict the token
     at their own position (DFlash as z-lab has it); else each slot predicts the next position's token.
     """
@@ -30,6 +33,7 @@ class DSparkConfig(DrafterConfig):
     markov_head: Literal["vanilla", "gated", "rnn"] = "vanilla"
     confidence_head: bool = True
     own_position: bool = False
+    feature_input: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,6 +112,9 @@ class DSparkModel(DraftModel[DSparkConfig]):
         c = config.decoder
         self.fc = nn.Linear(len(config.tap_layers) * c.hidden_size, c.hidden_size, bias=False)
         self.hidden_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        if config.feature_input:
+            self.feature_norm, self.token_norm = (RMSNorm(c.hidden_size, c.rms_norm_eps) for _ in range(2))
+            self.input_proj = nn.Linear(2 * c.hidden_size, c.hidden_size, bias=False)
         self.layers = nn.ModuleList(DraftLayer(c) for _ in range(config.num_draft_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.markov_head = MarkovHead(config) if config.markov_rank else None
@@ -121,17 +128,29 @@ class DSparkModel(DraftModel[DSparkConfig]):
 
     def backbone(self, taps: Tensor, tokens: Tensor, anchors: Tensor, embedding: Tensor) -> Tensor:
         """Normed hidden states h_k [S, A, G, C]; of tokens, only the anchors' are read."""
-        context = self.hidden_norm(self.fc(taps))
+        fused = self.fc(taps)
+        context = self.hidden_norm(fused)
         block = torch.arange(self.config.num_slots, device=anchors.device)
         of_block = self.rotary(anchors[..., None] + block)
         of_context = self.rotary(torch.arange(taps.shape[1], device=anchors.device))
         context_mask = self.context_mask(anchors, taps.shape[1])
-        first = embedding[tokens.gather(1, anchors)].float()[:, :, None]
-        masks = embedding[self.config.mask_token_id].float().expand(*anchors.shape, len(block) - 1, -1)
-        x = torch.cat([first, masks], 2)
+        x = self.block_inputs(fused, tokens, anchors, embedding)
         for layer in self.layers:
             x = layer(x, context, context_mask, of_block, of_context)
         return self.norm(x[:, :, -self.config.block_size :])
+
+    def block_inputs(self, fused: Tensor, tokens: Tensor, anchors: Tensor, embedding: Tensor) -> Tensor:
+        """What the first layer gets, [S, A, slots, C] fp32: the anchor's, then the masks'; fused taps [S, T, C]."""
+        first = embedding[tokens.gather(1, anchors)].float()  # [S, A, C]
+        mask = embedding[self.config.mask_token_id, None].float()  # [1, C]
+        if self.config.feature_input:
+            before = F.pad(fused, (0, 0, 1, -1))  # of the position before each, zeros at 0
+            feature = self.feature_norm(before.gather(1, anchors[..., None].expand(-1, -1, before.shape[-1])))
+            of_feature, of_token = self.input_proj.weight.chunk(2, 1)
+            first, mask = (F.linear(self.token_norm(token), of_token) for token in (first, mask))
+            feature = F.linear(feature, of_feature)
+            first, mask = feature + first, feature + mask
+        return torch.stack([first, *[mask.expand_as(first)] * (self.config.num_slots - 1)], 2).float()
 
     def heads(self, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         """What the heads make of blocks: hidden [..., G, C], tokens [..., G] before each slot.
@@ -175,6 +194,10 @@ class DSparkModel(DraftModel[DSparkConfig]):
             self.fc.weight[:, -c:].copy_(torch.eye(c))
             self.hidden_norm.weight.copy_(first_norm)
             self.norm.weight.copy_(final_norm)
+            if self.config.feature_input:  # the first layer begins with its own input, and learns the token
+                self.input_proj.weight.zero_()
+                self.input_proj.weight[:, :c].copy_(torch.eye(c))
+                self.feature_norm.weight.fill_(tap_rms)
             if self.confidence_head is not None:
                 self.confidence_head.proj.weight.zero_()
                 self.confidence_head.proj.bias.zero_()

@@ -62,7 +62,7 @@ def official_tensors(model: DSparkModel, embedding: Tensor, lm_head: Tensor, dty
     """
     vocab_size = model.config.decoder.vocab_size
     if not torch.equal(model.d2t.cpu().long(), torch.arange(vocab_size)):
-        raise ValueError("the official format has no pruned draft vocabulary; train with draft_vocab_size = vocabulary")
+        raise ValueError("the official format has no pruned draft vocabulary; train with --official")
     state = {name: t for name, t in model.state_dict().items() if name != "d2t"}
     state |= dict(zip(FROZEN, (embedding, lm_head), strict=True))
     return {name: t.detach().cpu().to(dtype).contiguous() for name, t in sorted(state.items())}
@@ -71,8 +71,11 @@ def official_tensors(model: DSparkModel, embedding: Tensor, lm_head: Tensor, dty
 def config_to_official(config: DSparkConfig, dtype: torch.dtype) -> dict:
     """config.json of the format. Raises ValueError for what it cannot say and for a target that is no Qwen3."""
     c = config.decoder
-    if config.window or config.own_position:
-        raise ValueError("the official format has no draft window and no masks that predict their own position")
+    if config.window or config.own_position or config.feature_input:
+        raise ValueError(
+            "the official format has no draft window, no masks that predict their own position and no feature input; "
+            "train with --official"
+        )
     if not c.qk_norm or c.qkv_bias:
         raise ValueError("the official format is for drafters of Qwen3 targets")
     heads = {"enable_confidence_head": config.confidence_head, "markov_rank": config.markov_rank}

@@ -14,28 +14,32 @@ from dspark.models.cpu_ops import CompiledLinear, Program
 
 
 class ContextProgram:
-    """Callable: taps of committed tokens to the keys and values that all draft layers keep of them, in storage."""
+    """Callable: taps of committed tokens to what is kept of them: draft layers' keys and values, fused taps if asked."""
 
     def __init__(self, fc: CompiledLinear, norm: Tensor, context_kv: CompiledLinear, config: DecoderConfig):
         """fc [N, taps*C] -> [N, C], norm [C], context_kv [N, C] -> [N, L*2*K*D]."""
         self.fc, self.norm, self.context_kv, self.config = fc, norm, context_kv, config
-        self._programs: dict[tuple[int, bool], Program] = {}
+        self._programs: dict[tuple[int, bool, bool], Program] = {}
         self._capacity = 0
         self._buffers: tuple[Tensor, ...] = ()
 
-    def __call__(self, taps: list[Tensor], cos: Tensor, sin: Tensor, slots: Tensor, storage: list[Tensor]) -> None:
-        """taps [N, C] each; cos, sin [N, 1, D]; slots [N]; storage [slots, 2, K, D] a layer."""
-        rows, in_bf16 = len(slots), storage[0].dtype is torch.bfloat16
-        if rows > self._capacity:
-            self._grow(rows)
-        if (rows, in_bf16) not in self._programs:
-            self._programs[rows, in_bf16] = self._build(rows, in_bf16)
-        program = self._programs[rows, in_bf16]
-        torch.cat(taps, -1, out=self._buffers[0][:rows])
+    def __call__(
+        self, taps: list[Tensor], cos: Tensor, sin: Tensor, slots: Tensor, caches: list[Tensor], fused: Tensor | None
+    ) -> None:
+        """taps [N, C] each; cos, sin [N, 1, D]; slots [N]; caches [slots, 2, K, D] a layer; fused [slots, C]."""
+        key = len(slots), caches[0].dtype is torch.bfloat16, fused is not None
+        if len(slots) > self._capacity:
+            self._grow(len(slots))
+        if key not in self._programs:
+            self._programs[key] = self._build(*key)
+        program = self._programs[key]
+        torch.cat(taps, -1, out=self._buffers[0][: len(slots)])
         program.set("cos", cos.data_ptr())
         program.set("sin", sin.data_ptr())
         program.set("slots", slots.data_ptr())
-        program.set("cache", np.array([layer.data_ptr() for layer in storage]))
+        program.set("cache", np.array([layer.data_ptr() for layer in caches]))
+        if fused is not None:
+            program.set("fused", fused.data_ptr())
         program.run()
 
     def _grow(self, rows: int) -> None:
@@ -46,14 +50,17 @@ class ContextProgram:
         self._buffers = tuple(torch.empty(self._capacity, width) for width in (*widths, rounded))
         self._programs.clear()
 
-    def _build(self, rows: int, in_bf16: bool) -> Program:
+    def _build(self, rows: int, in_bf16: bool, keep_fused: bool) -> Program:
         c, width = self.config, self.context_kv.outputs
-        fused, mixed, normed, product, rounded = (buffer.data_ptr() for buffer in self._buffers)
+        taps, mixed, normed, product, rounded = (buffer.data_ptr() for buffer in self._buffers)
         rotary = cpu_ops.kernel("rotary", c.num_kv_heads, c.head_dim)
         store = cpu_ops.kernel("store", 2 * c.kv_size, in_bf16)
         norm = cpu_ops.kernel("rms_norm", c.hidden_size, c.rms_norm_eps)
         program = Program()
-        program.add(self.fc.kernel, *self.fc.fields(fused, mixed, rounded, rows))
+        program.add(self.fc.kernel, *self.fc.fields(taps, mixed, rounded, rows))
+        if keep_fused:
+            keep = cpu_ops.kernel("store", c.hidden_size, in_bf16)
+            program.add(keep, mixed, fused=0, slots=0, stride=c.hidden_size, rows=rows)
         program.add(norm, mixed, self.norm.data_ptr(), normed, rows)
         program.add(self.context_kv.kernel, *self.context_kv.fields(normed, product, rounded, rows))
         for start in range(0, width, 2 * c.kv_size):

@@ -45,7 +45,8 @@ def test_nan_logits_give_a_token_of_the_vocabulary():
 
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_context_equals_its_operations_one_by_one(dtype: torch.dtype):
+@pytest.mark.parametrize("keeps_fused", [False, True])
+def test_context_equals_its_operations_one_by_one(dtype: torch.dtype, keeps_fused: bool):
     torch.manual_seed(0)
     c, layers, slots = tiny_config(), 2, 40
     shape = slots, 2, c.num_kv_heads, c.head_dim
@@ -59,8 +60,12 @@ def test_context_equals_its_operations_one_by_one(dtype: torch.dtype):
         cos, sin = (t[torch.arange(rows) + 3][:, None] for t in table)
         where = torch.randperm(slots)[:rows]
         ours, expected = ([torch.zeros(shape, dtype=dtype) for _ in range(layers)] for _ in range(2))
-        context(taps, cos, sin, where, ours)
-        product = context_kv(rms_norm(fc(torch.cat(taps, -1)), norm, c.rms_norm_eps))
+        kept = torch.zeros(slots, c.hidden_size, dtype=dtype) if keeps_fused else None
+        context(taps, cos, sin, where, ours, kept)
+        fused = fc(torch.cat(taps, -1))
+        if kept is not None:
+            assert torch.equal(kept[where], fused.to(dtype)) and kept.count_nonzero() == fused.count_nonzero()
+        product = context_kv(rms_norm(fused, norm, c.rms_norm_eps))
         for storage, kv in zip(expected, product.view(rows, layers, 2, c.num_kv_heads, c.head_dim).unbind(1)):
             rotate_(kv.flatten(1, 2), c.num_kv_heads, cos, sin)
             store(kv, storage, where)
