@@ -39,6 +39,7 @@ def dspark(size: str, *data: Path, device: str = "cuda") -> TrainRun:
             head_learning_rate_scale=1.0,
             warmup_share=0.04,
             sequences_per_step=512,
+            sequences_at_once=1,
             anchors_per_sequence=512,
             loss=LossWeights(),
         ),

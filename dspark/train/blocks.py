@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+COUNTS = 32  # anchors are padded to a multiple of it, see `features.LENGTHS`
 
 
 @dataclass
@@ -28,7 +31,7 @@ def sample_blocks(
     """Random anchors a with loss_mask[a] and loss_mask[a + 1], at most num_anchors a sequence.
 
     loss_mask [S, T] bool; a generator for each sequence, so that its anchors depend neither on its company nor on
-    padding. Sequences with fewer valid anchors are padded with unsupervised blocks at 0.
+    padding. All sequences are padded to the same number, a multiple of COUNTS, with unsupervised blocks at 0.
     """
     s, t = loss_mask.shape
     valid = loss_mask[:, :-1] & loss_mask[:, 1:]
@@ -39,8 +42,9 @@ def sample_blocks(
     scores = scores.to(valid.device)
     count = min(num_anchors, int(valid.sum(1).max()))
     order = scores.argsort(1)[:, :count]
-    keep = valid.gather(1, order)
-    anchors = torch.where(keep, order, 0)
+    padding = 0, -count % COUNTS
+    keep = F.pad(valid.gather(1, order), padding)
+    anchors = torch.where(keep, F.pad(order, padding), 0)
     targets = anchors[..., None] + 1 + torch.arange(block_size, device=anchors.device)  # [S, A, G]
     inside = (targets < t) & keep[..., None]
     masked = loss_mask.gather(1, targets.clamp(max=t - 1).view(s, -1)).view(targets.shape)

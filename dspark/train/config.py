@@ -28,8 +28,9 @@ class TrainConfig:
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     sequences_per_step: int = 1
-    sequences_at_once: int = 1  # of a step, in memory together; gradients of the others are added to theirs
+    sequences_at_once: int = 4  # of a step, in memory together; gradients of the others are added to theirs
     anchors_per_sequence: int = 256
+    compile: bool = False  # by torch.compile: a minute at first, then faster; a resumed run may round otherwise
     parallel: ParallelKind = "ddp"  # how several processes share the work
     cache_gib: float = 6.0  # memory for the target's features
     feature_cache: str | None = None  # a folder for them on disk instead
@@ -51,6 +52,7 @@ class TrainConfig:
 # What a resumed run may change: none of it moves a weight, but for the rounding of sums.
 FREE = (
     "sequences_at_once",
+    "compile",
     "parallel",
     "cache_gib",
     "feature_cache",

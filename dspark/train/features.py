@@ -20,6 +20,7 @@ from dspark.models.decoder import Decoder
 from dspark.train.data import Example
 
 PACK_TOKENS = 512  # positions of one target forward; with more, a CPU is slower: they leave its second-level cache
+LENGTHS = 64  # batches are padded to a multiple of it: oneDNN compiles its products anew for every size
 LOGIT_ROWS = 64  # full-vocabulary rows alive at once while the log-normaliser is computed
 LOGIT_TILE = 8  # of them, in a CPU's second-level cache
 
@@ -42,7 +43,7 @@ class Features(NamedTuple):
 
 @dataclass
 class Batch:
-    """S examples padded to the longest: tokens [S, T], taps [S, T, taps*C]; hidden [S, A-1, C] and logsumexp [S, A-1]
+    """S examples padded to one length: tokens [S, T], taps [S, T, taps*C]; hidden [S, A-1, C] and logsumexp [S, A-1]
     begin at positions starts [S]. No block sees or is trained towards what is padding.
     """
 
@@ -57,7 +58,15 @@ def collate(examples: Sequence[Example], features: Sequence[Features]) -> Batch:
     taps, hidden, logsumexp = (pad_sequence(rows, batch_first=True) for rows in zip(*features))  # pyright: ignore
     tokens = pad_sequence([torch.tensor(e.token_ids) for e in examples], batch_first=True).to(taps.device)
     starts = torch.tensor([len(e.first_prompt) for e in examples], device=taps.device)
-    return Batch(tokens, F.pad(taps, (0, 0, 0, 2)), hidden, logsumexp, starts)
+    length = padded_length(examples)
+    tokens, taps = F.pad(tokens, (0, length - tokens.shape[1])), F.pad(taps, (0, 0, 0, length - taps.shape[1]))
+    return Batch(tokens, taps, hidden, logsumexp, starts)
+
+
+def padded_length(examples: Sequence[Example]) -> int:
+    """Positions of a batch."""
+    longest = max(len(e.token_ids) for e in examples)
+    return longest + -longest % LENGTHS
 
 
 class FeatureSource:

@@ -135,7 +135,6 @@ class SlotTargets:
     hidden: Tensor
     logsumexp: Tensor
     labels: Tensor
-    slots: Tensor  # [N] slot index k
     slot_weights: Tensor  # [N] exp(-k / decay), not normalised
 
 

@@ -34,7 +34,7 @@ class TrainRun:
     """All that a training run depends on.
 
     `initial` continues from a trained drafter and keeps its shape; otherwise `drafter` is the shape: a recipe, or a
-    name in `setup.DRAFTERS` of which the fields up to `window` make one (see `default_recipe`).
+    name in `setup.DRAFTERS` of which the fields up to `official` make one (see `default_recipe`).
     """
 
     data: tuple[Path, ...]
@@ -48,6 +48,7 @@ class TrainRun:
     draft_layers: int | None = None
     markov_head: Literal["vanilla", "gated", "rnn"] | None = None
     window: int = 0
+    official: bool = False
     max_length: int = 512  # tokens of an example, prompt included
     weights: tuple[float, ...] = ()  # the files' shares of an epoch; none: every example once
     heldout: int = 24  # examples kept for evaluation: whole prompts, chosen by hash
@@ -140,7 +141,7 @@ def make_trainer(run: TrainRun, target: Target) -> Trainer:
     else:
         recipe = run.drafter
         if isinstance(recipe, str):
-            shape = (run.block_size, run.draft_layers, run.markov_head, run.window)
+            shape = (run.block_size, run.draft_layers, run.markov_head, run.window, run.official)
             recipe = default_recipe(decoder, mask_token(target.tokenizer), recipe, *shape)
         model = new_drafter(decoder, load_state_dict(target.source), recipe, examples, run.train.seed)
 

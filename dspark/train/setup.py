@@ -21,7 +21,7 @@ DRAFTERS = ("dspark", "dflash", "dflash-zlab", "eagle3", "mtp")  # what can be t
 class DrafterRecipe:
     """The choices that make a drafter. `source_layers`: target layers that its draft layers start as copies of.
 
-    Mask, own_position and Markov head are DSpark's alone, see `DSparkConfig`; with rank 0 it is DFlash.
+    Mask, own_position, feature_input and Markov head are DSpark's alone, see `DSparkConfig`; with rank 0 it is DFlash.
     """
 
     tap_layers: tuple[int, ...]
@@ -32,6 +32,7 @@ class DrafterRecipe:
     draft_vocab_size: int = 8_192
     markov_head: Literal["vanilla", "gated", "rnn"] = "vanilla"
     own_position: bool = False
+    feature_input: bool = False
     kind: Literal["dspark", "eagle3", "mtp"] = "dspark"
     window: int = 0
 
@@ -55,11 +56,13 @@ def default_recipe(
     draft_layers: int | None = None,
     markov_head: Literal["vanilla", "gated", "rnn"] | None = None,
     window: int = 0,
+    official: bool = False,
 ) -> DrafterRecipe:
     """Taps spread over the depth, the last one being the input of the first copied layer and the output after it.
 
-    drafter: one of DRAFTERS. Block size 4, of MTP 1; two draft layers, of EAGLE-3 and MTP one. Raises ValueError for
-    another name and for what the drafter does not have.
+    drafter: one of DRAFTERS. Block size 4, of MTP 1; two draft layers, of EAGLE-3 and MTP one. official: as
+    `write_official` can write it, over the whole vocabulary and without `feature_input`, which DSpark has otherwise.
+    Raises ValueError for another name and for what the drafter does not have.
     """
     if drafter not in DRAFTERS:
         raise ValueError(f"a drafter to train is one of {', '.join(DRAFTERS)}; not '{drafter}'")
@@ -70,7 +73,7 @@ def default_recipe(
         raise ValueError(f"{drafter} has no sequential head that could be {markov_head}")
     if draft_layers is None:
         draft_layers = 1 if is_chain else 2
-    n = target.config.num_layers
+    n, vocab_size = target.config.num_layers, target.config.vocab_size
     first = max(1, n - draft_layers)
     # The identity start of `fc` is on the last tap: put the copied layers' own input there.
     taps = (*sorted({n // 4, n * 4 // 7, n - 1} - {first - 1}), first - 1)
@@ -82,7 +85,8 @@ def default_recipe(
         mask_token_id=mask_token_id,
         block_size=block_size,
         markov_rank=min(DrafterRecipe.markov_rank, target.config.hidden_size) if drafter == "dspark" else 0,
-        draft_vocab_size=min(DrafterRecipe.draft_vocab_size, target.config.vocab_size),
+        draft_vocab_size=vocab_size if official else min(DrafterRecipe.draft_vocab_size, vocab_size),
+        feature_input=drafter == "dspark" and not official,
         markov_head=markov_head or "vanilla",
         own_position=drafter == "dflash-zlab",
         kind=drafter if is_chain else "dspark",  # pyright: ignore

@@ -28,8 +28,11 @@ from dspark.train.config import FREE, TrainConfig, default_loss
 from dspark.train.data import Example
 from dspark.train.evaluate import accepted_length, by_slot, expected_acceptance
 from dspark.train.feature_cache import FeatureCache, model_digest
-from dspark.train.features import Batch, FeatureSource, collate
+from dspark.train.features import Batch, FeatureSource, collate, padded_length
 from dspark.train.loss import SlotTargets, dspark_loss
+
+SORTED_STEPS = 32  # in the order of their lengths
+ROWS = 256  # supervised slots are padded to a multiple of it, see `features.LENGTHS`
 
 
 @dataclass
@@ -56,7 +59,7 @@ class Trainer:
         config: TrainConfig,
         decode: Callable[[DraftModel], list[dict]] = lambda _: [],
     ):
-        """Raises ValueError if a step has fewer examples than there are processes."""
+        """Raises ValueError if a step has fewer examples than there are processes, or if nothing compiles here."""
         if min(config.sequences_per_step, len(examples)) < parallel.size():
             raise ValueError(
                 f"{parallel.size()} processes need an example each at every step: raise sequences_per_step"
@@ -69,6 +72,9 @@ class Trainer:
             folder, size = Path(config.feature_cache), int(config.feature_cache_gib * 2**30)
             self.features = FeatureCache(self.features, folder, examples + heldout, size)
         model.to(target.device)
+        if config.compile:
+            check_compiler(target.device)
+            model.compile(dynamic=True)
         self.global_loss = parallel.wrap(model, self.loss, config.parallel)
         self.optimizer = make_optimizer(model, config)
         self.decode = decode
@@ -110,7 +116,7 @@ class Trainer:
 
     def sample_blocks(self, indices: list[int], examples: list[Example], step: int) -> Blocks:
         """Blocks of these examples, others at each step: slots are supervised inside answers only."""
-        length = max(len(examples[i].token_ids) for i in indices)
+        length = padded_length([examples[i] for i in indices])
         loss_mask = torch.zeros(len(indices), length, dtype=torch.bool, device=self.target.device)
         for row, i in zip(loss_mask, indices, strict=True):
             for start, end in examples[i].answer_spans:
@@ -131,28 +137,31 @@ class Trainer:
         fast = self.product_dtype is torch.bfloat16
         with torch.autocast(self.target.device.type, torch.bfloat16, enabled=fast):
             outputs = self.model(batch.taps.float(), batch.tokens, blocks.anchors, self.target.embedding)
-        supervised = blocks.supervised
-        sequence, _, slots = supervised.nonzero(as_tuple=True)  # [N] each
-        positions = blocks.positions()[supervised]
+        index = blocks.supervised.flatten().nonzero()[:, 0]
+        count = len(index)
+        index = torch.cat([index, index[:1].expand(-count % ROWS)])  # padding, which weighs nothing
+        sequence, _, slots = torch.unravel_index(index, blocks.supervised.shape)  # [N] each
+        positions = blocks.positions().flatten()[index]
         rows = positions - batch.starts[sequence]
+        weights = self.slot_weights(slots)
+        weights[count:] = 0.0
         targets = SlotTargets(
             batch.hidden[sequence, rows].float(),
             batch.logsumexp[sequence, rows],
             self.t2d[batch.tokens[sequence, positions + 1]],
-            slots,
-            self.slot_weights(slots),
+            weights,
         )
         loss, acceptance = dspark_loss(
-            outputs.hidden[supervised],
-            outputs.features[supervised],
+            outputs.hidden.flatten(0, 2).index_select(0, index),
+            outputs.features.flatten(0, 2).index_select(0, index),
             outputs.w2,
             self.head,
-            None if outputs.confidence is None else outputs.confidence[supervised],
+            None if outputs.confidence is None else outputs.confidence.flatten()[index],
             targets,
             self.loss_weights,
             weight_sum,
         )
-        return loss, acceptance, slots
+        return loss, acceptance[:count], slots[:count]
 
     @property
     def product_dtype(self) -> torch.dtype:
@@ -185,11 +194,18 @@ class Trainer:
         return self.config.learning_rate * 0.5 * (1 + math.cos(math.pi * (self.share_done - warmup) / (1 - warmup)))
 
     def next_indices(self) -> list[int]:
-        """Examples of the coming step: epochs are seeded permutations."""
+        """Examples of the coming step: epochs are seeded permutations, in which those of a step are of like length.
+
+        So little of a batch is padding. Steps of a length stay apart: only SORTED_STEPS of them are sorted together.
+        """
         size = min(self.config.sequences_per_step, len(self.examples))
         epoch, i = divmod(self.progress.step, self.steps_per_epoch)
         generator = torch.Generator().manual_seed(self.config.seed * 7_919 + epoch)
-        return torch.randperm(len(self.examples), generator=generator)[i * size : (i + 1) * size].tolist()
+        order = torch.randperm(len(self.examples), generator=generator)
+        first = i - i % SORTED_STEPS
+        window = order[first * size : min(first + SORTED_STEPS, self.steps_per_epoch) * size].tolist()
+        steps = torch.tensor(sorted(window, key=lambda j: len(self.examples[j].token_ids))).view(-1, size)
+        return steps[torch.randperm(len(steps), generator=generator)[i - first]].tolist()
 
     # -- the run ----------------------------------------------------------------------------------
 
@@ -267,6 +283,17 @@ class Trainer:
                 "digest": digest.hexdigest(),
             },
         }
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise ValueError unless torch.compile works here."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(8, device=device))
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"torch.compile does not work here ({reason}); install g++, or train without --compile"
+        ) from None
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:

@@ -107,7 +107,6 @@ def test_loss_terms_and_gradients(variant: str):
         FORWARD["last_hidden_state"][sequence, positions],
         FORWARD["logits"][sequence, positions].logsumexp(-1),
         training["target_ids"][seen],
-        slots,
         torch.exp(-slots / 4.0),
     )
 

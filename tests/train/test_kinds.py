@@ -1,17 +1,22 @@
 """Drafters of every kind learn, and what they learn shows in live decoding; recipes make what their name says."""
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import pytest
 import torch
 
+from dspark.drafters.checkpoint import write_official
 from dspark.drafters.eagle3 import Eagle3Model
 from dspark.drafters.load import bind
 from dspark.drafters.model import DSparkModel
 from dspark.drafters.mtp import MtpModel
 from dspark.engine.engine import Engine, EngineConfig
+from dspark.models.decoder import Decoder
 from dspark.sampling import SamplingParams
 from dspark.train.config import CHAIN_LOSS, DFLASH_LOSS, DSPARK_LOSS, TrainConfig
 from dspark.train.data import Example
-from dspark.train.setup import DRAFTERS, default_recipe, new_drafter
+from dspark.train.setup import DRAFTERS, DrafterRecipe, default_recipe, new_drafter
 from dspark.train.trainer import Trainer
 from tests.tiny import plain_greedy, tiny_config, tiny_state_dict, tiny_target
 
@@ -65,14 +70,28 @@ def test_every_weight_is_trained(kind: str):
 
 def test_recipes_by_name():
     recipes = {kind: default_recipe(TARGET, 1, kind) for kind in DRAFTERS}
-    assert {kind: (r.tap_layers, r.block_size, r.markov_rank, r.own_position) for kind, r in recipes.items()} == {
-        "dspark": ((2, 3, 1), 4, 32, False),
-        "dflash": ((2, 3, 1), 4, 0, False),
-        "dflash-zlab": ((2, 3, 1), 4, 0, True),
-        "eagle3": ((1, 3, 2), 4, 0, False),
-        "mtp": ((3,), 1, 0, False),
+    shapes = {
+        kind: (r.tap_layers, r.block_size, r.markov_rank, r.own_position, r.feature_input)
+        for kind, r in recipes.items()
+    }
+    assert shapes == {
+        "dspark": ((2, 3, 1), 4, 32, False, True),
+        "dflash": ((2, 3, 1), 4, 0, False, False),
+        "dflash-zlab": ((2, 3, 1), 4, 0, True, False),
+        "eagle3": ((1, 3, 2), 4, 0, False, False),
+        "mtp": ((3,), 1, 0, False, False),
     }
     assert default_recipe(TARGET, 1, "eagle3", block_size=7).block_size == 7
+
+
+def test_an_official_drafter_can_be_written_as_one(tmp_path, monkeypatch):
+    target = Decoder(replace(tiny_config(), qk_norm=True), tiny_state_dict(replace(tiny_config(), qk_norm=True)))
+    for official in (False, True):
+        monkeypatch.setattr(DrafterRecipe, "draft_vocab_size", 20)
+        recipe = default_recipe(target, 63, official=official)
+        model = new_drafter(target, tiny_state_dict(target.config), recipe, EXAMPLES, seed=0)
+        with nullcontext() if official else pytest.raises(ValueError, match="train with --official"):
+            write_official(model, target.embedding, target.lm_head_weight, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ class Case:
 
     def targets(self, decay: float) -> SlotTargets:
         logsumexp = (self.target_hidden @ self.target_head.T).logsumexp(-1)
-        return SlotTargets(self.target_hidden, logsumexp, self.labels, self.slots, torch.exp(-self.slots / decay))
+        return SlotTargets(self.target_hidden, logsumexp, self.labels, torch.exp(-self.slots / decay))
 
 
 def make_case(dtype: torch.dtype = torch.float64, draft_vocab: int = DRAFT_VOCAB, rank: int = RANK) -> Case:

@@ -1,5 +1,6 @@
 """Training: it learns, it stops when told to, and a resumed run is the run that was never stopped."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -105,6 +106,59 @@ def test_a_step_in_parts_is_the_whole_step(at_once: int):
     assert result.slots > 8
     for whole, parts in zip(*gradients, strict=True):
         torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-5)
+
+
+def test_an_epoch_is_every_example_once_in_steps_of_like_length():
+    trainer = make_trainer(sequences_per_step=4)
+    lengths = [5, 9, 30, 6, 7, 28, 40, 8, 31, 90, 95, 93]
+    trainer.examples = [Example((1,), tuple(range(n))) for n in lengths]
+
+    def epoch(number: int) -> list[list[int]]:
+        steps = []
+        for i in range(3):
+            trainer.progress.step = 3 * number + i
+            steps.append(trainer.next_indices())
+        return steps
+
+    first, second = epoch(0), epoch(1)
+    by_length = [sorted(range(12), key=lambda i: lengths[i])[i : i + 4] for i in (0, 4, 8)]
+    assert sorted(first) == sorted(second) == sorted(by_length)
+    assert first == epoch(0) and len({str(epoch(n)) for n in range(8)}) > 1
+
+
+def test_padding_moves_no_gradient(monkeypatch):
+    gradients = []
+    for multiple in (1, 7):
+        monkeypatch.setattr("dspark.train.features.LENGTHS", multiple)
+        monkeypatch.setattr("dspark.train.blocks.COUNTS", multiple)
+        monkeypatch.setattr("dspark.train.trainer.ROWS", multiple)
+        trainer = make_trainer()
+        trainer.optimizer.step = lambda: None  # pyright: ignore
+        trainer.step(list(range(8)))
+        gradients.append([p.grad for p in trainer.model.parameters()])
+    for plain, padded in zip(*gradients, strict=True):
+        torch.testing.assert_close(padded, plain, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_compiled_it_is_the_same_step():
+    outcomes = []
+    for compiled in (False, True):
+        trainer = make_trainer(compile=compiled, feature_input=True, num_layers=1)
+        outcomes.append((trainer.step(list(range(8))).loss, list(trainer.model.parameters())))
+    (loss, weights), (other, compiled) = outcomes
+    assert other == pytest.approx(loss, rel=1e-5)
+    for a, b in zip(weights, compiled, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_without_a_compiler_it_says_so(monkeypatch):
+    def fails(*_args, **_more):
+        raise RuntimeError("no C++ compiler\ndetails")
+
+    monkeypatch.setattr(torch, "compile", lambda function: fails)
+    with pytest.raises(ValueError, match=r"torch\.compile does not work here \(no C\+\+ compiler\); install g\+\+"):
+        make_trainer(compile=True)
 
 
 def test_by_epochs_the_budget_and_the_schedule_are_steps(tmp_path):
