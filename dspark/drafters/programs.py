@@ -14,7 +14,7 @@ from dspark.models.cpu_ops import CompiledLinear, Program
 
 
 class ContextProgram:
-    """Callable: taps of committed tokens to what is kept of them: draft layers' keys and values, fused taps if asked."""
+    """Callable: taps of committed tokens to what is kept of them: layers' keys and values, fused taps if asked."""
 
     def __init__(self, fc: CompiledLinear, norm: Tensor, context_kv: CompiledLinear, config: DecoderConfig):
         """fc [N, taps*C] -> [N, C], norm [C], context_kv [N, C] -> [N, L*2*K*D]."""
