@@ -166,7 +166,7 @@ class Engine:
         started = time.perf_counter()
         plan = self.scheduler.schedule()
         planned = time.perf_counter()
-        wanted = self.requests_to_draft(plan)
+        wanted = self.to_draft(plan)
         decided = time.perf_counter()
         draft = self.draft(plan, wanted) if wanted else None
         drafted = time.perf_counter()
@@ -190,16 +190,17 @@ class Engine:
         self.times.verified += int(verify_lengths.sum())
         return new_tokens
 
-    def requests_to_draft(self, plan: StepPlan) -> int:
-        """How many decoding sequences to draft for: 0 where nothing decodes, nothing drafts or it would not pay."""
+    def to_draft(self, plan: StepPlan) -> list[int]:
+        """Which of the decoding sequences to draft for: none where nothing drafts or it would not pay."""
         if self.drafter is None or not plan.decoding:
-            return 0
-        return self.prefix_scheduler.requests_to_draft(load_of(plan))
+            return []
+        return self.prefix_scheduler.to_draft(load_of(plan))
 
-    def draft(self, plan: StepPlan, count: int) -> Draft:
-        """Proposals for the first `count` decoding sequences, empty ones for the others."""
+    def draft(self, plan: StepPlan, wanted: list[int]) -> Draft:
+        """Proposals for these of the decoding sequences, empty ones for the others."""
         assert self.drafter is not None
-        return self.drafter.propose([chunk.sequence for chunk in plan.decoding[:count]]).padded(len(plan.decoding))
+        draft = self.drafter.propose([plan.decoding[i].sequence for i in wanted])
+        return draft.placed(wanted, len(plan.decoding))
 
     def choose(self, plan: StepPlan, draft: Draft | None) -> torch.Tensor:
         """Verify lengths [R] of the decoding sequences, none past what the request may still emit."""
@@ -236,4 +237,5 @@ class Engine:
 
 
 def load_of(plan: StepPlan) -> Load:
-    return Load(len(plan.decoding), sum(chunk.count for chunk in plan.prefill))
+    ids = tuple(chunk.sequence.request_id for chunk in plan.decoding)
+    return Load(ids, sum(chunk.count for chunk in plan.prefill))

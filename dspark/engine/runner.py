@@ -116,7 +116,7 @@ class Runner:
             shape = (len(sequences), 0)
             tokens = torch.empty(shape, dtype=torch.int64)
             return Draft.unsampled(tokens, torch.empty(shape), torch.zeros(len(sequences), dtype=torch.int64))
-        return draft.padded(len(sequences))
+        return draft.placed(list(range(len(draft.lengths))), len(sequences))
 
     @torch.inference_mode()
     def extend_drafter(self, batch: Batch, output: DecoderOutput, accepted: list[int]) -> None:

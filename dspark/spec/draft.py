@@ -44,10 +44,10 @@ class Draft:
         """All that confidence is made of: the logit, then the evidence, [R, G, 1 + E]."""
         return torch.cat([self.confidence_logits[..., None], self.evidence], -1)
 
-    def padded(self, requests: int) -> "Draft":
-        """The same with empty rows appended, for requests that nothing was drafted for."""
-        more = requests - len(self.lengths)
-        if not more:
+    def placed(self, rows: list[int], requests: int) -> "Draft":
+        """The same as the given rows, ascending, of a draft for so many requests; the other rows are empty."""
+        if len(rows) == requests:
             return self
+        index = torch.tensor(rows, device=self.tokens.device)
         fields = (self.tokens, self.support, self.draft_probs, self.confidence_logits, self.lengths, self.evidence)
-        return Draft(*(torch.cat([t, t.new_zeros(more, *t.shape[1:])]) for t in fields))
+        return Draft(*(t.new_zeros(requests, *t.shape[1:]).index_copy_(0, index, t) for t in fields))

@@ -10,12 +10,14 @@ show for each is that the decision to stop looks no further. docs/losslessness.m
 Shapes: R requests, G slots, n = slots with a draft token of all requests together.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dspark.spec.cost_table import CostTable
@@ -26,15 +28,15 @@ __all__ = [
     "Load",
     "PrefixScheduler",
     "StaleBudget",
-    "SurvivalMeans",
+    "Survivals",
     "Threshold",
     "ThroughputGreedy",
     "Walk",
     "algorithm_1",
     "best_budget",
-    "decode_seconds",
     "foresight",
     "rates",
+    "step_seconds",
     "survival",
     "walk",
 ]
@@ -47,20 +49,25 @@ Ints = NDArray[np.int64]
 class Load:
     """What is known of a step before anything is drafted."""
 
-    requests: int  # that decode
+    ids: tuple[int, ...]  # of the requests that decode, the oldest first
     other_tokens: int = 0  # of prompts, in the same batch
+
+    @property
+    def requests(self) -> int:
+        return len(self.ids)
 
 
 class PrefixScheduler(Protocol):
     """Chooses verify lengths, once a round and in the order of rounds: it may remember what it saw."""
 
-    def requests_to_draft(self, load: Load) -> int:
-        """For how many of the decoding requests, the oldest first, to draft this round; asked before drafting."""
+    def to_draft(self, load: Load) -> list[int]:
+        """For which of the load's requests to draft this round, by index, ascending; asked before drafting."""
         ...
 
     def choose(self, confidence: Tensor, lengths: Tensor, load: Load) -> Tensor:
         """Verify lengths [R] int64 from confidence [R, G] and draft lengths [R], which they never exceed.
 
+        A request that nothing was drafted for has draft length 0.
         Slots at and past a request's length are padding; confidence may be anything, NaN too.
         """
         ...
@@ -82,10 +89,9 @@ class Walk(NamedTuple):
 
 def survival(confidence: Tensor, lengths: Tensor) -> Floats:
     """a_k = product of c_1..c_k, [R, G] float64; NaN counts as 0, everything is clipped to 0..1, padding is 0."""
-    c = confidence.numpy(force=True).astype(np.float64)
-    c = np.where(c > 0, np.minimum(c, 1.0), 0.0)  # NaN > 0 is false
-    c[np.arange(c.shape[1]) >= lengths.numpy(force=True)[:, None]] = 0.0
-    return np.cumprod(c, axis=1, dtype=np.float64)
+    c = np.minimum(np.fmax(confidence.numpy(force=True).astype(np.float64), 0.0), 1.0)  # fmax of NaN and 0 is 0
+    c *= np.arange(c.shape[1]) < lengths.numpy(force=True)[:, None]
+    return np.cumprod(c, axis=1, out=c)
 
 
 def walk(values: Floats, lengths: Tensor) -> Walk:
@@ -97,25 +103,31 @@ def walk(values: Floats, lengths: Tensor) -> Walk:
     return Walk(request[order], flat[order])
 
 
-def decode_seconds(costs: CostTable, load: Load, batch_tokens: ArrayLike, requests_drafted: ArrayLike = 0) -> Floats:
-    """Seconds of a step, elementwise, less what its prompt tokens cost on top of plain decoding.
+@lru_cache(maxsize=4096)
+def step_seconds(costs: CostTable, requests: int, other_tokens: int, drafted: int, slots: int) -> Floats:
+    """Seconds of a step that verifies 0..slots draft tokens, less what its prompts cost on top of plain decoding.
 
     Prompts must be computed whatever is drafted. Counted in, they make a step look so slow that draft tokens pay
-    which cost more than the tokens of an ordinary step.
+    which cost more than the tokens of an ordinary step. drafted: requests that are drafted for.
     """
-    requests = load.requests
-    prompts = costs.target(requests + load.other_tokens, requests) - costs.target(requests, requests)
-    return costs.seconds(batch_tokens, requests, requests_drafted) - prompts
+    tokens = requests + other_tokens
+    prompts = costs.target(tokens, requests) - costs.target(requests, requests)
+    seconds = costs.seconds(tokens + np.arange(slots + 1), requests, drafted) - prompts
+    seconds.setflags(write=False)  # it is shared
+    return seconds
 
 
-def rates(values: Floats, costs: CostTable, load: Load) -> Floats:
+def rates(values: Floats, costs: CostTable, load: Load, drafted: int) -> Floats:
     """tau·SPS(B), expected tokens a second, if the first 0..n slots are verified: survival [n] -> [n + 1].
 
-    Entry i depends on the first i values only. SPS counts the time of drafting for all requests, not that of prompts.
+    Entry i depends on the first i values only. SPS counts the time of drafting for `drafted` requests, not that of
+    prompts.
     """
-    tau = load.requests + np.cumsum(np.append(0.0, values))  # a request without draft tokens still gets one token
-    batch_tokens = load.requests + load.other_tokens + np.arange(len(values) + 1)
-    return tau / decode_seconds(costs, load, batch_tokens, load.requests)
+    tau = np.empty(len(values) + 1)
+    tau[0] = load.requests  # a request without draft tokens still gets one token
+    np.cumsum(values, out=tau[1:])
+    tau[1:] += load.requests
+    return tau / step_seconds(costs, load.requests, load.other_tokens, drafted, len(values))
 
 
 def first_false(go_on: NDArray[np.bool_]) -> int:
@@ -123,66 +135,130 @@ def first_false(go_on: NDArray[np.bool_]) -> int:
     return int(np.append(go_on, False).argmin())
 
 
-def algorithm_1(values: Floats, costs: CostTable, load: Load) -> int:
+def algorithm_1(values: Floats, costs: CostTable, load: Load, drafted: int) -> int:
     """DSpark, Algorithm 1: admit while the rate strictly rises, stop at the first slot that does not raise it."""
-    rate = rates(values, costs, load)
+    rate = rates(values, costs, load, drafted)
     return first_false(rate[1:] > rate[:-1])
 
 
-def best_budget(values: Floats, costs: CostTable, load: Load) -> int:
+def best_budget(values: Floats, costs: CostTable, load: Load, drafted: int) -> int:
     """The best number of slots over all, the least of equals. NOT lossless on the survivals of today's walk."""
-    return int(rates(values, costs, load).argmax())
+    return int(rates(values, costs, load, drafted).argmax())
 
 
-def foresight(values: Floats, budget: int, costs: CostTable, load: Load) -> int:
+def foresight(values: Floats, budget: int, costs: CostTable, load: Load, drafted: int) -> int:
     """Verify `budget` slots, fixed beforehand: fewer where nothing can be gained any more, more by Algorithm 1.
 
     values [n] is today's walk. At step i it looks at the first i + 1 of it. No later slot survives more surely than
     slot i + 1, so after m more steps the rate is at most (tau_i + m·a_{i+1}) · SPS(B_i + m). Between two sizes of the
     cost table that is monotone in m, so the best of it is found at the table's sizes.
     """
-    rate = rates(values, costs, load)
-    steps = np.arange(len(values))
+    rate = rates(values, costs, load, drafted)
     go_on = rate[1:] > rate[:-1]  # past the budget
     ahead = min(budget, len(values))
     if ahead:
-        base = load.requests + load.other_tokens
-        last = base + len(values)
-        sizes = np.array([size for size in costs.batch_tokens if base < size < last] + [last])  # [P]
-        tau = load.requests + np.cumsum(np.append(0.0, values[: ahead - 1]))  # [ahead]
-        more = sizes - (base + steps[:ahead, None])  # m [ahead, P]
-        bound = (tau[:, None] + more * values[:ahead, None]) / decode_seconds(costs, load, sizes, load.requests)
+        seconds = step_seconds(costs, load.requests, load.other_tokens, drafted, len(values))
+        counts = measured_counts(costs, load.requests + load.other_tokens, len(values))  # [P]
+        tau = rate[:ahead] * seconds[:ahead]
+        more = counts - np.arange(ahead)[:, None]  # m [ahead, P]
+        bound = (tau[:, None] + more * values[:ahead, None]) / seconds[counts]
         go_on[:ahead] = np.where(more > 0, bound, 0.0).max(1) > rate[:ahead]
     return first_false(go_on)
+
+
+@lru_cache(maxsize=4096)
+def measured_counts(costs: CostTable, batch_tokens: int, slots: int) -> Ints:
+    """How many draft tokens, `slots` at most and among them, bring a step to a size of the cost table."""
+    return np.array([n - batch_tokens for n in costs.batch_tokens if 0 < n - batch_tokens < slots] + [slots])
 
 
 # ---- what past rounds tell
 
 
 KEPT_ROWS = 128  # blocks that stand for the mix of easy and hard ones
-ASK_EVERY = 8  # rounds of the same load that one answer to "does drafting pay" holds for
+KEPT_OWN = 32  # of one request
+ASK_EVERY = 8  # rounds that one answer to "for how many does drafting pay" holds for
 PAYS = 1.03  # times plain decoding that drafting must promise: costs and survivals are estimates
+SHARES = 8  # parts of the running requests that drafting may be tried for
 PROBES = 4  # requests drafted for, now and then, while drafting does not pay
+FADE = 0.95  # how much less a request's block weighs than its next one
+NEVER = 1 << 30  # rounds since a block that there was not
+DOUBT = 4.0  # blocks of its own after which a request is trusted as much as all requests' mean
 
 
-class SurvivalMeans:
-    """Survival in past rounds: running means by position, older ones exponentially forgotten, and the last blocks."""
+class Survivals:
+    """Survival in past rounds: running means by position, the last blocks of all, and those of each request."""
 
     def __init__(self, decay: float = 0.98):
+        """decay: how much less a round weighs than the one after it in the means of all requests."""
         self.decay = decay
         self.recent: Floats = np.zeros((0, 0))  # [<= KEPT_ROWS, G]: the last whole blocks
         self.totals: Floats = np.zeros(0)  # [G]
         self.counts: Floats = np.zeros(0)  # [G]
+        self.rounds = 0
+        self.places: dict[int, int] = {}  # of requests, by id, in the following
+        self.own: Floats = np.zeros((0, KEPT_OWN, 0))  # a request's last blocks, in a ring
+        self.number: Ints = np.zeros(0, np.int64)  # of its blocks ever
+        self.blocks: Floats = np.zeros(0)  # faded number of its blocks
+        self.survived: Floats = np.zeros(0)  # faded sum of their survivals
+        self.last: Ints = np.zeros(0, np.int64)  # round of its last block
 
-    def observe(self, values: Floats, lengths: Tensor) -> None:
-        """Take in a round: survival [R, G] and draft lengths [R]."""
-        valid = np.arange(values.shape[1]) < lengths.numpy(force=True)[:, None]
+    def observe(self, values: Floats, lengths: Tensor, ids: Sequence[int]) -> None:
+        """Take in a round: survival [R, G], draft lengths [R] and ids [R]."""
+        drafted, slots = lengths.numpy(force=True), values.shape[1]
         if not len(self.totals):
-            self.totals, self.counts = np.zeros((2, values.shape[1]))
+            self.totals, self.counts = np.zeros((2, slots))
+            self.own = np.zeros((0, KEPT_OWN, slots))
+        self.rounds += 1
         self.totals = self.decay * self.totals + values.sum(0)
-        self.counts = self.decay * self.counts + valid.sum(0)
-        whole = values[valid.all(1)]
-        self.recent = np.concatenate([self.recent.reshape(-1, values.shape[1]), whole])[-KEPT_ROWS:]
+        self.counts = self.decay * self.counts + (np.arange(slots) < drafted[:, None]).sum(0)
+        whole = drafted == slots
+        values, at = values[whole], self.at(ids)[whole]
+        # Where some are chosen for surviving well, only those that were not known yet stand for all.
+        typical = values if len(at) == len(ids) else values[self.number[at] == 0]
+        self.recent = np.concatenate([self.recent.reshape(-1, slots), typical])[-KEPT_ROWS:]
+        self.survived[at] = FADE * self.survived[at] + values.sum(1)
+        self.blocks[at] = FADE * self.blocks[at] + 1
+        self.last[at] = self.rounds
+        self.own[at, self.number[at] % KEPT_OWN] = values
+        self.number[at] += 1
+
+    def at(self, ids: Sequence[int]) -> Ints:
+        """Places of requests [R]; new ones get theirs, where need be those of requests that run no more."""
+        if new := [i for i in ids if i not in self.places]:
+            if len(self.places) + len(new) > len(self.number):
+                old = [i for i in ids if i in self.places]
+                kept = np.array([self.places[i] for i in old], dtype=np.int64)
+                room = 2 * len(ids) - len(old)
+                self.own = np.concatenate([self.own[kept], np.zeros((room, KEPT_OWN, len(self.totals)))])
+                for name in ("number", "blocks", "survived", "last"):
+                    values = getattr(self, name)[kept]
+                    setattr(
+                        self,
+                        name,
+                        np.concatenate([values, np.full(room, NEVER if name == "last" else 0, values.dtype)]),
+                    )
+                self.places = {i: place for place, i in enumerate(old)}
+            self.places |= {i: place for place, i in enumerate(new, len(self.places))}
+        return np.array([self.places[i] for i in ids])
+
+    def levels(self, ids: Sequence[int]) -> tuple[Floats, Ints]:
+        """Tokens that a block of each request is expected to add, and for how many rounds it had none, [R]."""
+        at = self.at(ids)
+        mean = float(self.recent.sum(1).mean()) if len(self.recent) else float(self.means.sum())
+        idle = np.where(self.number[at] > 0, self.rounds - self.last[at], NEVER)
+        return (self.survived[at] + DOUBT * mean) / (self.blocks[at] + DOUBT), idle
+
+    def rounds_like(self, ids: Sequence[int]) -> Floats:
+        """Past blocks as rounds of these requests, [rounds, R, G]: their own as far as known, else any request's."""
+        at, recent = self.at(ids), self.recent if len(self.recent) else self.means[None]
+        rounds = max(2, KEPT_ROWS // len(ids))
+        age = np.arange(rounds)[:, None]
+        number, blocks = self.number[at], self.blocks[at]
+        turn = number - 1 - age % np.clip(number, 1, KEPT_OWN)  # [rounds, R]: the newest first, again and again
+        is_own = age < np.rint(rounds * blocks / (blocks + DOUBT))
+        any_request = np.resize(recent, (rounds, len(ids), recent.shape[1]))
+        return np.where(is_own[..., None], self.own[at, turn % KEPT_OWN], any_request)
 
     @property
     def samples(self) -> float:
@@ -193,12 +269,6 @@ class SurvivalMeans:
         """[G], never rising; 0 where nothing was seen yet."""
         means = np.divide(self.totals, self.counts, out=np.zeros_like(self.totals), where=self.counts > 0)
         return np.minimum.accumulate(means) if len(means) else means
-
-    def samples_of(self, requests: int) -> Floats:
-        """Survivals of past blocks as rounds of `requests` of them, descending in each: [rounds, requests * G]."""
-        recent = self.recent if len(self.recent) else self.means[None]
-        rounds = max(1, len(recent) // requests)
-        return -np.sort(-np.resize(recent, (rounds, requests * recent.shape[1])), axis=1)
 
     def predict(self, first: Floats) -> Floats:
         """Survival [R, G] of today's slots from that of the first [R]: scaled as the means fall off."""
@@ -219,8 +289,8 @@ class FixedLength:
         if self.length < 0:
             raise ValueError(f"a verify length cannot be negative: {self.length}")
 
-    def requests_to_draft(self, load: Load) -> int:
-        return load.requests if self.length else 0
+    def to_draft(self, load: Load) -> list[int]:
+        return list(range(load.requests)) if self.length else []
 
     def choose(self, confidence: Tensor, lengths: Tensor, load: Load) -> Tensor:
         return torch.clamp(lengths, max=self.length)
@@ -236,70 +306,99 @@ class Threshold:
         if not 0 < self.threshold <= 1:
             raise ValueError(f"the threshold must be above 0 and at most 1, got {self.threshold}")
 
-    def requests_to_draft(self, load: Load) -> int:
-        return load.requests
+    def to_draft(self, load: Load) -> list[int]:
+        return list(range(load.requests))
 
     def choose(self, confidence: Tensor, lengths: Tensor, load: Load) -> Tensor:
         return torch.from_numpy((survival(confidence, lengths) >= self.threshold).sum(1))
 
 
 class _CostBased:
-    """The frame of the three below: whether to draft, the walk, what is remembered after the choice."""
+    """The frame of the three below: for whom to draft, the walk, what is remembered after the choice."""
 
     def __init__(self, costs: CostTable, decay: float = 0.98, warm_up: int = 16, retry_every: int = 64):
         """Drafts until about `warm_up` requests were seen, and at least every `retry_every`-th round from then on."""
         self.costs, self.warm_up, self.retry_every = costs, warm_up, retry_every
-        self.history = SurvivalMeans(decay)
-        self.rounds_without = self.rounds_asked = 0
-        self.asked, self.pays = Load(0), True
+        self.history = Survivals(decay)
+        self.rounds_without = self.rounds_asked = self.count_asked = self.paying = 0
 
-    def requests_to_draft(self, load: Load) -> int:
-        """All, if rounds like the past ones are expected to give more tokens a second than a plain step.
+    def to_draft(self, load: Load) -> list[int]:
+        """Those whose drafts survive best, as many as past rounds say give most tokens a second; often all or none.
 
-        Else none, and every `retry_every`-th round a few. It must pay without the prompts of this step too: they
-        take the curve of costs to places where it may be flat by chance.
+        Where none, a few every `retry_every`-th round; where some, a few of which nothing was heard for as long too.
         """
-        if self.history.samples >= self.warm_up:
-            if self.rounds_asked % ASK_EVERY == 0 or load != self.asked:
-                plain = load.requests / self.costs.seconds(load.requests, load.requests)
-                rate = min(self.expected_rate(way) for way in {load, Load(load.requests)})
-                self.asked, self.pays = load, rate > PAYS * plain
-            self.rounds_asked += 1
-            if not self.pays:
-                self.rounds_without += 1
-                return min(PROBES, load.requests) if self.rounds_without % self.retry_every == 0 else 0
+        count = load.requests
+        if self.history.samples < self.warm_up:
+            return list(range(count))
+        if self.rounds_asked % ASK_EVERY == 0 or count != self.count_asked:
+            self.count_asked, self.paying = count, self.how_many(load)
+        self.rounds_asked += 1
+        if not self.paying or (load.other_tokens and not self.pays(load)):
+            self.rounds_without += 1
+            if self.rounds_without % self.retry_every:
+                return []
+            return sorted(best_first(self.history.levels(load.ids)[1])[:PROBES].tolist())
         self.rounds_without = 0
-        return load.requests
+        if self.paying == count:
+            return list(range(count))
+        levels, idle = self.history.levels(load.ids)
+        unknown = np.flatnonzero(idle >= self.retry_every)[:PROBES]
+        return sorted({*best_first(levels)[: self.paying].tolist(), *unknown.tolist()})
 
-    def expected_rate(self, load: Load) -> float:
-        """Tokens a second over rounds like the past ones, each with its best budget."""
-        values = self.history.samples_of(load.requests)  # [S, n]
-        tau = load.requests + np.cumsum(np.pad(values, ((0, 0), (1, 0))), axis=1)  # [S, n + 1]
-        batch = load.requests + load.other_tokens + np.arange(tau.shape[1])
-        seconds = decode_seconds(self.costs, load, batch, load.requests)
+    def how_many(self, load: Load) -> int:
+        """For how many of the requests, the best first, to draft in a step without prompts: 0 where it does not pay."""
+        plain, rounds = Load(load.ids), self.rounds_best_first(load)
+        counts = sorted({-(-load.requests * part // SHARES) for part in range(1, SHARES + 1)})
+        speeds = [self.expected_rate(rounds[:, :count], plain) for count in counts]
+        best = int(np.argmax(speeds))
+        return counts[best] if speeds[best] > PAYS * self.plain_rate(load) else 0
+
+    def pays(self, load: Load) -> bool:
+        """Whether it pays beside the prompts of this step too: they take the cost curve to where it may be steeper."""
+        rounds = self.rounds_best_first(load)[:, : self.paying]
+        return self.expected_rate(rounds, load) > PAYS * self.plain_rate(load)
+
+    def rounds_best_first(self, load: Load) -> Floats:
+        """Rounds like the past ones [rounds, R, G], the requests that a draft serves best first."""
+        return self.history.rounds_like(load.ids)[:, best_first(self.history.levels(load.ids)[0])]
+
+    def plain_rate(self, load: Load) -> float:
+        return load.requests / float(self.costs.seconds(load.requests, load.requests))
+
+    def expected_rate(self, rounds: Floats, load: Load) -> float:
+        """Tokens a second over rounds that draft for some of the load's requests [rounds, drafted, G], each with its
+        best budget."""
+        values = -np.sort(-rounds.reshape(len(rounds), -1), axis=1)  # [rounds, n]
+        tau = load.requests + np.cumsum(np.pad(values, ((0, 0), (1, 0))), axis=1)  # [rounds, n + 1]
+        seconds = step_seconds(self.costs, load.requests, load.other_tokens, rounds.shape[1], values.shape[1])
         best = (tau / seconds).argmax(1)
         return float(tau[np.arange(len(tau)), best].sum() / seconds[best].sum())
 
     def choose(self, confidence: Tensor, lengths: Tensor, load: Load) -> Tensor:
         today = survival(confidence, lengths)  # [R, G]
         order = walk(today, lengths)
-        verify_lengths = order.lengths(self.count(today, order, lengths, load), len(lengths))
-        self.remember(today, order, lengths)  # after the choice: it must not see today
+        drafted = int(torch.count_nonzero(lengths))
+        verify_lengths = order.lengths(self.count(today, order, lengths, load, drafted), len(lengths))
+        self.remember(today, order, lengths, load)  # after the choice: it must not see today
         return verify_lengths
 
-    def count(self, today: Floats, order: Walk, lengths: Tensor, load: Load) -> int:
+    def count(self, today: Floats, order: Walk, lengths: Tensor, load: Load, drafted: int) -> int:
         """How many slots of the walk are verified."""
         raise NotImplementedError
 
-    def remember(self, today: Floats, order: Walk, lengths: Tensor) -> None:
-        self.history.observe(today, lengths)
+    def remember(self, today: Floats, order: Walk, lengths: Tensor, load: Load) -> None:
+        self.history.observe(today, lengths, load.ids)
+
+
+def best_first(levels: Floats | Ints) -> Ints:
+    return np.argsort(-levels, kind="stable")
 
 
 class ThroughputGreedy(_CostBased):
     """DSpark, Algorithm 1. The stop at the first slot that does not raise the rate is what makes it lossless."""
 
-    def count(self, today: Floats, order: Walk, lengths: Tensor, load: Load) -> int:
-        return algorithm_1(order.survival, self.costs, load)
+    def count(self, today: Floats, order: Walk, lengths: Tensor, load: Load, drafted: int) -> int:
+        return algorithm_1(order.survival, self.costs, load, drafted)
 
 
 class StaleBudget(_CostBased):
@@ -312,13 +411,13 @@ class StaleBudget(_CostBased):
         super().__init__(costs, decay, warm_up, retry_every)
         self.past: tuple[Floats, ...] = ()  # survivals of the last two rounds, as walked, the latest first
 
-    def count(self, today: Floats, order: Walk, lengths: Tensor, load: Load) -> int:
+    def count(self, today: Floats, order: Walk, lengths: Tensor, load: Load, drafted: int) -> int:
         if len(self.past) < 2:
-            return algorithm_1(order.survival, self.costs, load)
-        return best_budget(self.past[1], self.costs, load)
+            return algorithm_1(order.survival, self.costs, load, drafted)
+        return best_budget(self.past[1], self.costs, load, drafted)
 
-    def remember(self, today: Floats, order: Walk, lengths: Tensor) -> None:
-        super().remember(today, order, lengths)
+    def remember(self, today: Floats, order: Walk, lengths: Tensor, load: Load) -> None:
+        super().remember(today, order, lengths, load)
         self.past = (order.survival, *self.past)[:2]
 
 
@@ -330,9 +429,9 @@ class Foresight(_CostBased):
     Before there was any round it is Algorithm 1.
     """
 
-    def count(self, today: Floats, order: Walk, lengths: Tensor, load: Load) -> int:
+    def count(self, today: Floats, order: Walk, lengths: Tensor, load: Load, drafted: int) -> int:
         budget = 0
         if self.history.samples:
             predicted = walk(self.history.predict(today[:, 0]), lengths).survival
-            budget = best_budget(predicted, self.costs, load)
-        return foresight(order.survival, budget, self.costs, load)
+            budget = best_budget(predicted, self.costs, load, drafted)
+        return foresight(order.survival, budget, self.costs, load, drafted)

@@ -56,6 +56,7 @@ class Rules:
 class Round(NamedTuple):
     """What exists when verify lengths are chosen, for the requests that still run."""
 
+    requests: tuple[int, ...]
     tokens: tuple[Tokens, ...]  # the draft
     confidences: Confidences
     past: tuple  # what `joint_law: remember` kept of each earlier round, the latest first
@@ -64,6 +65,7 @@ class Round(NamedTuple):
 class Ended(NamedTuple):
     """A round that is over, for the requests that ran in it."""
 
+    requests: tuple[int, ...]
     confidences: Confidences
     lengths: tuple[int, ...]  # verified
     accepted: tuple[int, ...]  # of these
@@ -79,7 +81,7 @@ def joint_law(
     num_tokens: int,
     rules: Rules = Rules(),
     memory: int = 0,  # how many past rounds choose_lengths sees
-    remember: Callable[[Ended], Hashable] = lambda ended: ended.confidences,
+    remember: Callable[[Ended], Hashable] = lambda ended: (ended.requests, ended.confidences),
 ) -> Law:
     """The joint law of the first num_tokens output tokens of all requests, which are decoded together."""
     enumerations = [_Enumeration(request, gamma, rules) for request in requests]
@@ -106,18 +108,18 @@ def _play(
     num_tokens: int,
 ) -> Iterator[tuple[tuple[Tokens, ...], Ended, float]]:
     """Everything one round can do: outputs after it, what happened, probability."""
-    active = [r for r, output in enumerate(outputs) if len(output) < num_tokens]
+    active = tuple(r for r, output in enumerate(outputs) if len(output) < num_tokens)
     for drafts in product(*(enumerations[r].drafts(outputs[r]) for r in active)):
         tokens = tuple(draft.tokens for draft in drafts)
         confidences = tuple(draft.confidences for draft in drafts)
         drafted = prod(draft.probability for draft in drafts)
-        for lengths, chosen in choose_lengths(Round(tokens, confidences, past)).items():
+        for lengths, chosen in choose_lengths(Round(active, tokens, confidences, past)).items():
             ends = [enumerations[r].ends(outputs[r], x, n) for r, x, n in zip(active, tokens, lengths, strict=True)]
             for end in product(*ends):
                 after = list(outputs)
                 for r, (committed, _) in zip(active, end, strict=True):
                     after[r] = (outputs[r] + committed)[:num_tokens]
-                ended = Ended(confidences, lengths, tuple(len(committed) - 1 for committed, _ in end))
+                ended = Ended(active, confidences, lengths, tuple(len(committed) - 1 for committed, _ in end))
                 yield tuple(after), ended, drafted * chosen * prod(chance for _, chance in end)
 
 
@@ -291,19 +293,24 @@ def scheduled(
 ) -> ChooseLengths:
     """The real scheduler, in the state in which the remembered rounds leave it.
 
-    Without a calibrator `remember` is to keep confidences, with one the whole `Ended`; `memory` every round.
+    Without a calibrator `remember` is to keep requests and confidences, with one the whole `Ended`; `memory` every
+    round.
     """
 
-    def play(state: "_State", confidences: Confidences, accepted: tuple[int, ...] | None) -> tuple[int, ...]:
+    def play(
+        state: "_State", requests: tuple[int, ...], confidences: Confidences, accepted: tuple[int, ...] | None
+    ) -> tuple[int, ...]:
         """One round; it goes into the calibrator's state once it is known what was accepted."""
-        load = Load(len(confidences), other_tokens)
-        if not state.scheduler.requests_to_draft(load):
+        load = Load(requests, other_tokens)
+        drafted = state.scheduler.to_draft(load)
+        if not drafted:
             return (0,) * len(confidences)
         confidence = torch.tensor(confidences, dtype=torch.float64)
         signals = confidence.logit()[..., None]
         if state.calibrator is not None:
             confidence = state.calibrator.confidence(signals)
-        lengths = torch.full((len(confidences),), confidence.shape[1])
+        lengths = torch.zeros(len(confidences), dtype=torch.int64)
+        lengths[drafted] = confidence.shape[1]
         chosen = state.scheduler.choose(confidence, lengths, load)
         if state.calibrator is not None and accepted is not None:
             state.calibrator.observe(signals, chosen, torch.tensor(accepted))
@@ -315,17 +322,19 @@ def scheduled(
             return _State(make(), calibrator() if calibrator is not None else None)
         state = deepcopy(after(past[1:]))
         if calibrator is None:
-            play(state, past[0], None)
+            requests, confidences = past[0]
+            play(state, requests, confidences, None)
         else:
-            lengths = play(state, past[0].confidences, past[0].accepted)
-            assert lengths == past[0].lengths, "a replayed round must go as it went"
+            ended = past[0]
+            lengths = play(state, ended.requests, ended.confidences, ended.accepted)
+            assert lengths == ended.lengths, "a replayed round must go as it went"
         return state
 
     @cache
-    def lengths(past: tuple, confidences: Confidences) -> tuple[int, ...]:
-        return play(deepcopy(after(past)), confidences, None)
+    def lengths(past: tuple, requests: tuple[int, ...], confidences: Confidences) -> tuple[int, ...]:
+        return play(deepcopy(after(past)), requests, confidences, None)
 
-    return lambda round: {lengths(round.past, round.confidences): 1.0}
+    return lambda round: {lengths(round.past, round.requests, round.confidences): 1.0}
 
 
 class _State(NamedTuple):

@@ -115,7 +115,7 @@ def test_budget_from_past_confidences() -> None:
     """Draft tokens of the round before last may decide how many of today's are verified."""
 
     def stale(round: Round) -> dict[tuple[int, ...], float]:
-        confident = len(round.past) < 2 or sum(map(sum, round.past[1])) > len(round.past[1])
+        confident = len(round.past) < 2 or sum(map(sum, round.past[1][1])) > len(round.past[1][1])
         return {(2 if confident else 1,) * len(round.tokens): 1.0}
 
     requests = [

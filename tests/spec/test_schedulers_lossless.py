@@ -157,8 +157,8 @@ def test_online_calibration(make: Callable[[CostTable], PrefixScheduler]) -> Non
 class PastTheStop(ThroughputGreedy):
     """The wrong Algorithm 1: the best number of slots over all of today's survivals."""
 
-    def count(self, today: Floats, order: Walk, lengths: Tensor, load: Load) -> int:
-        return best_budget(order.survival, self.costs, load)
+    def count(self, today: Floats, order: Walk, lengths: Tensor, load: Load, drafted: int) -> int:
+        return best_budget(order.survival, self.costs, load, drafted)
 
 
 def test_appendix_a() -> None:
@@ -195,24 +195,28 @@ def test_appendix_a() -> None:
 class FreshBudget(StaleBudget):
     """The budget from today's confidences instead of those of two rounds ago, once there is a past."""
 
-    def count(self, today: Floats, order: Walk, lengths: Tensor, load: Load) -> int:
-        return best_budget(order.survival if self.past else order.survival[:0], self.costs, load)
+    def count(self, today: Floats, order: Walk, lengths: Tensor, load: Load, drafted: int) -> int:
+        return best_budget(order.survival if self.past else order.survival[:0], self.costs, load, drafted)
 
 
 class SeesToday(Foresight):
     """Predicts with today's later confidences."""
 
-    def count(self, today: Floats, order: Walk, lengths: Tensor, load: Load) -> int:
-        return foresight(order.survival, best_budget(order.survival, self.costs, load), self.costs, load)
+    def count(self, today: Floats, order: Walk, lengths: Tensor, load: Load, drafted: int) -> int:
+        return foresight(
+            order.survival, best_budget(order.survival, self.costs, load, drafted), self.costs, load, drafted
+        )
 
 
 class RemembersTooEarly(Foresight):
     """Takes today's round into the running means before it chooses."""
 
     def choose(self, confidence: Tensor, lengths: Tensor, load: Load) -> Tensor:
-        self.history.observe(survival(confidence, lengths), lengths)
+        self.history.observe(survival(confidence, lengths), lengths, load.ids)
         order = walk(survival(confidence, lengths), lengths)
-        return order.lengths(self.count(survival(confidence, lengths), order, lengths, load), len(lengths))
+        return order.lengths(
+            self.count(survival(confidence, lengths), order, lengths, load, len(lengths)), len(lengths)
+        )
 
 
 class WholeBlocksFirst(ThroughputGreedy):
