@@ -71,10 +71,10 @@ class BoundDrafter(ABC):
     def copy(self, source_slot: int, target_slot: int, count: int) -> None:
         copy_slots(self._storage, source_slot, target_slot, count)
 
-    def features_before(self, features: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
-        """Of features stored by slot [num_slots, C] those of the position before each, zeros at 0, [N, C]."""
-        before = features[(slots - 1).clamp(min=0)].to(self.target.compute_dtype)
-        return torch.where(positions[:, None] > 0, before, 0.0)
+    def features_before(self, features: Tensor, before: Tensor) -> Tensor:
+        """Features stored by slot [num_slots, C], those of slots `before` [N], zeros where it is -1, [N, C]."""
+        found = features[before.clamp(min=0)].to(self.target.compute_dtype)
+        return torch.where(before[:, None] >= 0, found, 0.0)
 
     def segment(self, request: DraftRequest, rows: int, own: int) -> Segment:
         """`rows` rows that see the context in the window before the anchor and `own` slots from the anchor on."""

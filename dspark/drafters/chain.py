@@ -87,7 +87,9 @@ class ChainDrafter(BoundDrafter):
     def extend(self, taps: list[Tensor], tokens: Tensor, positions: Tensor, slots: Tensor) -> None:
         kv, features = self._storage
         features.index_copy_(0, slots, self.fuse(taps).to(features.dtype))
-        _, inputs = self.pair(self.target.embed(tokens), self.features_before(self._storage[1], positions, slots))
+        _, inputs = self.pair(
+            self.target.embed(tokens), self.features_before(self._storage[1], before(positions, slots))
+        )
         store(self.layer.qkv(inputs, *self.target.rotary(positions))[1], kv, slots)
 
     @torch.inference_mode()
@@ -96,7 +98,7 @@ class ChainDrafter(BoundDrafter):
         positions = torch.tensor([len(r.token_ids) - 1 for r in requests], device=device)
         slots = torch.tensor([r.first_slot for r in requests], device=device) + positions
         token = torch.tensor([r.token_ids[-1] for r in requests], device=device)
-        feature = self.features_before(self._storage[1], positions, slots)
+        feature = self.features_before(self._storage[1], before(positions, slots))
         draw = self.sampler(requests)
         drawn: list[Slot] = []
         for k in range(self.block_size):
@@ -110,3 +112,8 @@ class ChainDrafter(BoundDrafter):
             drawn.append(draw(k, logits))
             token = drawn[-1].token
         return whole_draft(drawn)
+
+
+def before(positions: Tensor, slots: Tensor) -> Tensor:
+    """Slots of the positions before these [N], -1 where there is none."""
+    return torch.where(positions > 0, slots - 1, -1)

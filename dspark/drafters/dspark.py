@@ -13,7 +13,7 @@ from torch import Tensor
 from dspark.drafters.bound import BoundDrafter, Slot, whole_draft
 from dspark.drafters.interface import DraftRequest
 from dspark.drafters.model import DSparkModel
-from dspark.drafters.programs import ContextProgram, GreedyMarkov
+from dspark.drafters.programs import BlockInputs, ContextProgram, GreedyMarkov
 from dspark.models.attention import CachedAttention, compiled_cache, store
 from dspark.models.cpu_ops import CompiledLinear
 from dspark.models.decoder import Decoder, DecoderLayer, layer_shapes
@@ -51,9 +51,15 @@ class DSparkDrafter(BoundDrafter):
         maps = self.fc, self.context_kv
         if all(isinstance(m, CompiledLinear) and m.dense for m in maps) and not (c.qkv_bias or c.qk_norm):
             self.context_program = ContextProgram(self.fc, self.hidden_norm, self.context_kv, c)  # pyright: ignore
+        self.input_program = None
         if self.config.feature_input:
             self.input_proj = linear_map(place(model.input_proj.weight), target.dtype)
             self.feature_norm, self.token_norm = place(model.feature_norm.weight), place(model.token_norm.weight)
+            mask = target.embed(torch.tensor([self.config.mask_token_id], device=target.device))
+            self.mask = rms_norm(mask, self.token_norm, c.rms_norm_eps)  # [1, C]
+            if isinstance(self.input_proj, CompiledLinear) and self.input_proj.dense:
+                weights = self.feature_norm, self.token_norm, self.mask
+                self.input_program = BlockInputs(target.embedding, weights, self.input_proj, c.rms_norm_eps)
         self.norm = place(model.norm.weight)
         self.markov = self.greedy_markov = None
         if model.markov_head is not None:
@@ -106,10 +112,12 @@ class DSparkDrafter(BoundDrafter):
         """One parallel pass over all blocks -> hidden states [R, G, C]."""
         g, device = self.config.num_slots, self.target.device
         anchors, first_slots = np.array([(len(r.token_ids) - 1, r.first_slot) for r in requests]).T
-        positions = torch.from_numpy((anchors[:, None] + np.arange(g)).ravel()).to(device)
-        slots = torch.from_numpy((first_slots[:, None] + anchors[:, None] + np.arange(g)).ravel()).to(device)
+        block, own = np.arange(g), anchors + first_slots
+        places = np.stack([anchors[:, None] + block, own[:, None] + block]).reshape(2, -1)
+        positions, slots = torch.from_numpy(places).to(device)
         tokens = torch.tensor([r.token_ids[-1] for r in requests], device=device)
-        x, (cos, sin) = self.block_inputs(tokens, positions[::g], slots[::g]), self.target.rotary(positions)
+        before = torch.from_numpy(np.where(anchors > 0, own - 1, -1)).to(device)
+        x, (cos, sin) = self.block_inputs(tokens, before), self.target.rotary(positions)
 
         segments = [self.segment(r, g, g) for r in requests]
         attention = CachedAttention(self._caches, slots, segments, self.config.decoder.group_size)
@@ -117,16 +125,21 @@ class DSparkDrafter(BoundDrafter):
         hidden = rms_norm(x, self.norm, self.config.decoder.rms_norm_eps).view(len(requests), g, -1)
         return hidden[:, -self.block_size :]
 
-    def block_inputs(self, tokens: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
-        """What the first layer gets [R*G, C], as the trained model's, from the anchors' [R] tokens and places."""
-        r, masks = len(tokens), self.config.num_slots - 1
-        first, mask = self.target.embed(tokens), self.target.embed(torch.full_like(tokens, self.config.mask_token_id))
-        if self._features is not None:
-            eps = self.config.decoder.rms_norm_eps
-            feature = rms_norm(self.features_before(self._features, positions, slots), self.feature_norm, eps)
-            of_tokens = rms_norm(torch.cat([first, mask]), self.token_norm, eps)
-            first, mask = self.input_proj(torch.cat([feature.repeat(2, 1), of_tokens], -1)).split(r)
-        return torch.cat([first[:, None], mask[:, None].expand(-1, masks, -1)], 1).flatten(0, 1)
+    def block_inputs(self, tokens: Tensor, before: Tensor) -> Tensor:
+        """What the first layer gets [R*G, C], as the trained model's: anchors [R], the slots before theirs, or -1."""
+        r, slots = len(tokens), self.config.num_slots
+        if self._features is None:
+            rows = tokens.new_full((r, slots), self.config.mask_token_id)
+            rows[:, 0] = tokens
+            return self.target.embed(rows.flatten())
+        if self.input_program is not None:
+            return self.input_program(self._features, before, tokens, slots)
+        eps = self.config.decoder.rms_norm_eps
+        feature = rms_norm(self.features_before(self._features, before), self.feature_norm, eps)
+        token = rms_norm(self.target.embed(tokens), self.token_norm, eps)
+        pairs = torch.cat([feature.repeat(2, 1), torch.cat([token, self.mask.expand(r, -1)])], -1)
+        first, mask = self.input_proj(pairs).split(r)
+        return torch.stack([first, *[mask] * (slots - 1)], 1).flatten(0, 1)
 
     def decode_block(self, requests: list[DraftRequest], hidden: Tensor) -> Draft:
         """The sequential head, left to right over hidden [R, G, C], each slot from the token sampled before it."""
@@ -163,10 +176,12 @@ class DSparkDrafter(BoundDrafter):
         probability [R, G] at temperature 1, the request's temperature and their product: how much the first one tells
         depends on how the token is drawn.
         """
-        temperature = largest.new_tensor([[min(q.params.temperature, 1.0)] for q in requests])
-        evidence = torch.stack([largest, temperature.expand_as(largest), temperature * largest], -1)
+        temperatures = [min(q.params.temperature, 1.0) for q in requests]
+        scale, shift = largest.new_tensor([[[[1.0, 0.0, t]], [[0.0, t, 0.0]]] for t in temperatures]).unbind(1)
+        evidence = torch.addcmul(shift, largest[..., None], scale)
         if self.confidence_head is None:
             return torch.zeros_like(largest), evidence
         of_hidden, of_embedding, bias = self.confidence_head
-        logits = hidden.flatten(0, 1) @ of_hidden + embeddings.flatten(0, 1) @ of_embedding + bias
+        logits = torch.addmv(bias.expand(largest.numel()), embeddings.flatten(0, 1), of_embedding)
+        logits = torch.addmv(logits, hidden.flatten(0, 1), of_hidden)
         return logits.view(largest.shape).float(), evidence

@@ -70,6 +70,53 @@ class ContextProgram:
         return program
 
 
+class BlockInputs:
+    """Callable: what the first draft layer gets where blocks start from features (`DSparkConfig.feature_input`)."""
+
+    def __init__(
+        self,
+        embedding: Tensor,
+        feature_norm: Tensor,
+        token_norm: Tensor,
+        mask: Tensor,
+        proj: CompiledLinear,
+        eps: float,
+    ):
+        """embedding [V, C], weights of norms [C], the mask's embedding after its norm [C], proj [N, 2C] -> [N, C]."""
+        self.embedding, self.proj, self.eps = embedding, proj, eps
+        self.weights = feature_norm, token_norm, mask
+        self._programs: dict[tuple[int, int, bool], tuple[Program, Tensor, tuple[Tensor, ...]]] = {}
+
+    def __call__(self, features: Tensor, slots: Tensor, tokens: Tensor, num_slots: int) -> Tensor:
+        """features [slots, C]; of each anchor the slot before its own (-1: none) and its token [R] -> [R*slots, C].
+
+        The result is valid until the next call.
+        """
+        key = len(tokens), num_slots, features.dtype is torch.bfloat16
+        if key not in self._programs:
+            self._programs[key] = self._build(*key)
+        program, x, _ = self._programs[key]
+        program.set("features", features.data_ptr())
+        program.set("slots", slots.data_ptr())
+        program.set("tokens", tokens.data_ptr())
+        program.run()
+        return x
+
+    def _build(self, r: int, num_slots: int, in_bf16: bool) -> tuple[Program, Tensor, tuple[Tensor, ...]]:
+        width, padded = self.proj.outputs, 2 * r + -2 * r % 16  # whole tiles are written
+        pairs, y, x = torch.zeros(padded, 2 * width), torch.empty(padded, width), torch.empty(r * num_slots, width)
+        rounded = torch.empty(torch.get_num_threads() * padded * width)
+        program = Program()
+        weights = [t.data_ptr() for t in self.weights]
+        named = {"features": 0, "slots": 0, "tokens": 0}
+        more = {"embedding": self.embedding.data_ptr(), "feature": weights[0], "token": weights[1], "mask": weights[2]}
+        kernel = cpu_ops.kernel("draft_input", width, self.eps, in_bf16)
+        program.add(kernel, **named, **more, pairs=pairs.data_ptr(), rows=r)
+        program.add(self.proj.kernel, *self.proj.fields(pairs.data_ptr(), y.data_ptr(), rounded.data_ptr(), 2 * r))
+        program.add(cpu_ops.kernel("block_rows", width), y.data_ptr(), x.data_ptr(), num_slots, r)
+        return program, x, (pairs, y, rounded)
+
+
 class GreedyMarkov:
     """Callable: previous tokens [R], logits [R, G, V'] without bias -> tokens [R, G], W1 of the token before each
     [R, G, r], and each token's probability [R, G] at temperature 1.

@@ -132,6 +132,50 @@ def embed_kernel(machine: Machine, width: int) -> ir.Module:
     return e.module
 
 
+def draft_input_kernel(machine: Machine, width: int, eps: float, from_bf16: bool) -> ir.Module:
+    """[norm(feature); norm(token)] of each row and, N rows below, [norm(feature); mask]; a slot below 0: feature 0.
+
+    Fields: features [slots, width], slots [N], tokens [N], embedding [V, width], weights of the two norms [width], mask
+    [width], y [2N, 2*width]; items: rows.
+    """
+    e = Emitter(f"{'h' if from_bf16 else 'f'}qqfffffi", machine, lanes_for(width, machine))
+    b = e.b
+    features, slots, tokens, embedding, feature_weight, token_weight, mask, y, rows = e.fields
+    with e.loop(e.first, e.last) as row:
+        upper, lower = (b.gep(y, [b.mul(r, I64(2 * width))]) for r in (row, b.add(row, rows)))
+        slot = b.load(b.gep(slots, [row]))
+        is_there = b.icmp_signed(">=", slot, I64(0))
+        start = b.mul(b.select(is_there, slot, I64(0)), I64(width))
+        with e.loop(I64(0), I64(width), e.lanes) as i:
+            value = (e.load_bf16 if from_bf16 else e.load)(features, b.add(start, i))
+            e.store(b.select(is_there, value, e.constant(0.0)), upper, i)
+        _normalise_row(e, upper, feature_weight, upper, width, eps)
+        token = b.gep(embedding, [b.mul(b.load(b.gep(tokens, [row])), I64(width))])
+        _normalise_row(e, token, token_weight, b.gep(upper, [I64(width)]), width, eps)
+        with e.loop(I64(0), I64(width), e.lanes) as i:
+            e.store(e.load(upper, i), lower, i)
+            e.store(e.load(mask, i), lower, b.add(i, I64(width)))
+    b.ret_void()
+    return e.module
+
+
+def block_rows_kernel(machine: Machine, width: int) -> ir.Module:
+    """Blocks of the upper row of each, then the lower one again and again.
+
+    Fields: y [2N, width], x [N*count, width], count; items: N.
+    """
+    e = Emitter("ffii", machine, lanes_for(width, machine))
+    b = e.b
+    y, x, count, rows = e.fields
+    with e.loop(e.first, e.last) as row, e.loop(I64(0), count) as k:
+        source = b.select(b.icmp_unsigned("==", k, I64(0)), row, b.add(row, rows))
+        source, target = b.mul(source, I64(width)), b.mul(b.add(b.mul(row, count), k), I64(width))
+        with e.loop(I64(0), I64(width), e.lanes) as i:
+            e.store(e.load(y, b.add(source, i)), x, b.add(target, i))
+    b.ret_void()
+    return e.module
+
+
 def likeliest_kernel(machine: Machine, vocab: int) -> ir.Module:
     """The id of each row's first maximum of logits + bias, and the probability of that maximum under their softmax.
 

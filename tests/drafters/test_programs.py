@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dspark.drafters.programs import ContextProgram, GreedyMarkov
+from dspark.drafters.programs import BlockInputs, ContextProgram, GreedyMarkov
 from dspark.models.attention import store
 from dspark.models.cpu_ops import CompiledLinear, available
 from dspark.models.layers import rms_norm, rotary_table, rotate_
@@ -34,6 +34,26 @@ def test_matches_argmax_slot_by_slot(dtype: torch.dtype):
                 expected[0] = d2t[7]
             assert torch.equal(tokens[:, k], expected)
             previous = expected
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_block_inputs_equal_their_operations_one_by_one(dtype: torch.dtype):
+    torch.manual_seed(0)
+    width, num_slots = 32, 3
+    embedding, features = torch.randn(50, width), torch.randn(20, width).to(dtype)
+    features[0] = torch.nan  # the slot of no position
+    norms, mask = [torch.rand(width) for _ in range(2)], torch.randn(1, width)
+    proj = CompiledLinear(torch.randn(width, 2 * width).to(dtype))
+    inputs = BlockInputs(embedding, (norms[0], norms[1], mask), proj, 1e-5)
+    for r in (1, 7, 20, 2):
+        slots, tokens = torch.randint(1, 20, (r,)), torch.randint(0, 50, (r,))
+        slots[0] = -1
+        feature = torch.where(slots[:, None] < 0, 0.0, features[slots.clamp(min=0)].float())
+        feature, token = rms_norm(feature, norms[0], 1e-5), rms_norm(embedding[tokens], norms[1], 1e-5)
+        first, masks = (proj(torch.cat([feature, t.expand(r, -1)], 1)) for t in (token, mask))
+        expected = torch.stack([first, masks, masks], 1).flatten(0, 1)
+        assert torch.equal(inputs(features, slots, tokens, num_slots), expected)
 
 
 def test_nan_logits_give_a_token_of_the_vocabulary():
