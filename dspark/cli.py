@@ -275,14 +275,15 @@ def add_bench_load(bench: Options) -> None:
     sub.option("--arrivals", "closed", "closed: always so many requests; poisson; both")
     sub.option("--streams", "1,2,4,8,16,32,64", "requests in flight; the largest bounds poisson too")
     sub.option("--rates", "0.5,1,2,4", "requests a second for poisson")
-    sub.option("--seconds", 20.0, "of each policy at each load")
+    sub.option("--seconds", 20.0, "of a policy at each load, on average")
     sub.option(
         "--precision",
         0.0,
         "closed loop: take up to 10 times --seconds until the standard error of every ratio to the best of plain and "
         "fixed lengths is at most this, such as 0.01; 0: do not",
     )
-    sub.option("--slice", 1.0, "seconds before the next policy's turn", dest="slice_seconds", metavar="SECONDS")
+    turn = "of the first turn of a pass; the other policies then answer as much, in their time"
+    sub.option("--slice", 1.0, turn, dest="slice_seconds", metavar="SECONDS")
     sub.option("--temperature", 0.0, "0 is greedy")
     sub.option("--seed", 0, "of prompt order, turns and arrivals")
     sub.option("--plots", None, "write figures (PNG) there", type=Path, metavar="FOLDER")

@@ -52,7 +52,10 @@ class Drafter(Protocol):
         ...
 
     def allocate(self, num_slots: int) -> None:
-        """Make per-token storage for the engine's arena of `num_slots` tokens; called once before all else."""
+        """Make per-token storage for the engine's arena of `num_slots` tokens; called once before all else.
+
+        A shallow copy of a drafter, which shares its weights, must get storage of its own: one for each engine.
+        """
         ...
 
     def extend(self, taps: list[Tensor], tokens: Tensor, positions: Tensor, slots: Tensor) -> None:

@@ -1,12 +1,13 @@
 """`dspark bench load`: one model under rising load, several ways to choose verify lengths, in one interleaved run.
 
-Closed loop: so many requests are always in flight; short slices of all policies take turns. The requests go on
-under the next policy, so that all see the same batches; only plain decoding has an engine and requests of its own,
-since taking in context for a drafter that it does not use would be charged to it. Open loop: requests arrive
-at random (Poisson); every policy gets the same arrivals, from an empty engine until the last answer. Idle time is
-counted but not waited for.
+Every policy has a lane of its own, an engine that is fed with the same prompts in the same order. Closed loop: so many
+requests are always in flight; slices of all policies take turns, and a lane goes on where its last slice ended. The
+first slice of a pass takes its time, the others until their lanes have given out as many tokens: so all policies serve
+nearly the same part of the same answers. Open loop: requests arrive at random (Poisson); every policy gets the same
+arrivals, from an empty engine until the last answer. Idle time is counted but not waited for.
 """
 
+import copy
 import random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ from dspark.drafters.interface import Drafter
 from dspark.drafters.load import make_drafter
 from dspark.engine.engine import Engine, EngineConfig
 from dspark.engine.llm import encode_prompt
-from dspark.engine.policy import BY_COST, check_policy, make_calibrator, make_policy
+from dspark.engine.policy import BY_COST, Drafting, check_policy, make_calibrator, make_policy
 from dspark.engine.profile import cost_table
 from dspark.eval.load_lane import Lane, poisson_arrivals
 from dspark.eval.load_stats import Tally, largest_error, summarise
@@ -29,11 +30,11 @@ from dspark.eval.setting import Setting
 from dspark.eval.tasks import load_prompts
 from dspark.models.loader import Target, load_target
 from dspark.sampling import SamplingParams
-from dspark.spec.calibration import Calibration, Calibrator
 from dspark.spec.cost_table import CostTable
+from dspark.spec.prefix_scheduler import FixedLength
 
-LEAD_IN = 2  # uncounted steps of a slice: caches are of the policy before, a stale budget looks two rounds back
-MIN_STEPS = 8  # counted steps of a slice, however long they take
+KV_GIB = 8.0  # of all lanes together, where they need so much
+MIN_STEPS = 8  # of the first slice of a pass, however long they take
 MOST_TIMES = 10  # --seconds that a load gets at most while its ratios are not precise enough
 TRACE_SECONDS = 10.0  # of arrivals in the open loop, before it drains
 
@@ -47,8 +48,8 @@ class LoadConfig(Setting):
     arrivals: str = "closed"  # closed, poisson or both
     streams: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     rates: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)  # requests a second, for Poisson arrivals
-    seconds: float = 20.0  # of each policy at each load
-    slice_seconds: float = 1.0
+    seconds: float = 20.0  # of a policy at each load, on average
+    slice_seconds: float = 1.0  # of the first policy of a pass
     precision: float = 0.0  # go on in the closed loop until no ratio's standard error is larger; 0: do not
     temperature: float = 0.0
     seed: int = 0
@@ -80,7 +81,7 @@ class LoadConfig(Setting):
 
 
 class LoadBench:
-    """The lanes and policies of a run, and what has been measured so far: tallies[arrivals, load][policy]."""
+    """A lane for each policy of a run, and what has been measured so far: tallies[arrivals, load][policy]."""
 
     def __init__(self, config: LoadConfig, target: Target, drafter: Drafter | None):
         """Raises ValueError for policies that the drafter cannot serve and prompts that do not fit."""
@@ -92,23 +93,24 @@ class LoadBench:
             self.costs = self.costs or cost_table(target, drafter, config.drafter)
             return self.costs
 
+        def drafting(policy: str) -> Drafting:
+            if policy == "plain" or drafter is None:
+                return Drafting(None, FixedLength(0), None, policy)
+            calibrator = make_calibrator(drafter, config.drafter, target.source.name, config.online_calibration)
+            own = copy.copy(drafter)  # of the same weights; its engine makes it storage of its own
+            return Drafting(own, make_policy(policy, block_size, get_costs), calibrator, policy)
+
         speculative = [name for name in names if name != "plain"]
         if speculative and drafter is None:
             raise ValueError(f"policy '{speculative[0]}' needs a drafter; give one, or --policies plain")
         self.config, self.names = config, names
-        # They live through all loads, as in a server: what they learn of the drafter does not depend on the load.
-        self.policies = {name: make_policy(name, block_size, get_costs) for name in speculative}
-        self.calibrators: dict[str, Calibrator | None] = {
-            name: make_calibrator(drafter, config.drafter, target.source.name, config.online_calibration)
-            for name in speculative
-            if drafter is not None
-        }
         prompts = [encode_prompt(target.tokenizer, p.turns[0]) for p in load_prompts(config.prompts, config.limit)]
         params = SamplingParams(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
-        self.lanes: dict[bool, Lane] = {}  # by whether it speculates
-        for speculates in sorted({name != "plain" for name in names}):
-            engine = make_engine(target, drafter if speculates else None, prompts, config)
-            self.lanes[speculates] = Lane(engine, prompts, params)
+        # They live through all loads, as in a server: what they learn of the drafter does not depend on the load.
+        self.lanes: dict[str, Lane] = {}
+        for name in names:
+            engine = make_engine(target, drafting(name), prompts, config, KV_GIB / len(names))
+            self.lanes[name] = Lane(engine, prompts, params)
         self.tallies: dict[tuple[str, float], dict[str, Tally]] = {}
 
     def run(self, on_slice: Callable[[str, float], None] = lambda *_: None) -> None:
@@ -124,49 +126,38 @@ class LoadBench:
     def planned_seconds(self) -> float:
         return len(self.config.loads) * len(self.names) * self.config.seconds
 
-    def lane(self, policy: str) -> Lane:
-        """The lane that runs this policy, switched to it."""
-        lane = self.lanes[policy != "plain"]
-        if policy != "plain":
-            lane.engine.prefix_scheduler = self.policies[policy]
-            lane.engine.calibration = self.calibrators[policy] or Calibration.identity(lane.engine.block_size)
-        return lane
-
     def closed_loop(self, streams: int, tallies: dict[str, Tally], on_slice: Callable[[str, float], None]) -> None:
-        for speculates, lane in self.lanes.items():
-            self.warm_up(lane, [n for n in self.names if (n != "plain") == speculates], streams)
+        for lane in self.lanes.values():
+            self.warm_up(lane, streams)
         order, shuffle = list(self.names), random.Random(self.config.seed).shuffle
         while not self.enough(tallies):
             shuffle(order)
+            goal = None
             for name in order:
-                seconds = self.run_slice(self.lane(name), tallies[name], streams)
+                seconds = self.run_slice(self.lanes[name], tallies[name], streams, goal)
+                goal = goal or self.lanes[name].tokens
                 on_slice(f"{streams} streams, slice {len(tallies[name].slices)}, {name}", seconds)
 
     def enough(self, tallies: dict[str, Tally]) -> bool:
-        """Whether each policy had its time and, if a precision is asked for, ratios have it or never will."""
-        spent = min(tally.seconds for tally in tallies.values())
+        """Whether policies had their time and, if a precision is asked for, ratios have it or never will."""
+        spent = sum(tally.seconds for tally in tallies.values()) / len(tallies)
         if spent < self.config.seconds or not self.config.precision:
             return spent >= self.config.seconds
         return spent >= MOST_TIMES * self.config.seconds or largest_error(tallies) <= self.config.precision
 
-    def warm_up(self, lane: Lane, names: list[str], streams: int) -> None:
+    def warm_up(self, lane: Lane, streams: int) -> None:
         """Until half of the first requests, cut to random lengths, have made room: positions are mixed by then."""
         lane.restart(self.config.seed)
         for _ in range(streams):
             lane.submit(0.0, lane.random.randint(1, self.config.max_new_tokens))
-        steps = 0
-        while lane.finished < (streams + 1) // 2 or steps < LEAD_IN * len(names):
-            self.lane(names[steps // LEAD_IN % len(names)])
+        while lane.finished < (streams + 1) // 2 or lane.tokens < MIN_STEPS * streams:
             lane.step(streams=streams)
-            steps += 1
 
-    def run_slice(self, lane: Lane, tally: Tally, streams: int) -> float:
-        """One turn of a policy; returns the seconds that count."""
-        for _ in range(LEAD_IN):
-            lane.step(streams=streams)
+    def run_slice(self, lane: Lane, tally: Tally, streams: int, goal: int | None) -> float:
+        """One turn of a policy, until its lane has given out `goal` tokens, None: for its time. Returns its seconds."""
         tally.slices.append([0, 0.0])
         steps, seconds = 0, 0.0
-        while seconds < self.config.slice_seconds or steps < MIN_STEPS:
+        while (seconds < self.config.slice_seconds or steps < MIN_STEPS) if goal is None else lane.tokens < goal:
             seconds += lane.step(tally, streams)
             steps += 1
         return seconds
@@ -178,7 +169,7 @@ class LoadBench:
             arrivals = poisson_arrivals(rate, seconds, self.config.seed + number)
             shuffle(order)
             for name in order:
-                lane = self.lane(name)
+                lane = self.lanes[name]
                 lane.restart(self.config.seed + number)
                 lane.run_trace(tallies[name], arrivals)
                 on_slice(f"{rate:g} requests/s, trace {number + 1}/{self.config.traces}, {name}", seconds)
@@ -205,14 +196,18 @@ def default_policies(block_size: int) -> tuple[str, ...]:
     return ("plain", *(f"fixed-{n}" for n in range(1, block_size + 1)), "threshold", *BY_COST)
 
 
-def make_engine(target: Target, drafter: Drafter | None, prompts: list[list[int]], config: LoadConfig) -> Engine:
+def make_engine(
+    target: Target, drafting: Drafting, prompts: list[list[int]], config: LoadConfig, kv_gib: float
+) -> Engine:
     """Room for the longest request, and no memory of prompts: they come again and again, which users' would not.
 
     Raises ValueError if the model has no such room.
     """
     longest = max(map(len, prompts)) + config.max_new_tokens
-    limits = EngineConfig(max(config.streams), longest, kv_gib=4.0, reuse_prefixes=False, seed=0)
-    engine = Engine(target.decoder, drafter, eos_ids=target.eos_ids, config=limits)
+    limits = EngineConfig(max(config.streams), longest, kv_gib, reuse_prefixes=False, seed=0)
+    engine = Engine(
+        target.decoder, drafting.drafter, drafting.scheduler, target.eos_ids, limits, calibration=drafting.calibration
+    )
     if longest > engine.longest_request:
         raise ValueError(
             f"the longest prompt has {longest - config.max_new_tokens} tokens; with {config.max_new_tokens} new ones "

@@ -29,6 +29,7 @@ class Lane:
     params: SamplingParams
     clock: float = 0.0
     finished: int = 0
+    tokens: int = 0  # given out since the restart
     live: dict[int, Request] = field(default_factory=dict)  # by request id
 
     def restart(self, seed: int) -> None:
@@ -37,7 +38,7 @@ class Lane:
             self.engine.cancel(request.sequence)
         self.live.clear()
         self.random, self.deck = random.Random(seed), []
-        self.clock, self.finished, self.submitted = 0.0, 0, 0
+        self.clock, self.finished, self.tokens = 0.0, 0, 0
 
     def submit(self, arrived: float, max_new_tokens: int | None = None) -> None:
         """Queue the next prompt of the shuffled cycle; None: as many new tokens as all have."""
@@ -47,7 +48,6 @@ class Lane:
         params = replace(self.params, max_new_tokens=max_new_tokens or self.params.max_new_tokens)
         sequence = self.engine.add(self.prompts[self.deck.pop()], params)
         self.live[sequence.request_id] = Request(sequence, arrived)
-        self.submitted += 1
 
     def step(self, tally: Tally | None = None, streams: int = 0) -> float:
         """One step of the engine, booked to the tally if there is one; returns its seconds.
@@ -60,6 +60,7 @@ class Lane:
         seconds = time.perf_counter() - started
         self.clock += seconds
         counts = {new.sequence.request_id: len(new.token_ids) for new in new_tokens}
+        self.tokens += sum(counts.values())
         if tally is not None:
             tally.add_step(sum(counts.values()), seconds, self.engine.times)
         for request_id, request in list(self.live.items()):

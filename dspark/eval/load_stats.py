@@ -1,7 +1,8 @@
 """What the load bench books for a policy, and what it says about it: rows, standard errors, ratios of policies.
 
-Throughput is tokens over seconds of whole slices. Slices of different policies that ran in the same pass saw the
-same machine, so a ratio's standard error is the jackknife over passes: what is left after drift has cancelled.
+Throughput is tokens over seconds of whole slices. Slices of different policies in the same pass saw the same
+machine and nearly the same part of the same answers, so a ratio's standard error is the jackknife over passes: what is
+left after drift and easy prompts have cancelled.
 """
 
 import math
@@ -19,7 +20,7 @@ SHARES = {  # parts of StepTimes -> columns of a row
     "sample": "sample_share",
     "other": "other_share",
 }
-MIN_STREAM_ROUNDS = 8  # a request seen for fewer rounds under a policy says nothing about its speed
+MIN_STREAM_ROUNDS = 8  # a request seen for fewer rounds says nothing about a policy's speed
 
 
 @dataclass

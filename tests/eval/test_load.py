@@ -7,6 +7,8 @@ import pytest
 
 from dspark.cli import main
 from dspark.engine import policy
+from dspark.engine.engine import Engine
+from dspark.engine.sequence import Sequence
 from dspark.eval import load
 from dspark.eval.load import LoadBench, LoadConfig, make_policy
 from dspark.eval.load_lane import poisson_arrivals
@@ -77,14 +79,51 @@ def test_every_load_and_policy_has_a_complete_row(target, prompts):
     assert [level["streams"] for level in summary["scheduled"]["greedy"]["levels"]] == [1, 3]
 
 
-def test_the_closed_loop_keeps_all_streams_busy_and_policies_share_requests(target, prompts):
+def test_the_closed_loop_keeps_all_streams_busy_in_lanes_that_share_weights_only(target, prompts):
     bench = bench_of(target, prompts, policies=("plain", "fixed-1", "fixed-2"), streams=(3,))
     seen = []
-    bench.run(lambda text, _: seen.append((text, {k: len(lane.live) for k, lane in bench.lanes.items()})))
-    assert len(seen) >= 3 and all(counts == {False: 3, True: 3} for _, counts in seen)
-    assert bench.lanes[False].engine.drafter is None  # plain pays for no drafter
-    one, two = (bench.tallies["closed", 3][p].streams.keys() for p in ("fixed-1", "fixed-2"))
-    assert one & two
+    bench.run(lambda *_: seen.append([len(lane.live) for lane in bench.lanes.values()]))
+    assert len(seen) >= 3 and all(counts == [3, 3, 3] for counts in seen)
+    plain, one, two = (lane.engine.drafter for lane in bench.lanes.values())
+    assert plain is None  # pays for no drafter
+    assert one.head is two.head and one._storage[0].data_ptr() != two._storage[0].data_ptr()  # pyright: ignore
+
+
+def test_policies_are_given_the_same_prompts_in_the_same_order_and_answer_the_same(target, prompts, monkeypatch):
+    names = ("plain", "fixed-2", "greedy")
+    added: dict[Engine, list[Sequence]] = {}
+    add = Engine.add
+
+    def recorded(engine: Engine, *args) -> Sequence:
+        sequence = add(engine, *args)
+        added.setdefault(engine, []).append(sequence)
+        return sequence
+
+    def prompt(sequence: Sequence) -> list[int]:
+        return sequence.token_ids[: sequence.prompt_length]
+
+    monkeypatch.setattr(Engine, "add", recorded)
+    bench = bench_of(target, prompts, policies=names, streams=(3,), seconds=0.1)
+    bench.run()
+    plain, *others = (added[bench.lanes[name].engine] for name in names)
+    for other in others:
+        pairs = list(zip(plain, other))
+        assert len(pairs) >= 6 and all(prompt(a) == prompt(b) and a.params == b.params for a, b in pairs)
+        answers = [(a.token_ids, b.token_ids) for a, b in pairs if a.finish_reason and b.finish_reason]
+        assert len(answers) >= 3 and all(a == b for a, b in answers)
+
+
+def test_all_policies_get_as_far_as_the_first_one_of_a_pass(target, prompts):
+    names = ("plain", "fixed-4", "greedy")
+    bench, seen = bench_of(target, prompts, policies=names, streams=(3,)), []
+    bench.run(lambda text, _: seen.append(text.split()[-1]))
+    tokens = {name: lane.tokens for name, lane in bench.lanes.items()}
+    assert set(seen[-3:]) == set(names) and tokens[seen[-3]] == min(tokens.values())
+    lane, tally = bench.lanes["fixed-4"], Tally()
+    goal = lane.tokens + 40
+    seconds = bench.run_slice(lane, tally, 3, goal)
+    assert goal <= lane.tokens < goal + 3 * (1 + 4)
+    assert tally.seconds == seconds > 0 and tally.slices[0][0] == lane.tokens - goal + 40
 
 
 def test_the_open_loop_answers_every_arrival_under_every_policy(target, prompts):
@@ -230,7 +269,7 @@ def test_the_command_prints_tables_plots_and_one_json_line(target, prompts, tmp_
 def test_online_calibration_is_learnt_by_each_policy_alone(target, prompts):
     bench = bench_of(target, prompts, policies=("plain", "fixed-1", "fixed-4"), online_calibration=True)
     bench.run()
-    short, long = (bench.calibrators[name] for name in ("fixed-1", "fixed-4"))
+    short, long = (bench.lanes[name].engine.calibration for name in ("fixed-1", "fixed-4"))
     assert isinstance(short, OnlineCalibration) and isinstance(long, OnlineCalibration)
     assert short.count[0] > 0 == short.count[1] and long.count[1] > 0
 
