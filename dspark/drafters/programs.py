@@ -73,18 +73,10 @@ class ContextProgram:
 class BlockInputs:
     """Callable: what the first draft layer gets where blocks start from features (`DSparkConfig.feature_input`)."""
 
-    def __init__(
-        self,
-        embedding: Tensor,
-        feature_norm: Tensor,
-        token_norm: Tensor,
-        mask: Tensor,
-        proj: CompiledLinear,
-        eps: float,
-    ):
-        """embedding [V, C], weights of norms [C], the mask's embedding after its norm [C], proj [N, 2C] -> [N, C]."""
-        self.embedding, self.proj, self.eps = embedding, proj, eps
-        self.weights = feature_norm, token_norm, mask
+    def __init__(self, embedding: Tensor, weights: tuple[Tensor, Tensor, Tensor], proj: CompiledLinear, eps: float):
+        """embedding [V, C]; weights [C] of the feature's norm and the token's, and the mask's embedding after its norm;
+        proj [N, 2C] -> [N, C]."""
+        self.embedding, self.weights, self.proj, self.eps = embedding, weights, proj, eps
         self._programs: dict[tuple[int, int, bool], tuple[Program, Tensor, tuple[Tensor, ...]]] = {}
 
     def __call__(self, features: Tensor, slots: Tensor, tokens: Tensor, num_slots: int) -> Tensor:
