@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from statistics import mean
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 
@@ -41,7 +42,8 @@ def calibrate(fitting: Rounds, measuring: Rounds, dataset: str) -> tuple[Calibra
     identity = Calibration.identity(fitting.signals.shape[1])
     before = reliability(measuring, identity)
     weights = scores.fit_weights(fitting.signals, fitting.accepted)
-    temperatures, shifts = scores.fit(scores.weighed(fitting.signals, weights), fitting.accepted)
+    weighed = scores.weighed(fitting.signals, torch.tensor(weights, dtype=torch.float64))
+    temperatures, shifts = scores.fit(weighed, fitting.accepted)
     ece = tuple(before["ece"])
     fitted = Calibration(temperatures, dataset, len(fitting.accepted), ece, shifts=shifts, weights=weights)
     after = reliability(measuring, fitted)

@@ -78,16 +78,19 @@ class Calibration:
 
     @cached_property
     def _scale(self) -> tuple[Tensor, Tensor]:
-        shifts = self.shifts or (0.0,) * len(self.temperatures)
-        return torch.tensor(self.temperatures, dtype=torch.float64), torch.tensor(shifts, dtype=torch.float64)
+        """Weights over temperatures [G, S], S = 1 where the head's logit alone counts, and shifts [G]."""
+        temperatures = torch.tensor(self.temperatures, dtype=torch.float64)
+        weights = torch.tensor(self.weights or [[1.0]] * len(temperatures), dtype=torch.float64)
+        shifts = self.shifts or (0.0,) * len(temperatures)
+        return weights / temperatures[:, None], torch.tensor(shifts, dtype=torch.float64)
 
     def scaled(self, signals: Tensor) -> Tensor:
-        """z_k / T_k + b_k, [R, G] float64 on the CPU."""
+        """z_k / T_k + b_k, [R, G] float64 on the CPU. Raises ValueError for signals of another drafter."""
         ours, theirs = len(self.temperatures), signals.shape[1]
         if ours != theirs:
             raise ValueError(f"the calibration is for {ours} draft tokens a round, the drafter makes {theirs}")
-        temperatures, shifts = self._scale
-        return weighed(signals, self.weights) / temperatures + shifts
+        weights, shifts = self._scale
+        return weighed(signals, weights) + shifts
 
     def confidence(self, signals: Tensor) -> Tensor:
         """c_k = sigmoid(z_k / T_k + b_k), float64 on the CPU; a score that is NaN gives 0."""
@@ -97,18 +100,18 @@ class Calibration:
         """Learns nothing."""
 
 
-def weighed(signals: Tensor, weights: tuple[tuple[float, ...], ...]) -> Tensor:
-    """Scores z_k = w_k . s_k, [..., G, S] -> [..., G] float64 on the CPU; without weights the head's logits.
+def weighed(signals: Tensor, weights: Tensor) -> Tensor:
+    """Scores z_k = w_k . s_k, [..., G, S] -> [..., G] float64 on the CPU; weights [G, 1]: of the head's logits alone.
 
     Raises ValueError for weights of other signals.
     """
     signals = signals.to("cpu", torch.float64)
-    if not weights:
-        return signals[..., 0]
-    ours, theirs = len(weights[0]), signals.shape[-1]
+    ours, theirs = weights.shape[1], signals.shape[-1]
+    if ours == 1:
+        return signals[..., 0] * weights[:, 0]
     if ours != theirs:
         raise ValueError(f"the calibration weighs {ours} signals a slot, the drafter gives {theirs}")
-    return (signals * torch.tensor(weights, dtype=torch.float64)).sum(-1)
+    return (signals * weights).sum(-1)
 
 
 @dataclass

@@ -177,7 +177,7 @@ def measured_counts(costs: CostTable, batch_tokens: int, slots: int) -> Ints:
 
 KEPT_ROWS = 128  # blocks that stand for the mix of easy and hard ones
 KEPT_OWN = 32  # of one request
-ASK_EVERY = 8  # rounds that one answer to "for how many does drafting pay" holds for
+ASK_EVERY = 16  # rounds that one answer to "for how many does drafting pay" holds for
 PAYS = 1.03  # times plain decoding that drafting must promise: costs and survivals are estimates
 SHARES = 8  # parts of the running requests that drafting may be tried for
 PROBES = 4  # requests drafted for, now and then, while drafting does not pay
@@ -195,6 +195,7 @@ class Survivals:
         self.recent: Floats = np.zeros((0, 0))  # [<= KEPT_ROWS, G]: the last whole blocks
         self.totals: Floats = np.zeros(0)  # [G]
         self.counts: Floats = np.zeros(0)  # [G]
+        self.pending: list[tuple[Floats, NDArray[np.bool_], Sequence[int]]] = []  # rounds that `settle` takes in
         self.rounds = 0
         self.places: dict[int, int] = {}  # of requests, by id, in the following
         self.own: Floats = np.zeros((0, KEPT_OWN, 0))  # a request's last blocks, in a ring
@@ -209,19 +210,25 @@ class Survivals:
         if not len(self.totals):
             self.totals, self.counts = np.zeros((2, slots))
             self.own = np.zeros((0, KEPT_OWN, slots))
-        self.rounds += 1
         self.totals = self.decay * self.totals + values.sum(0)
         self.counts = self.decay * self.counts + (np.arange(slots) < drafted[:, None]).sum(0)
-        whole = drafted == slots
-        values, at = values[whole], self.at(ids)[whole]
-        # Where some are chosen for surviving well, only those that were not known yet stand for all.
-        typical = values if len(at) == len(ids) else values[self.number[at] == 0]
-        self.recent = np.concatenate([self.recent.reshape(-1, slots), typical])[-KEPT_ROWS:]
-        self.survived[at] = FADE * self.survived[at] + values.sum(1)
-        self.blocks[at] = FADE * self.blocks[at] + 1
-        self.last[at] = self.rounds
-        self.own[at, self.number[at] % KEPT_OWN] = values
-        self.number[at] += 1
+        self.pending.append((values, drafted == slots, ids))
+
+    def settle(self) -> None:
+        """Take in what concerns single requests: many rounds at once cost less than each in the middle of a step."""
+        for values, whole, ids in self.pending:
+            self.rounds += 1
+            at = self.at(ids)[whole]
+            values = values[whole]
+            # Where some are chosen for surviving well, only those that were not known yet stand for all.
+            typical = values if len(at) == len(ids) else values[self.number[at] == 0]
+            self.recent = np.concatenate([self.recent.reshape(-1, values.shape[1]), typical])[-KEPT_ROWS:]
+            self.survived[at] = FADE * self.survived[at] + values.sum(1)
+            self.blocks[at] = FADE * self.blocks[at] + 1
+            self.last[at] = self.rounds
+            self.own[at, self.number[at] % KEPT_OWN] = values
+            self.number[at] += 1
+        self.pending = []
 
     def at(self, ids: Sequence[int]) -> Ints:
         """Places of requests [R]; new ones get theirs, where need be those of requests that run no more."""
@@ -244,6 +251,7 @@ class Survivals:
 
     def levels(self, ids: Sequence[int]) -> tuple[Floats, Ints]:
         """Tokens that a block of each request is expected to add, and for how many rounds it had none, [R]."""
+        self.settle()
         at = self.at(ids)
         mean = float(self.recent.sum(1).mean()) if len(self.recent) else float(self.means.sum())
         idle = np.where(self.number[at] > 0, self.rounds - self.last[at], NEVER)
@@ -251,6 +259,7 @@ class Survivals:
 
     def rounds_like(self, ids: Sequence[int]) -> Floats:
         """Past blocks as rounds of these requests, [rounds, R, G]: their own as far as known, else any request's."""
+        self.settle()
         at, recent = self.at(ids), self.recent if len(self.recent) else self.means[None]
         rounds = max(2, KEPT_ROWS // len(ids))
         age = np.arange(rounds)[:, None]

@@ -64,7 +64,7 @@ def test_a_shift_makes_up_for_what_no_temperature_can() -> None:
 
 def test_known_weights_are_recovered() -> None:
     """Up to scale and constant, which temperature and shift make up for; the scores tell more than the head does."""
-    truth = ((1.0, 4.0), (1.0, -0.5))
+    truth = torch.tensor([[1.0, 4.0], [1.0, -0.5]])
 
     def evident(seed: int) -> tuple[Tensor, Tensor]:
         generator = np.random.default_rng(seed)
@@ -75,7 +75,7 @@ def test_known_weights_are_recovered() -> None:
     signals, accepted = evident(0)
     weights = fit_weights(signals, accepted)
     np.testing.assert_allclose(weights, truth, rtol=0.1)
-    temperatures, shifts = fit(weighed(signals, weights), accepted)
+    temperatures, shifts = fit(weighed(signals, torch.tensor(weights)), accepted)
     fitted = Calibration(temperatures, shifts=shifts, weights=weights)
     held_out, kept = evident(1)
     for k in range(2):
