@@ -102,6 +102,11 @@ class SamplingParams:
             raise ValueError(f"logprobs must be from 0 to 20, got {self.logprobs}.")
 
     @property
+    def truncates(self) -> bool:
+        """Whether a filter may leave tokens out."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @property
     def greedy(self) -> bool:
         return self.temperature == 0
 
@@ -240,6 +245,9 @@ def categorical(probs: Tensor, u: Tensor) -> Tensor:
     Rows need a positive sum but need not be normalised. An id of probability 0 is never returned: its
     cumulative sum equals the one before it, and the first sum above the threshold is taken.
     """
+    if probs.shape[-1] <= BLOCK:
+        cumulative = probs.double().cumsum(-1)
+        return _first_above(cumulative, u * cumulative[:, -1]).squeeze(-1)
     # First the block of the vocabulary, then the id in it: two short cumulative sums instead of one over all of it.
     blocks = _blocks(probs, 0.0)
     cumulative = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # [N, V / BLOCK]

@@ -87,20 +87,22 @@ class BoundDrafter(ABC):
         if all(q.params.greedy for q in requests):
             return lambda k, logits: self.best(logits)
         settings, draws = self._settings(requests), self._draws(requests)  # [R] each, [R, G]
-        return lambda k, logits: self.sample(logits, settings, draws[:, k])
+        if any(q.params.greedy or q.params.truncates for q in requests):
+            return lambda k, logits: self.sample(logits, lambda some: truncated_probs(some, *settings), draws[:, k])
+        temperature = settings[0][:, None]
+        return lambda k, logits: self.sample(logits, lambda some: (some / temperature).softmax(-1), draws[:, k])
 
     def best(self, logits: Tensor) -> Slot:
         """The likeliest token of each row [R, V'], no randomness."""
         token = self.d2t[first_maximum(logits)]
         return Slot(token, token[:, None], torch.ones_like(logits[:, :1]))
 
-    def sample(self, logits: Tensor, settings: list[Tensor], draws: Tensor) -> Slot:
-        """Logits [R, V'] -> one token a row, from its likeliest candidates under the request's own parameters."""
+    def sample(self, logits: Tensor, probs: Callable[[Tensor], Tensor], draws: Tensor) -> Slot:
+        """Logits [R, V'] -> one token a row, from its likeliest candidates; probs turns their logits into a law."""
         logits, candidates = logits.topk(min(NUM_CANDIDATES, logits.shape[-1]))
         candidates, order = candidates.sort(-1)  # in the target's order a shared draw lands in the same place, mostly
-        logits = logits.gather(-1, order)
         support = self.d2t[candidates]
-        draft_probs = truncated_probs(logits.nan_to_num(), *settings)  # a broken drafter costs time, not the engine
+        draft_probs = probs(logits.gather(-1, order).nan_to_num())  # a broken drafter costs time, not the engine
         index = categorical(draft_probs, draws)[:, None]
         return Slot(support.gather(1, index).squeeze(1), support, draft_probs)
 

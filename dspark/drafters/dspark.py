@@ -144,28 +144,26 @@ class DSparkDrafter(BoundDrafter):
     def decode_block(self, requests: list[DraftRequest], hidden: Tensor) -> Draft:
         """The sequential head, left to right over hidden [R, G, C], each slot from the token sampled before it."""
         r, g, _ = hidden.shape
-        base_logits = self.head(hidden.flatten(0, 1)).view(r, g, -1)  # [R, G, V']
+        logits = self.head(hidden.flatten(0, 1)).view(r, g, -1).float()  # [R, G, V'], without the head's bias
         previous = torch.tensor([q.token_ids[-1] for q in requests], device=hidden.device)
         if self.greedy_markov is not None and all(q.params.greedy for q in requests):
-            tokens, embeddings, largest = self.greedy_markov(previous, base_logits)
+            tokens, embeddings, largest = self.greedy_markov(previous, logits)
             confidence, evidence = self.signals(requests, hidden, embeddings, largest)
             return Draft.unsampled(tokens, confidence, torch.full((r,), g), evidence)
         draw = self.sampler(requests)
         slots: list[Slot] = []
-        highest: list[Tensor] = []
         rank = self.config.markov_rank
         embeddings, state = hidden.new_empty(r, g, rank), hidden.new_zeros(r, rank)
         for k in range(g):
-            logits = base_logits[:, k].float()
             if self.markov is not None:
                 embeddings[:, k] = self.markov.markov_w1(previous)
                 features, state = self.markov.step(embeddings[:, k], hidden[:, k], state)
                 # The Markov bias decides most later slots: candidates are picked after it, never before.
-                logits = logits + self.w2(features).float()
-            slots.append(draw(k, logits))
-            highest.append(logits.softmax(-1).amax(-1))
+                logits[:, k] += self.w2(features)
+            slots.append(draw(k, logits[:, k]))
             previous = slots[-1].token
-        return whole_draft(slots, *self.signals(requests, hidden, embeddings, torch.stack(highest, 1)))
+        largest = logits.softmax(-1).amax(-1)
+        return whole_draft(slots, *self.signals(requests, hidden, embeddings, largest))
 
     def signals(
         self, requests: list[DraftRequest], hidden: Tensor, embeddings: Tensor, largest: Tensor
