@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dspark.engine.kv_cache import KVCache
+from dspark.engine.kv_cache import KVCache, Region
 from dspark.engine.scheduler import Chunk, StepPlan
 from dspark.models.attention import CachedAttention, Segment
 
@@ -24,6 +24,7 @@ class Span:
     count: int
     position: int
     draft_tokens: list[int]
+    region: Region
 
     @property
     def verify_length(self) -> int:
@@ -58,11 +59,13 @@ class Batch:
 def build_batch(plan: StepPlan, draft_tokens: list[list[int]], device: torch.device) -> Batch:
     """Flatten a plan; draft_tokens[i] are the tokens to verify of plan.decoding[i]."""
     spans, tokens, positions, slots = [], [], [], []
-    rows = [(chunk, True, draft) for chunk, draft in zip(plan.decoding, draft_tokens, strict=True)]
-    for chunk, decoding, draft in rows + [(chunk, False, []) for chunk in plan.prefill]:
+    planned = [(chunk, True, draft) for chunk, draft in zip(plan.decoding, draft_tokens, strict=True)]
+    for chunk, decoding, draft in planned + [(chunk, False, []) for chunk in plan.prefill]:
         sequence, position = chunk.sequence, chunk.sequence.num_computed
         row_tokens = sequence.token_ids[position : position + chunk.count] + draft
-        spans.append(Span(chunk, decoding, chunk.reaches_anchor, len(tokens), len(row_tokens), position, draft))
+        spans.append(
+            Span(chunk, decoding, chunk.reaches_anchor, len(tokens), len(row_tokens), position, draft, sequence.kv)
+        )
         tokens += row_tokens
         row_positions = range(position, position + len(row_tokens))
         positions += row_positions

@@ -9,6 +9,7 @@ import torch
 
 from dspark.drafters.interface import Drafter
 from dspark.engine.answer_text import AnswerText, Decode
+from dspark.engine.drafter_context import DrafterContext
 from dspark.engine.kv_cache import KVCache, slot_bytes
 from dspark.engine.runner import Outcome, Runner
 from dspark.engine.scheduler import Scheduler, StepPlan
@@ -93,11 +94,13 @@ class Engine:
         if num_slots <= self.block_size + 1:
             raise ValueError(f"kv_gib={config.kv_gib} does not hold a single token; {per_slot} bytes are one slot")
         self.kv_bytes = num_slots * per_slot
-        self.cache = KVCache(target.config, num_slots, target.kv_dtype, target.device, drafter, config.reuse_prefixes)
+        self.context = DrafterContext(drafter) if drafter is not None else None
+        reuse = config.reuse_prefixes
+        self.cache = KVCache(target.config, num_slots, target.kv_dtype, target.device, self.context, reuse)
         if drafter is not None:
             drafter.allocate(num_slots)
         self.scheduler = Scheduler(self.cache, config.max_streams, config.prefill_tokens, self.block_size)
-        self.runner = Runner(target, self.cache, drafter)
+        self.runner = Runner(target, self.cache, drafter.tap_layers if drafter is not None else ())
         self.times = StepTimes()
         self.counters = self.scheduler.counters
         self._ids = itertools.count()
@@ -179,7 +182,8 @@ class Engine:
             self.calibration.observe(draft.signals, verify_lengths, kept)
         new_tokens, accepted = self.commit(outcome)
         committed = time.perf_counter()
-        self.runner.extend_drafter(outcome.batch, output, accepted)
+        if self.context is not None:
+            self.context.add(outcome.batch, output.taps, accepted)
         ended = time.perf_counter()
         self.times.draft += (drafted - decided) + (ended - committed)
         self.times.choose += (decided - planned) + (chosen - drafted)
@@ -198,8 +202,8 @@ class Engine:
 
     def draft(self, plan: StepPlan, wanted: list[int]) -> Draft:
         """Proposals for these of the decoding sequences, empty ones for the others."""
-        assert self.drafter is not None
-        draft = self.drafter.propose([plan.decoding[i].sequence for i in wanted])
+        assert self.context is not None
+        draft = self.context.propose([plan.decoding[i].sequence for i in wanted])
         return draft.placed(wanted, len(plan.decoding))
 
     def choose(self, plan: StepPlan, draft: Draft | None) -> torch.Tensor:

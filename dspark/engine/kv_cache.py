@@ -6,20 +6,25 @@ known until its slots are needed, so that a later request with the same leading 
 """
 
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from dspark.drafters.interface import Drafter
 from dspark.models.attention import copy_slots
 from dspark.models.config import DecoderConfig
+
+if TYPE_CHECKING:
+    from dspark.engine.drafter_context import DrafterContext
 
 MIN_REUSED = 16  # shorter prefixes are computed again
 
 
 @dataclass(eq=False)
 class Region:
-    """Slots start .. start+capacity of the arena; the first `length` of them hold token_ids[:length].
+    """Slots start .. start+capacity of the arena; the first `length` of them hold token_ids[:length], none once it is
+    given up.
 
     It may grow up to `limit` slots: while memory allows, no other region is put there. `token_ids` is the list of
     the request itself, which only ever grows, as long as the request owns the region.
@@ -47,11 +52,11 @@ class KVCache:
         num_slots: int,
         dtype: torch.dtype,
         device: torch.device,
-        drafter: Drafter | None = None,
+        context: "DrafterContext | None" = None,
         reuse: bool = True,
     ):
-        """drafter: its storage for the same slots is copied along. reuse: whether computed prefixes are."""
-        self.num_slots, self.drafter, self.reuse = num_slots, drafter, reuse
+        """context: a drafter's storage for the same slots, copied along. reuse: whether computed prefixes are."""
+        self.num_slots, self.context, self.reuse = num_slots, context, reuse
         shape = (num_slots, 2, config.num_kv_heads, config.head_dim)
         self.storage = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
         self._owned: list[Region] = []
@@ -76,7 +81,9 @@ class KVCache:
         if start is None:
             return None
         region = Region(start, capacity, limit, token_ids)
-        self._drop_kept(start, capacity)
+        if source is not None and self.context is not None:
+            self.context.take_in()
+        self._drop_kept(lambda r: r.overlaps(start, capacity))
         if source is not None:
             # It may just have been dropped and even overlap the new region: nothing has overwritten it yet.
             self._copy(source.start, start, count)
@@ -91,7 +98,7 @@ class KVCache:
         start = region.start if in_place else self._place(capacity, region.limit, moving=region)
         if start is None:
             return False
-        self._drop_kept(start, capacity)
+        self._drop_kept(lambda r: r.overlaps(start, capacity))
         self._copy(region.start, start, region.length)
         region.start, region.capacity = start, capacity
         return True
@@ -107,8 +114,10 @@ class KVCache:
         region.token_ids = region.token_ids[: region.length]  # a request that stopped has fewer tokens than KV
         region.length = region.capacity = region.limit = len(region.token_ids)
         if self.reuse and region.length >= MIN_REUSED:
-            self._kept = [r for r in self._kept if r.token_ids != region.token_ids[: r.length]]
+            self._drop_kept(lambda r: r.token_ids == region.token_ids[: r.length])
             self._kept.append(region)
+        else:
+            region.length = 0
 
     def check_integrity(self) -> None:
         """Regions lie in the arena without overlap, and none holds more than its capacity."""
@@ -155,14 +164,17 @@ class KVCache:
                 return start
         return None
 
-    def _drop_kept(self, start: int, capacity: int) -> None:
-        self._kept = [r for r in self._kept if not r.overlaps(start, capacity)]
+    def _drop_kept(self, goes: Callable[[Region], bool]) -> None:
+        """Forget regions; whoever still holds one sees that it is empty."""
+        for region in filter(goes, self._kept):
+            region.length = 0
+        self._kept = [r for r in self._kept if r.length]
 
     def _copy(self, source: int, target: int, count: int) -> None:
         if source != target and count:
             copy_slots(self.storage, source, target, count)
-            if self.drafter is not None:
-                self.drafter.copy(source, target, count)
+            if self.context is not None:
+                self.context.copy(source, target, count)
 
 
 def common_prefix(a: list[int], b: list[int], most: int) -> int:

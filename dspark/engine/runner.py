@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dspark.drafters.interface import Drafter
 from dspark.engine.batch import Batch, build_batch
 from dspark.engine.kv_cache import KVCache
 from dspark.engine.scheduler import StepPlan
@@ -43,8 +42,9 @@ class Outcome:
 class Runner:
     """Runs target forwards on ragged batches and turns their logits into verdicts."""
 
-    def __init__(self, target: Decoder, cache: KVCache, drafter: Drafter | None):
-        self.target, self.cache, self.drafter = target, cache, drafter
+    def __init__(self, target: Decoder, cache: KVCache, tap_layers: tuple[int, ...] = ()):
+        """tap_layers: whose outputs come with each step's."""
+        self.target, self.cache, self.tap_layers = target, cache, tap_layers
 
     @torch.inference_mode()
     def verify(self, plan: StepPlan, draft: Draft | None, verify_lengths: Tensor) -> tuple[Outcome, DecoderOutput]:
@@ -54,8 +54,7 @@ class Runner:
         draft_tokens = [row[:n] for row, n in zip(tokens, lengths)] if draft else [[] for _ in plan.decoding]
         batch = build_batch(plan, draft_tokens, self.target.device)
         attention = batch.attention(self.cache, self.target.config.group_size)
-        taps = self.drafter.tap_layers if self.drafter is not None else ()
-        output = self.target.forward(batch.tokens, batch.positions, attention, taps)
+        output = self.target.forward(batch.tokens, batch.positions, attention, self.tap_layers)
         rows = batch.logit_rows()
         if not len(rows):
             empty = torch.empty(0, dtype=torch.int64)
@@ -117,22 +116,6 @@ class Runner:
             tokens = torch.empty(shape, dtype=torch.int64)
             return Draft.unsampled(tokens, torch.empty(shape), torch.zeros(len(sequences), dtype=torch.int64))
         return draft.placed(list(range(len(draft.lengths))), len(sequences))
-
-    @torch.inference_mode()
-    def extend_drafter(self, batch: Batch, output: DecoderOutput, accepted: list[int]) -> None:
-        """Give the drafter the taps of this step's committed tokens; accepted[i] belongs to batch.sampled[i]."""
-        if self.drafter is None or not self.drafter.tap_layers:
-            return
-        kept = iter(accepted)
-        rows: list[int] = []
-        for span in batch.spans:
-            rejected = span.verify_length - next(kept) if span.reaches_anchor else 0
-            rows += range(span.first_row, span.first_row + span.count - rejected)
-        index = slice(len(rows))  # of one request or where nothing was rejected; else a copy of the rows
-        if rows != list(range(len(rows))):
-            index = torch.tensor(rows, device=batch.tokens.device)
-        taps = [t[index] for t in output.taps]
-        self.drafter.extend(taps, batch.tokens[index], batch.positions[index], batch.slots[index])
 
 
 def row_prefixes(batch: Batch) -> list[Prefix]:

@@ -1,0 +1,76 @@
+"""What a drafter has taken in of the committed tokens: not after each step, but when it is to draft.
+
+Under load most steps draft for nobody, and the tokens of many steps at once cost half of what they cost one by one.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dspark.drafters.interface import Drafter, DraftRequest
+from dspark.engine.batch import Batch
+from dspark.engine.kv_cache import Region
+from dspark.spec.draft import Draft
+
+MOST_ROWS = 1024  # that wait; more are taken in at once
+
+
+@dataclass
+class Waiting:
+    """Committed tokens of one step, N rows: taps [N, C] a tap layer, token ids and positions [N], whose they are."""
+
+    taps: list[Tensor]
+    tokens: Tensor
+    positions: Tensor
+    regions: list[Region]
+
+
+class DrafterContext:
+    """A drafter behind its backlog. A region that was given up has length 0, and its rows are dropped."""
+
+    def __init__(self, drafter: Drafter):
+        self.drafter = drafter
+        self.waiting: list[Waiting] = []
+
+    def add(self, batch: Batch, taps: list[Tensor], accepted: list[int]) -> None:
+        """Committed tokens of a step that is over; accepted[i] belongs to batch.sampled[i]."""
+        if not self.drafter.tap_layers:
+            return
+        kept = iter(accepted)
+        rows: list[int] = []
+        regions: list[Region] = []
+        for span in batch.spans:
+            rejected = span.verify_length - next(kept) if span.reaches_anchor else 0
+            rows += range(span.first_row, span.first_row + span.count - rejected)
+            regions += [span.region] * (span.count - rejected)
+        index = slice(len(rows))  # of one request or where nothing was rejected; else a copy of the rows
+        if rows != list(range(len(rows))):
+            index = torch.tensor(rows, device=batch.tokens.device)
+        self.waiting.append(Waiting([t[index] for t in taps], batch.tokens[index], batch.positions[index], regions))
+        if sum(len(w.regions) for w in self.waiting) > MOST_ROWS:
+            self.take_in()
+
+    @torch.inference_mode()
+    def take_in(self) -> None:
+        """Give the drafter all that waits."""
+        parts, slots = [], []
+        for w in self.waiting:
+            positions = w.positions.tolist()
+            alive = [i for i, region in enumerate(w.regions) if positions[i] < region.length]
+            slots += [w.regions[i].start + positions[i] for i in alive]
+            index = slice(None) if len(alive) == len(positions) else torch.tensor(alive, dtype=torch.int64)
+            parts.append([t[index] for t in (w.tokens, w.positions, *w.taps)])
+        self.waiting = []
+        if not slots:
+            return
+        tokens, positions, *taps = parts[0] if len(parts) == 1 else (torch.cat(column) for column in zip(*parts))
+        self.drafter.extend(taps, tokens, positions, torch.tensor(slots, device=tokens.device))
+
+    def copy(self, source_slot: int, target_slot: int, count: int) -> None:
+        """See `Drafter.copy`; what waits for the region that moves will be written where it lies then."""
+        self.drafter.copy(source_slot, target_slot, count)
+
+    def propose(self, requests: list[DraftRequest]) -> Draft:
+        self.take_in()
+        return self.drafter.propose(requests)

@@ -1,0 +1,64 @@
+"""Whenever the drafter is asked, it knows all committed tokens, however long they waited and wherever they moved."""
+
+import pytest
+import torch
+
+from dspark.drafters.interface import DraftRequest
+from dspark.drafters.load import bind
+from dspark.engine import drafter_context
+from dspark.engine.engine import Engine, EngineConfig
+from dspark.sampling import SamplingParams
+from dspark.spec.draft import Draft
+from dspark.spec.prefix_scheduler import FixedLength, Load
+from tests.tiny import PlainAttention, plain_greedy, tiny_target, tiny_variant
+
+TARGET = tiny_target()
+SHARED = torch.randint(0, 64, (20,), generator=torch.Generator().manual_seed(3)).tolist()
+PROMPTS = [SHARED[: 16 + i % 5] + [i, 2 * i + 1] for i in range(7)]
+
+
+class Sometimes(FixedLength):
+    """Drafts every 7th round, for every other request."""
+
+    rounds = 0
+
+    def to_draft(self, load: Load) -> list[int]:
+        object.__setattr__(self, "rounds", self.rounds + 1)
+        return [] if self.rounds % 7 else list(range(0, load.requests, 2))
+
+
+@pytest.mark.parametrize("most_rows", [1, 40, 1024])
+@pytest.mark.parametrize("slots", [200, 900], ids=["preempting", "roomy"])
+@pytest.mark.parametrize("variant", ["feature input", "eagle3"])
+def test_it_knows_all_committed_tokens(variant: str, slots: int, most_rows: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(drafter_context, "MOST_ROWS", most_rows)
+    model = tiny_variant(variant, TARGET)
+    drafter = bind(model, TARGET)
+    engine = Engine(TARGET, drafter, Sometimes(2), config=EngineConfig(4, 180, prefill_tokens=9))
+    per_slot = engine.kv_bytes // engine.cache.num_slots
+    config = EngineConfig(4, 180, kv_gib=slots * per_slot / 2**30, prefill_tokens=9)
+    engine = Engine(TARGET, drafter, Sometimes(2), config=config)
+    asked = 0
+
+    def propose(requests: list[DraftRequest], propose=drafter.propose) -> Draft:
+        nonlocal asked
+        for request in requests:
+            tokens = torch.tensor(request.token_ids[:-1])
+            positions = torch.arange(len(tokens))
+            output = TARGET.forward(tokens, positions, PlainAttention(TARGET.config.group_size), drafter.tap_layers)
+            fresh = bind(model, TARGET)
+            fresh.allocate(len(tokens))
+            fresh.extend(output.taps, tokens, positions, positions)
+            for ours, theirs in zip(drafter._storage, fresh._storage, strict=True):
+                known = ours[request.first_slot : request.first_slot + len(tokens)]
+                torch.testing.assert_close(known, theirs, atol=1e-4, rtol=1e-4)
+            asked += 1
+        return propose(requests)
+
+    monkeypatch.setattr(drafter, "propose", propose)
+    sequences = [engine.add(prompt, SamplingParams(max_new_tokens=90)) for prompt in PROMPTS]
+    while engine.has_work:
+        engine.step()
+    assert [s.output_ids for s in sequences] == [plain_greedy(TARGET, prompt, 90) for prompt in PROMPTS]
+    assert asked > 10 and engine.counters.reused_tokens > 0
+    assert (engine.counters.preemptions > 0) == (slots == 200)
