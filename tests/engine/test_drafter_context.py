@@ -27,11 +27,11 @@ class Sometimes(FixedLength):
         return [] if self.rounds % 7 else list(range(0, load.requests, 2))
 
 
-@pytest.mark.parametrize("most_rows", [1, 40, 1024])
+@pytest.mark.parametrize("most_bytes", [1, 15_000, 1 << 20])
 @pytest.mark.parametrize("slots", [200, 900], ids=["preempting", "roomy"])
 @pytest.mark.parametrize("variant", ["feature input", "eagle3"])
-def test_it_knows_all_committed_tokens(variant: str, slots: int, most_rows: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(drafter_context, "MOST_ROWS", most_rows)
+def test_it_knows_all_committed_tokens(variant: str, slots: int, most_bytes: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(drafter_context, "MOST_BYTES", most_bytes)
     model = tiny_variant(variant, TARGET)
     drafter = bind(model, TARGET)
     engine = Engine(TARGET, drafter, Sometimes(2), config=EngineConfig(4, 180, prefill_tokens=9))
