@@ -1,7 +1,7 @@
 """Drafters compared at equal data and equal training time, all started from the target's late layers.
 
 dspark data --prompts train.jsonl --out runs/answers.jsonl
-for name in dspark dflash dflash-deep eagle3 mtp; do python recipes/comparison.py $name; done
+for name in dspark dspark-features dflash dflash-deep eagle3 mtp; do python recipes/comparison.py $name; done
 dspark eval --prompts dev.jsonl --drafter runs/comparison/dspark --drafter runs/comparison/dflash ... --plot slots.png
 
 The figures in docs/results.md took the seconds of one thread's processor time instead of the clock's, since two of
@@ -21,6 +21,7 @@ DSPARK = DrafterRecipe(
 )
 RECIPES = {
     "dspark": DSPARK,
+    "dspark-features": replace(DSPARK, feature_input=True),
     "dflash": replace(DSPARK, markov_rank=0),
     "dflash-deep": replace(DSPARK, markov_rank=0, source_layers=(25, 26, 27, 28, 29)),
     "eagle3": replace(DSPARK, kind="eagle3", source_layers=(28,)),
