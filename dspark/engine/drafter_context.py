@@ -1,7 +1,7 @@
 """What a drafter has taken in of the committed tokens: not after each step, but when it is to draft.
 
-Under load most steps draft for nobody. The tokens of many steps at once cost less than one by one, and those of requests
-that ended meanwhile cost nothing.
+Under load most steps draft for nobody. The tokens of many steps at once cost less than one by one, and those of
+requests that ended meanwhile cost nothing.
 """
 
 from dataclasses import dataclass
