@@ -3,7 +3,8 @@
 `dspark` gives in ten minutes what `longer` goes on from. The shipped one had both, in one thread on a core of its own,
 by the seconds of its processor time, on the target's own answers: 4,083 of them, then 6,582 (1.59 M tokens), written at
 temperatures 0, 0.2 (top-p 0.9), 0.7 (top-p 0.95) and 1, about a third of the prompts self-written. It had rank 128; its
-Markov head was cut to 96 by singular values and trained for six minutes more, to stay below 32 MB. Here it is 96 at once.
+Markov head was cut to 96 by singular values and trained for six minutes more, to stay below 32 MB. Here it is 96 from
+the start.
 
 dspark data --prompts train.jsonl --out runs/answers.jsonl
 dspark data --self-written 2000 --out runs/self-written.jsonl
