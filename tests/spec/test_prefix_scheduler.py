@@ -22,7 +22,6 @@ from dspark.spec.prefix_scheduler import (
     Load,
     PrefixScheduler,
     StaleBudget,
-    Survivals,
     Threshold,
     ThroughputGreedy,
     algorithm_1,
@@ -32,6 +31,7 @@ from dspark.spec.prefix_scheduler import (
     survival,
     walk,
 )
+from dspark.spec.survivals import Survivals
 
 
 def cost_table(target_seconds: list[float], draft_seconds: float = 1e-9, step_seconds: float = 0.0) -> CostTable:
