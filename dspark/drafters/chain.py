@@ -87,9 +87,8 @@ class ChainDrafter(BoundDrafter):
     def extend(self, taps: list[Tensor], tokens: Tensor, positions: Tensor, slots: Tensor) -> None:
         kv, features = self._storage
         features.index_copy_(0, slots, self.fuse(taps).to(features.dtype))
-        _, inputs = self.pair(
-            self.target.embed(tokens), self.features_before(self._storage[1], before(positions, slots))
-        )
+        known = self.features_before(features, before(positions, slots))
+        _, inputs = self.pair(self.target.embed(tokens), known)
         store(self.layer.qkv(inputs, *self.target.rotary(positions))[1], kv, slots)
 
     @torch.inference_mode()

@@ -59,7 +59,8 @@ class DSparkDrafter(BoundDrafter):
             self.mask = rms_norm(mask, self.token_norm, c.rms_norm_eps)  # [1, C]
             if isinstance(self.input_proj, CompiledLinear) and self.input_proj.dense:
                 weights = self.feature_norm, self.token_norm, self.mask
-                self.input_program = BlockInputs(target.embedding, weights, self.input_proj, c.rms_norm_eps)
+                parts = target.embedding, weights, self.input_proj
+                self.input_program = BlockInputs(*parts, c.rms_norm_eps, self.config.num_slots)
         self.norm = place(model.norm.weight)
         self.markov = self.greedy_markov = None
         if model.markov_head is not None:
@@ -133,7 +134,7 @@ class DSparkDrafter(BoundDrafter):
             rows[:, 0] = tokens
             return self.target.embed(rows.flatten())
         if self.input_program is not None:
-            return self.input_program(self._features, before, tokens, slots)
+            return self.input_program(self._features, before, tokens)
         eps = self.config.decoder.rms_norm_eps
         feature = rms_norm(self.features_before(self._features, before), self.feature_norm, eps)
         token = rms_norm(self.target.embed(tokens), self.token_norm, eps)

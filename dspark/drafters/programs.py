@@ -73,40 +73,57 @@ class ContextProgram:
 class BlockInputs:
     """Callable: what the first draft layer gets where blocks start from features (`DSparkConfig.feature_input`)."""
 
-    def __init__(self, embedding: Tensor, weights: tuple[Tensor, Tensor, Tensor], proj: CompiledLinear, eps: float):
+    def __init__(
+        self,
+        embedding: Tensor,
+        weights: tuple[Tensor, Tensor, Tensor],
+        proj: CompiledLinear,
+        eps: float,
+        num_slots: int,
+    ):
         """embedding [V, C]; weights [C] of the feature's norm and the token's, and the mask's embedding after its norm;
         proj [N, 2C] -> [N, C]."""
         self.embedding, self.weights, self.proj, self.eps = embedding, weights, proj, eps
-        self._programs: dict[tuple[int, int, bool], tuple[Program, Tensor, tuple[Tensor, ...]]] = {}
+        self.num_slots = num_slots  # of a block
+        self._programs: dict[tuple[int, bool], Program] = {}
+        self._buffers: tuple[Tensor, ...] = ()
+        self._x = torch.empty(0, proj.outputs)
 
-    def __call__(self, features: Tensor, slots: Tensor, tokens: Tensor, num_slots: int) -> Tensor:
+    def __call__(self, features: Tensor, slots: Tensor, tokens: Tensor) -> Tensor:
         """features [slots, C]; of each anchor the slot before its own (-1: none) and its token [R] -> [R*slots, C].
 
         The result is valid until the next call.
         """
-        key = len(tokens), num_slots, features.dtype is torch.bfloat16
+        key = len(tokens), features.dtype is torch.bfloat16
+        if len(tokens) * self.num_slots > len(self._x):
+            self._grow(len(tokens))
         if key not in self._programs:
             self._programs[key] = self._build(*key)
-        program, x, _ = self._programs[key]
+        program = self._programs[key]
         program.set("features", features.data_ptr())
         program.set("slots", slots.data_ptr())
         program.set("tokens", tokens.data_ptr())
         program.run()
-        return x
+        return self._x[: len(tokens) * self.num_slots]
 
-    def _build(self, r: int, num_slots: int, in_bf16: bool) -> tuple[Program, Tensor, tuple[Tensor, ...]]:
+    def _grow(self, r: int) -> None:
+        """Buffers for so many blocks, shared by the programs, which point into them and go when they move."""
         width, padded = self.proj.outputs, 2 * r + -2 * r % 16  # whole tiles are written
-        pairs, y, x = torch.zeros(padded, 2 * width), torch.empty(padded, width), torch.empty(r * num_slots, width)
-        rounded = torch.empty(torch.get_num_threads() * padded * width)
-        program = Program()
+        sizes = padded * 2 * width, padded * width, torch.get_num_threads() * padded * width
+        self._buffers = tuple(torch.zeros(size) for size in sizes)
+        self._x = torch.empty(r * self.num_slots, width)
+        self._programs.clear()
+
+    def _build(self, r: int, in_bf16: bool) -> Program:
+        width, program = self.proj.outputs, Program()
+        pairs, y, rounded = (buffer.data_ptr() for buffer in self._buffers)
         weights = [t.data_ptr() for t in self.weights]
         named = {"features": 0, "slots": 0, "tokens": 0}
         more = {"embedding": self.embedding.data_ptr(), "feature": weights[0], "token": weights[1], "mask": weights[2]}
-        kernel = cpu_ops.kernel("draft_input", width, self.eps, in_bf16)
-        program.add(kernel, **named, **more, pairs=pairs.data_ptr(), rows=r)
-        program.add(self.proj.kernel, *self.proj.fields(pairs.data_ptr(), y.data_ptr(), rounded.data_ptr(), 2 * r))
-        program.add(cpu_ops.kernel("block_rows", width), y.data_ptr(), x.data_ptr(), num_slots, r)
-        return program, x, (pairs, y, rounded)
+        program.add(cpu_ops.kernel("draft_input", width, self.eps, in_bf16), **named, **more, pairs=pairs, rows=r)
+        program.add(self.proj.kernel, *self.proj.fields(pairs, y, rounded, 2 * r))
+        program.add(cpu_ops.kernel("block_rows", width), y, self._x.data_ptr(), self.num_slots, r)
+        return program
 
 
 class GreedyMarkov:

@@ -28,7 +28,8 @@ class Waiting:
 
 
 class DrafterContext:
-    """A drafter behind its backlog. A region that was given up has length 0, and its rows are dropped."""
+    """A drafter behind its backlog, and the KV cache's companion. A region that was given up has length 0: its rows are
+    dropped, and those of one that moved are written where it lies when they are taken in."""
 
     def __init__(self, drafter: Drafter):
         self.drafter = drafter
@@ -69,7 +70,6 @@ class DrafterContext:
         self.drafter.extend(taps, tokens, positions, torch.tensor(slots, device=tokens.device))
 
     def copy(self, source_slot: int, target_slot: int, count: int) -> None:
-        """See `Drafter.copy`; what waits for the region that moves will be written where it lies then."""
         self.drafter.copy(source_slot, target_slot, count)
 
     def propose(self, requests: list[DraftRequest]) -> Draft:

@@ -8,17 +8,26 @@ known until its slots are needed, so that a later request with the same leading 
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
 from dspark.models.attention import copy_slots
 from dspark.models.config import DecoderConfig
 
-if TYPE_CHECKING:
-    from dspark.engine.drafter_context import DrafterContext
-
 MIN_REUSED = 16  # shorter prefixes are computed again
+
+
+class Companion(Protocol):
+    """What else is stored for the slots of the arena: a drafter's context."""
+
+    def take_in(self) -> None:
+        """Bring the storage up to date: it is about to be copied for another request."""
+        ...
+
+    def copy(self, source_slot: int, target_slot: int, count: int) -> None:
+        """See `Drafter.copy`."""
+        ...
 
 
 @dataclass(eq=False)
@@ -52,11 +61,11 @@ class KVCache:
         num_slots: int,
         dtype: torch.dtype,
         device: torch.device,
-        context: "DrafterContext | None" = None,
+        companion: Companion | None = None,
         reuse: bool = True,
     ):
-        """context: a drafter's storage for the same slots, copied along. reuse: whether computed prefixes are."""
-        self.num_slots, self.context, self.reuse = num_slots, context, reuse
+        """companion: copied along. reuse: whether computed prefixes are."""
+        self.num_slots, self.companion, self.reuse = num_slots, companion, reuse
         shape = (num_slots, 2, config.num_kv_heads, config.head_dim)
         self.storage = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
         self._owned: list[Region] = []
@@ -81,8 +90,8 @@ class KVCache:
         if start is None:
             return None
         region = Region(start, capacity, limit, token_ids)
-        if source is not None and self.context is not None:
-            self.context.take_in()
+        if source is not None and self.companion is not None:
+            self.companion.take_in()
         self._drop_kept(lambda r: r.overlaps(start, capacity))
         if source is not None:
             # It may just have been dropped and even overlap the new region: nothing has overwritten it yet.
@@ -173,8 +182,8 @@ class KVCache:
     def _copy(self, source: int, target: int, count: int) -> None:
         if source != target and count:
             copy_slots(self.storage, source, target, count)
-            if self.context is not None:
-                self.context.copy(source, target, count)
+            if self.companion is not None:
+                self.companion.copy(source, target, count)
 
 
 def common_prefix(a: list[int], b: list[int], most: int) -> int:

@@ -157,7 +157,13 @@ class LoadBench:
         """One turn of a policy, until its lane has given out `goal` tokens, None: for its time. Returns its seconds."""
         tally.slices.append([0, 0.0])
         steps, seconds = 0, 0.0
-        while (seconds < self.config.slice_seconds or steps < MIN_STEPS) if goal is None else lane.tokens < goal:
+
+        def over() -> bool:
+            if goal is not None:
+                return lane.tokens >= goal
+            return seconds >= self.config.slice_seconds and steps >= MIN_STEPS
+
+        while not over():
             seconds += lane.step(tally, streams)
             steps += 1
         return seconds

@@ -49,6 +49,8 @@ class Survivals:
         self.totals = self.decay * self.totals + values.sum(0)
         self.counts = self.decay * self.counts + (np.arange(slots) < drafted[:, None]).sum(0)
         self.pending.append((values, drafted == slots, ids))
+        if len(self.pending) == KEPT_ROWS:
+            self.settle()
 
     def settle(self) -> None:
         """Take in what concerns single requests: many rounds at once cost less than each in the middle of a step."""
@@ -76,11 +78,7 @@ class Survivals:
                 self.own = np.concatenate([self.own[kept], np.zeros((room, KEPT_OWN, len(self.totals)))])
                 for name in ("number", "blocks", "survived", "last"):
                     values = getattr(self, name)[kept]
-                    setattr(
-                        self,
-                        name,
-                        np.concatenate([values, np.full(room, NEVER if name == "last" else 0, values.dtype)]),
-                    )
+                    setattr(self, name, np.concatenate([values, np.zeros(room, values.dtype)]))
                 self.places = {i: place for place, i in enumerate(old)}
             self.places |= {i: place for place, i in enumerate(new, len(self.places))}
         return np.array([self.places[i] for i in ids])
