@@ -130,11 +130,15 @@ def tiny_variant(
     shape = {"block_size": block_size, "draft_vocab_size": draft_vocab_size, "window": window, "seed": seed}
     if name in ("eagle3", "mtp"):
         return tiny_chain(name, target.config, **shape)
-    changes = {"own position": {"own_position": True}, "feature input": {"feature_input": True}}
+    changes = {
+        "own position": {"own_position": True},
+        "feature input": {"feature_input": True},
+        "copy head": {"feature_input": True, "copy_length": 3},
+    }
     return tiny_model(target.config, **shape, **changes.get(name, {}))
 
 
-VARIANTS = ("dspark", "own position", "feature input", "eagle3", "mtp")
+VARIANTS = ("dspark", "own position", "feature input", "copy head", "eagle3", "mtp")
 
 
 # ---- what the output must be

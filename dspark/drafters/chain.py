@@ -58,7 +58,7 @@ class ChainModel(DraftModel[Config]):
             hidden.append(self.norm(feature))
         hidden = torch.stack(hidden, 2).float()
         no_head = hidden.new_zeros(*hidden.shape[:3], 0), hidden.new_zeros(self.config.draft_vocab_size, 0)
-        return SlotOutputs(hidden, *no_head, None)
+        return SlotOutputs(hidden, *no_head)
 
 
 class ChainDrafter(BoundDrafter):

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dspark.drafters.bound import BoundDrafter, Slot, whole_draft
+from dspark.drafters.copying import CopyBias
 from dspark.drafters.interface import DraftRequest
 from dspark.drafters.model import DSparkModel
 from dspark.drafters.programs import BlockInputs, ContextProgram, GreedyMarkov
-from dspark.models.attention import CachedAttention, compiled_cache, store
+from dspark.models.attention import CachedAttention, compiled_cache, copy_slots, store
 from dspark.models.cpu_ops import CompiledLinear
 from dspark.models.decoder import Decoder, DecoderLayer, layer_shapes
 from dspark.models.layer_stack import LayerStack
@@ -62,12 +63,15 @@ class DSparkDrafter(BoundDrafter):
                 parts = target.embedding, weights, self.input_proj
                 self.input_program = BlockInputs(*parts, c.rms_norm_eps, self.config.num_slots)
         self.norm = place(model.norm.weight)
+        self.copies = None
+        if model.copy_head is not None:
+            self.copies = CopyBias(model.copy_head, self.d2t, c.vocab_size)
         self.markov = self.greedy_markov = None
         if model.markov_head is not None:
             self.markov = copy.deepcopy(model.markov_head).to(target.device, target.compute_dtype)
             self.w2 = linear_map(place(model.w2), target.dtype)  # [R, r] -> [R, V']
             if self.markov.kind == "vanilla" and isinstance(self.w2, CompiledLinear) and self.w2.dense:
-                self.greedy_markov = GreedyMarkov(self.markov.markov_w1.weight.detach(), self.w2, self.d2t)
+                self.greedy_markov = GreedyMarkov(self.markov.markov_w1.weight.detach(), self.w2, self.d2t, self.copies)
         self.confidence_head, self.has_confidence = None, model.confidence_head is not None
         if model.confidence_head is not None:
             of_both, bias = (place(parameter) for parameter in model.confidence_head.proj.parameters())
@@ -83,9 +87,25 @@ class DSparkDrafter(BoundDrafter):
         """Fused taps of committed positions [slots, C], where blocks start from them."""
         return self._storage[-1] if self.config.feature_input else None
 
+    @property
+    def slot_bytes(self) -> int:
+        return super().slot_bytes + (torch.int64.itemsize if self.copies is not None else 0)
+
+    def allocate(self, num_slots: int) -> None:
+        super().allocate(num_slots)
+        self._history = torch.zeros(num_slots, dtype=torch.int64, device=self.target.device)  # tokens
+
+    @torch.inference_mode()
+    def copy(self, source_slot: int, target_slot: int, count: int) -> None:
+        super().copy(source_slot, target_slot, count)
+        if self.copies is not None:
+            copy_slots([self._history], source_slot, target_slot, count)
+
     @torch.inference_mode()
     def extend(self, taps: list[Tensor], tokens: Tensor, positions: Tensor, slots: Tensor) -> None:
         c = self.config.decoder
+        if self.copies is not None:
+            self._history.index_copy_(0, slots, tokens)
         cos, sin = self.target.rotary(positions)
         if self.context_program is not None and compiled_cache(self._storage[0]):
             self.context_program(taps, cos, sin, slots, self._caches, self._features)
@@ -147,8 +167,9 @@ class DSparkDrafter(BoundDrafter):
         r, g, _ = hidden.shape
         logits = self.head(hidden.flatten(0, 1)).view(r, g, -1).float()  # [R, G, V'], without the head's bias
         previous = torch.tensor([q.token_ids[-1] for q in requests], device=hidden.device)
+        spans = None if self.copies is None else self.copies.spans(requests)
         if self.greedy_markov is not None and all(q.params.greedy for q in requests):
-            tokens, embeddings, largest = self.greedy_markov(previous, logits)
+            tokens, embeddings, largest = self.greedy_markov(previous, logits, self._history, spans)
             confidence, evidence = self.signals(requests, hidden, embeddings, largest)
             return Draft.unsampled(tokens, confidence, torch.full((r,), g), evidence)
         draw = self.sampler(requests)
@@ -161,6 +182,8 @@ class DSparkDrafter(BoundDrafter):
                 features, state = self.markov.step(embeddings[:, k], hidden[:, k], state)
                 # The Markov bias decides most later slots: candidates are picked after it, never before.
                 logits[:, k] += self.w2(features)
+            if self.copies is not None and spans is not None:
+                self.copies.add_(logits[:, k], self._history, spans, previous, k)
             slots.append(draw(k, logits[:, k]))
             previous = slots[-1].token
         largest = logits.softmax(-1).amax(-1)

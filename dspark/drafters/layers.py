@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dspark.drafters.autograd import BlockAttention, RMSNormFunction
+from dspark.drafters.copying import Copies
 from dspark.models.config import DecoderConfig
 from dspark.models.layers import apply_rotary, rotary_table
 
@@ -151,16 +152,17 @@ class DraftLayer(nn.Module):
 
 
 class SlotOutputs(NamedTuple):
-    """What a drafter says of all slots: logits are hidden times the LM head plus features times w2.
+    """What a drafter says of all slots: logits are hidden times the LM head plus features times w2 plus copies' bias.
 
     hidden [S, A, G, C]; features [S, A, G, r], w2 [V', r], r = 0 without a sequential head; confidence logits
-    [S, A, G], None without that head.
+    [S, A, G], None without that head; copies [S, A, G], None without a copy head.
     """
 
     hidden: Tensor
     features: Tensor
     w2: Tensor
-    confidence: Tensor | None
+    confidence: Tensor | None = None
+    copies: Copies | None = None
 
 
 class DraftModel(nn.Module, Generic[Config]):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dspark.drafters.copying import CopyHead
 from dspark.drafters.layers import DrafterConfig, DraftLayer, DraftModel, RMSNorm, SlotOutputs, block_tokens
 
 
@@ -21,6 +22,7 @@ class DSparkConfig(DrafterConfig):
     markov_rank 0: no sequential head, as in DFlash; `markov_head` says which one else.
     feature_input: slots start from a projection of [norm(fused taps before the anchor); norm(token)], as MTP's layer
     does, instead of the token alone. Ours: the official format has no such drafters.
+    copy_length: longest match that the copy head tells apart (`copying.py`); 0: no such head. Ours too.
     own_position: the block is the anchor's slot, which predicts nothing, and block_size masks that predict the token
     at their own position (DFlash as z-lab has it); else each slot predicts the next position's token.
     """
@@ -34,10 +36,11 @@ class DSparkConfig(DrafterConfig):
     confidence_head: bool = True
     own_position: bool = False
     feature_input: bool = False
+    copy_length: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("num_draft_layers", 1), ("markov_rank", 0)):
+        for name, least in (("num_draft_layers", 1), ("markov_rank", 0), ("copy_length", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if self.markov_head not in ("vanilla", "gated", "rnn"):
@@ -119,12 +122,14 @@ class DSparkModel(DraftModel[DSparkConfig]):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.markov_head = MarkovHead(config) if config.markov_rank else None
         self.confidence_head = ConfidenceHead(config) if config.confidence_head else None
+        self.copy_head = CopyHead(config.block_size, config.copy_length) if config.copy_length else None
 
     def forward(self, taps: Tensor, tokens: Tensor, anchors: Tensor, embedding: Tensor) -> SlotOutputs:
         hidden = self.backbone(taps, tokens, anchors, embedding).float()
         with torch.autocast(hidden.device.type, enabled=False):
             features, confidence = self.heads(hidden, block_tokens(tokens, anchors, self.config.block_size))
-        return SlotOutputs(hidden, features, self.w2, confidence)
+        copies = None if self.copy_head is None else self.copy_head(tokens, anchors)
+        return SlotOutputs(hidden, features, self.w2, confidence, copies)
 
     def backbone(self, taps: Tensor, tokens: Tensor, anchors: Tensor, embedding: Tensor) -> Tensor:
         """Normed hidden states h_k [S, A, G, C]; of tokens, only the anchors' are read."""

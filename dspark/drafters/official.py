@@ -71,10 +71,10 @@ def official_tensors(model: DSparkModel, embedding: Tensor, lm_head: Tensor, dty
 def config_to_official(config: DSparkConfig, dtype: torch.dtype) -> dict:
     """config.json of the format. Raises ValueError for what it cannot say and for a target that is no Qwen3."""
     c = config.decoder
-    if config.window or config.own_position or config.feature_input:
+    if config.window or config.own_position or config.feature_input or config.copy_length:
         raise ValueError(
-            "the official format has no draft window, no masks that predict their own position and no feature input; "
-            "train with --official"
+            "the official format has no draft window, no masks that predict their own position, no feature input and "
+            "no copy head; train with --official"
         )
     if not c.qk_norm or c.qkv_bias:
         raise ValueError("the official format is for drafters of Qwen3 targets")

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dspark.drafters.copying import CopyBias
 from dspark.models import cpu_ops
 from dspark.models.config import DecoderConfig
 from dspark.models.cpu_ops import CompiledLinear, Program
@@ -130,16 +131,19 @@ class GreedyMarkov:
     """Callable: previous tokens [R], logits [R, G, V'] without bias -> tokens [R, G], W1 of the token before each
     [R, G, r], and each token's probability [R, G] at temperature 1.
 
-    Slot k is the likeliest token under its logits and the bias of the slot before it.
+    Slot k is the likeliest token under its logits, the bias of the slot before it and that of the copy head.
     """
 
-    def __init__(self, w1: Tensor, w2: CompiledLinear, d2t: Tensor):
+    def __init__(self, w1: Tensor, w2: CompiledLinear, d2t: Tensor, copies: CopyBias | None = None):
         """w1 [V, r] fp32, w2 [R, r] -> [R, V'], d2t [V'] the drafted ids."""
-        self.w1, self.w2, self.d2t = w1.contiguous(), w2, d2t.contiguous()
+        self.w1, self.w2, self.d2t, self.copies = w1.contiguous(), w2, d2t.contiguous(), copies
         self._programs: dict[tuple[int, int], tuple[Program, Tensor, Tensor, Tensor]] = {}
         self._bias = self._rounded = torch.empty(0)
 
-    def __call__(self, previous: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(
+        self, previous: Tensor, logits: Tensor, history: Tensor | None = None, spans: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """history [slots] and spans [2, R], see `CopyBias`: with a copy head only."""
         r, g, _ = logits.shape
         if (r, g) not in self._programs:
             self._programs[r, g] = self._build(r, g)
@@ -147,6 +151,9 @@ class GreedyMarkov:
         tokens[:, 0] = previous
         logits = logits.contiguous()
         program.set("logits", logits.data_ptr() + 4 * len(self.d2t) * torch.arange(g).numpy())
+        if self.copies is not None and history is not None and spans is not None:
+            program.set("history", history.data_ptr())
+            program.set("spans", spans.data_ptr())
         program.run()
         return tokens[:, 1:].clone(), features.transpose(0, 1), largest.T
 
@@ -167,6 +174,11 @@ class GreedyMarkov:
             own = features[k].data_ptr()
             program.add(embed, before, self.w1.data_ptr(), own, g + 1, r)
             program.add(self.w2.kernel, *self.w2.fields(own, bias, rounded, r))
+            if self.copies is not None:
+                of_copies = {"ids": self.copies.ids.data_ptr(), "weights": self.copies.weights[k].data_ptr()}
+                places = {"history": 0, "spans": 0, "tokens": before}
+                strides = {"slot": k, "step": g + 1, "stride": vocab, "rows": r}
+                program.add(self.copies.kernel, **places, **of_copies, bias=bias, **strides)
             found = {"bias": bias, "ids": self.d2t.data_ptr(), "tokens": after, "largest": largest[k].data_ptr()}
             program.add(likeliest, logits=0, **found, stride=g * vocab, step=g + 1, rows=r)
         return program, tokens, features, largest

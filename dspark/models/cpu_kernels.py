@@ -200,6 +200,48 @@ def likeliest_kernel(machine: Machine, vocab: int) -> ir.Module:
     return e.module
 
 
+def copy_bias_kernel(machine: Machine, longest: int) -> ir.Module:
+    """Add to a logit of each row what copying the context's own continuation is worth (`drafters.copying`).
+
+    Fields: history [slots] of token ids, spans [2, N] (where a row's own begins, and its anchor), tokens (stride given)
+    to be noted k places after the anchor, ids [V] (below 0: no column), weights [1 + longest] by length of the match,
+    scores (row stride given), k, token stride, row stride; items: rows.
+    """
+    e = Emitter("qqqqffiiii", machine, 1)
+    b = e.b
+    history, spans, tokens, ids, weights, scores, k, token_stride, stride, rows = e.fields
+    with e.loop(e.first, e.last) as row:
+        start = b.load(b.gep(spans, [row]))
+        last = b.add(b.load(b.gep(spans, [b.add(rows, row)])), k)
+        b.store(b.load(b.gep(tokens, [b.mul(row, token_stride)])), b.gep(history, [last]))
+
+        def token_at(place: Value, back: int, start=start) -> tuple[Value, Value]:
+            """Whether the row has a token so far back of a place, and which."""
+            at = b.sub(place, I64(back))
+            inside = b.icmp_signed(">=", at, start)
+            return inside, b.load(b.gep(history, [b.select(inside, at, start)]))
+
+        suffix = [token_at(last, back)[1] for back in range(longest)]
+        with e.sums(start, last, [I64(0), I64(0)]) as (place, carried, results):
+            length, where = carried
+            agreeing, run = I64(0), ir.Constant(ir.IntType(1), 1)
+            for back, own in enumerate(suffix):
+                inside, token = token_at(place, back)
+                run = b.and_(b.and_(run, inside), b.icmp_signed("==", token, own))
+                agreeing = b.add(agreeing, b.zext(run, I64))
+            better = b.and_(b.icmp_signed(">=", agreeing, length), b.icmp_signed(">", agreeing, I64(0)))
+            carried[:] = [b.select(better, agreeing, length), b.select(better, place, where)]
+        length, where = results
+        found = b.icmp_signed(">", length, I64(0))
+        column = b.load(b.gep(ids, [b.load(b.gep(history, [b.select(found, b.add(where, I64(1)), last)]))]))
+        found = b.and_(found, b.icmp_signed(">=", column, I64(0)))
+        score = b.gep(scores, [b.add(b.mul(row, stride), b.select(found, column, I64(0)))])
+        bias = b.select(found, b.load(b.gep(weights, [length])), F32(0.0))
+        b.store(b.fadd(b.load(score), bias), score)
+    b.ret_void()
+    return e.module
+
+
 def first_maximum_kernel(machine: Machine, width: int) -> ir.Module:
     """Index of each row's first maximum. Fields: x [N, width], indices [N]; items: rows."""
     e = Emitter("fqi", machine, lanes_for(width, machine))

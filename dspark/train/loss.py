@@ -49,10 +49,13 @@ class DistributionLoss(torch.autograd.Function):
         target_hidden: Tensor,  # [N, C] after the final norm
         target_logsumexp: Tensor,  # [N] over the whole vocabulary
         labels: Tensor,  # [N] draft-vocabulary index of x*, -1 where x* is outside of it
+        copied: Tensor,  # [N] draft-vocabulary index of the token that the copy head favours
+        copy_bias: Tensor,  # [N] by how much; 0: not at all
         row_weights: Tensor,  # [N]
         weights: LossWeights,
     ) -> tuple[Tensor, Tensor]:
         grad_hidden, grad_markov, grad_w2 = torch.empty_like(hidden), torch.empty_like(markov), torch.zeros_like(w2)
+        grad_bias = torch.empty_like(copy_bias)
         row_loss, l1 = torch.empty_like(target_logsumexp), torch.empty_like(target_logsumexp)
         # Products run in the precision of the frozen head, everything else in fp32.
         hidden, markov, w2, target_hidden = (t.to(head.dtype) for t in (hidden, markov, w2, target_hidden))
@@ -74,21 +77,23 @@ class DistributionLoss(torch.autograd.Function):
                     logits[j],
                     target_logsumexp[rows],
                     labels[rows],
+                    (copied[rows], copy_bias[rows]),
                     weights,
                     buffers[:, : rows.stop - start],
                 )
             # The rows' weights come in where rows are narrow.
+            grad_bias[i] = row_weights[i] * logits.gather(1, copied[i, None])[:, 0]
             grad_hidden[i] = row_weights[i, None] * (logits @ head)
             grad_markov[i] = row_weights[i, None] * (logits @ w2)
             grad_w2 += logits.T @ weighted_markov[i]
-        ctx.save_for_backward(grad_hidden, grad_markov, grad_w2)
+        ctx.save_for_backward(grad_hidden, grad_markov, grad_w2, grad_bias)
         ctx.mark_non_differentiable(l1)
         return (row_weights * row_loss).sum(), l1
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor, *_unused: Tensor):  # pyright: ignore
-        grad_hidden, grad_markov, grad_w2 = ctx.saved_tensors
-        return (grad_loss * grad_hidden, grad_loss * grad_markov, grad_loss * grad_w2, *[None] * 6)
+        of_hidden, of_markov, of_w2, of_bias = (grad_loss * gradient for gradient in ctx.saved_tensors)
+        return (of_hidden, of_markov, of_w2, *[None] * 5, of_bias, None, None)
 
 
 def loss_and_gradient(
@@ -96,16 +101,19 @@ def loss_and_gradient(
     logits: Tensor,
     target_logsumexp: Tensor,
     labels: Tensor,
+    copies: tuple[Tensor, Tensor],
     weights: LossWeights,
     buffers: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Loss and L1 [n] of rows of logits [n, V'], which are replaced by the loss's gradient with respect to them.
 
+    copies: draft-vocabulary indices [n] and what is added to their logits [n].
     buffers [3, n, V'] fp32 are written over.
     """
     target_probs, draft, scratch = buffers.unbind()
     target_probs.copy_(target_logits).sub_(target_logsumexp[:, None]).exp_()
-    draft.copy_(logits)
+    copied, bias = copies
+    draft.copy_(logits).scatter_add_(1, copied[:, None], bias[:, None].float())
     inside = target_probs.sum(-1)
     expected_logit = torch.mul(target_probs, draft, out=scratch).sum(-1)
     label, in_vocab = labels.clamp(min=0)[:, None], (labels >= 0).float()
@@ -147,12 +155,16 @@ def dspark_loss(
     targets: SlotTargets,
     weights: LossWeights,
     weight_sum: Tensor | float | None = None,
+    copies: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """L = 0.1 CE + 0.9 L1 + 1.0 BCE(c, 1 - L1/2), each divided by the sum of slot weights.
 
     hidden [N, C], markov features [N, r] (r = 0: no sequential head), confidence_logits [N] or None without that head
     -> (loss, acceptance [N] = 1 - L1/2, detached). weight_sum: to divide by, where the N slots are a part of a step.
+    copies: what the copy head favours, draft-vocabulary indices [N], and by how much [N].
     """
+    if copies is None:
+        copies = torch.zeros_like(targets.labels), torch.zeros_like(targets.logsumexp)
     normalised = targets.slot_weights / (targets.slot_weights.sum() if weight_sum is None else weight_sum)
     loss, l1 = DistributionLoss.apply(
         hidden,
@@ -162,6 +174,7 @@ def dspark_loss(
         targets.hidden,
         targets.logsumexp,
         targets.labels,
+        *copies,
         normalised,
         weights,
     )  # pyright: ignore

@@ -14,6 +14,7 @@ from dspark.models.decoder import Decoder, layer_shapes
 from dspark.train.data import Example
 from dspark.train.features import FeatureSource
 
+COPY_LENGTH = 4  # longer matches are rare, and hardly surer
 DRAFTERS = ("dspark", "dflash", "dflash-zlab", "eagle3", "mtp")  # what can be trained
 
 
@@ -21,7 +22,7 @@ DRAFTERS = ("dspark", "dflash", "dflash-zlab", "eagle3", "mtp")  # what can be t
 class DrafterRecipe:
     """The choices that make a drafter. `source_layers`: target layers that its draft layers start as copies of.
 
-    Mask, own_position, feature_input and Markov head are DSpark's alone, see `DSparkConfig`; with rank 0 it is DFlash.
+    Mask, own_position, feature_input, copy and Markov head are DSpark's alone, see `DSparkConfig`; rank 0: DFlash.
     """
 
     tap_layers: tuple[int, ...]
@@ -33,6 +34,7 @@ class DrafterRecipe:
     markov_head: Literal["vanilla", "gated", "rnn"] = "vanilla"
     own_position: bool = False
     feature_input: bool = False
+    copy_length: int = 0
     kind: Literal["dspark", "eagle3", "mtp"] = "dspark"
     window: int = 0
 
@@ -61,14 +63,17 @@ def default_recipe(
     """Taps spread over the depth, the last one being the input of the first copied layer and the output after it.
 
     drafter: one of DRAFTERS. Block size 4, of MTP 1; two draft layers, of EAGLE-3 and MTP one. official: as
-    `write_official` can write it, over the whole vocabulary and without `feature_input`, which DSpark has otherwise.
-    Raises ValueError for another name and for what the drafter does not have.
+    `write_official` can write it, over the whole vocabulary and without the feature input and the copy head that DSpark
+    has otherwise.
+    Raises ValueError for another name, for what the drafter does not have and for what the official format has not.
     """
     if drafter not in DRAFTERS:
         raise ValueError(f"a drafter to train is one of {', '.join(DRAFTERS)}; not '{drafter}'")
     is_chain = drafter in ("eagle3", "mtp")
     if is_chain and draft_layers not in (None, 1):
         raise ValueError(f"{drafter} has one draft layer, not {draft_layers}")
+    if official and (drafter not in ("dspark", "dflash") or window):
+        raise ValueError("the official format is for DSpark and DFlash without a window; leave --official out")
     if drafter != "dspark" and markov_head is not None:
         raise ValueError(f"{drafter} has no sequential head that could be {markov_head}")
     if draft_layers is None:
@@ -87,6 +92,7 @@ def default_recipe(
         markov_rank=min(DrafterRecipe.markov_rank, target.config.hidden_size) if drafter == "dspark" else 0,
         draft_vocab_size=vocab_size if official else min(DrafterRecipe.draft_vocab_size, vocab_size),
         feature_input=drafter == "dspark" and not official,
+        copy_length=COPY_LENGTH if drafter == "dspark" and not official else 0,
         markov_head=markov_head or "vanilla",
         own_position=drafter == "dflash-zlab",
         kind=drafter if is_chain else "dspark",  # pyright: ignore

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from dspark.drafters.checkpoint import save_drafter
+from dspark.drafters.copying import Copies
 from dspark.drafters.layers import DraftModel
 from dspark.models.decoder import Decoder
 from dspark.models.layers import has_bf16_products
@@ -160,8 +161,15 @@ class Trainer:
             targets,
             self.loss_weights,
             weight_sum,
+            None if outputs.copies is None else self.copies(outputs.copies, index),
         )
         return loss, acceptance[:count], slots[:count]
+
+    def copies(self, copies: Copies, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Draft-vocabulary indices [N] and bias [N] of slots [S*A*G] at `index`: no bias outside of that vocabulary."""
+        tokens, bias = (t.flatten()[index] for t in copies)
+        ids = self.t2d[tokens]
+        return ids.clamp(min=0), torch.where(ids >= 0, bias, 0.0)
 
     @property
     def product_dtype(self) -> torch.dtype:
@@ -297,10 +305,10 @@ def check_compiler(device: torch.device) -> None:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
-    """AdamW over the Markov head and the rest; `scale` of each multiplies the schedule's learning rate."""
+    """AdamW over the Markov and copy heads and the rest; `scale` of each multiplies the schedule's learning rate."""
     head, rest = [], []
     for name, parameter in model.named_parameters():
-        (head if name.startswith("markov_head.") else rest).append(parameter)
+        (head if name.startswith(("markov_head.", "copy_head.")) else rest).append(parameter)
     return AdamW(
         [{"params": rest, "scale": 1.0}, {"params": head, "scale": config.head_learning_rate_scale}],
         lr=0.0,

@@ -86,10 +86,13 @@ def test_a_block_depends_on_nothing_past_its_anchor():
 @pytest.mark.parametrize("markov_head", ["vanilla", "gated", "rnn", None])
 @pytest.mark.parametrize("draft_vocab_size", [0, 20])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_heads_equal_the_trained_ones(markov_head: str | None, draft_vocab_size: int, temperature: float):
+@pytest.mark.parametrize("copy_length", [0, 3])
+def test_heads_equal_the_trained_ones(
+    markov_head: str | None, draft_vocab_size: int, temperature: float, copy_length: int
+):
     """Teacher-forced with the tokens that were drafted, training gives the distribution that was sampled from."""
     changes: dict[str, Any] = {"markov_head": markov_head} if markov_head else {"markov_rank": 0}
-    model = tiny_model(TARGET.config, draft_vocab_size=draft_vocab_size, **changes)
+    model = tiny_model(TARGET.config, draft_vocab_size=draft_vocab_size, copy_length=copy_length, **changes)
     anchor = 13
     draft = propose(model, Request(TOKENS[: anchor + 1], SamplingParams(temperature)))
     tokens = draft.tokens[0]
@@ -98,6 +101,11 @@ def test_heads_equal_the_trained_ones(markov_head: str | None, draft_vocab_size:
     with torch.no_grad():
         features, confidence = model.heads(hidden, previous)
         logits = hidden @ TARGET.lm_head_weight[model.d2t].T + features @ model.w2.T  # [G, V']
+        if model.copy_head is not None:
+            text = torch.tensor([TOKENS[: anchor + 1] + tokens.tolist()])
+            copied, bias = model.copy_head(text, torch.tensor([[anchor]]))
+            assert bias.any()
+            logits += torch.where(model.d2t == copied[0, 0, :, None], bias[0, 0, :, None], 0.0)
     torch.testing.assert_close(draft.confidence_logits[0], confidence, atol=1e-4, rtol=0)
     largest = logits.softmax(-1).amax(-1)
     evidence = torch.stack([largest, torch.full_like(largest, temperature), temperature * largest], -1)
@@ -189,6 +197,7 @@ def test_tap_layers_that_the_target_lacks_are_refused():
         ({"block_size": 0}, "block_size must be at least 1"),
         ({"num_draft_layers": 0}, "num_draft_layers"),
         ({"markov_rank": -1}, "markov_rank"),
+        ({"copy_length": -1}, "copy_length must be at least 0"),
         ({"draft_vocab_size": 65}, r"draft_vocab_size must lie in 1\.\.64"),
         ({"mask_token_id": 64}, r"mask_token_id must lie in 0\.\.63"),
     ],

@@ -38,6 +38,9 @@ def trained_probs(model: DraftModel, token_ids: list[int], anchor: int) -> Tenso
     with torch.no_grad():
         outputs = model(taps, torch.tensor([token_ids]), torch.tensor([[5, anchor]]), TARGET.embedding)
         logits = outputs.hidden[0, 1] @ TARGET.lm_head_weight[model.d2t].T + outputs.features[0, 1] @ outputs.w2.T
+        if outputs.copies is not None:
+            copied, bias = (t[0, 1, :, None] for t in outputs.copies)
+            logits += torch.where(model.d2t == copied, bias, 0.0)
     return torch.zeros(len(logits), 64).index_copy_(1, model.d2t, (logits / 0.8).softmax(-1))
 
 

@@ -84,6 +84,12 @@ def test_recipes_by_name():
     assert default_recipe(TARGET, 1, "eagle3", block_size=7).block_size == 7
 
 
+@pytest.mark.parametrize(("kind", "window"), [("eagle3", 0), ("mtp", 0), ("dflash-zlab", 0), ("dspark", 4)])
+def test_what_the_official_format_has_not_is_refused_before_training(kind: str, window: int):
+    with pytest.raises(ValueError, match="leave --official out"):
+        default_recipe(TARGET, 63, kind, window=window, official=True)
+
+
 def test_an_official_drafter_can_be_written_as_one(tmp_path, monkeypatch):
     target = Decoder(replace(tiny_config(), qk_norm=True), tiny_state_dict(replace(tiny_config(), qk_norm=True)))
     for official in (False, True):

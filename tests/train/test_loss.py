@@ -44,11 +44,13 @@ class Case:
     next_tokens: Tensor
     slots: Tensor
     confidence_logits: Tensor
+    copied: Tensor
+    copy_bias: Tensor
     d2t: Tensor
 
     @property
     def parameters(self) -> list[Tensor]:
-        return [self.hidden, self.markov, self.w2, self.confidence_logits]
+        return [self.hidden, self.markov, self.w2, self.confidence_logits, self.copy_bias]
 
     @property
     def head(self) -> Tensor:
@@ -75,7 +77,7 @@ def make_case(dtype: torch.dtype = torch.float64, draft_vocab: int = DRAFT_VOCAB
     d2t = torch.randperm(VOCAB, generator=generator)[:draft_vocab].sort().values
     case = Case(
         normal(N, C), normal(N, rank), normal(draft_vocab, rank), normal(VOCAB, C), normal(N, C), next_tokens,
-        torch.arange(N) % 4, normal(N), d2t,
+        torch.arange(N) % 4, normal(N), torch.randint(0, draft_vocab, (N,), generator=generator), normal(N), d2t,
     )  # fmt: skip
     for parameter in case.parameters:
         parameter.requires_grad_()
@@ -86,6 +88,7 @@ def plain_loss(case: Case, weights: LossWeights) -> tuple[Tensor, Tensor]:
     """Design §6, with the draft distribution spread over the whole vocabulary."""
     target_probs = (case.target_hidden @ case.target_head.T).softmax(-1)  # [N, V]
     logits = case.hidden @ case.head.T + case.markov @ case.w2.T
+    logits = logits.scatter_add(1, case.copied[:, None], case.copy_bias[:, None])
     draft_probs = torch.zeros_like(target_probs).index_copy(1, case.d2t, logits.softmax(-1))  # [N, V]
     w = torch.exp(-case.slots / weights.decay).to(logits.dtype)
     w = w / w.sum()
@@ -101,9 +104,8 @@ def plain_loss(case: Case, weights: LossWeights) -> tuple[Tensor, Tensor]:
 
 
 def fused_loss(case: Case, weights: LossWeights) -> tuple[Tensor, Tensor]:
-    return dspark_loss(
-        case.hidden, case.markov, case.w2, case.head, case.confidence_logits, case.targets(weights.decay), weights
-    )
+    rows = case.hidden, case.markov, case.w2, case.head, case.confidence_logits, case.targets(weights.decay)
+    return dspark_loss(*rows, weights, copies=(case.copied, case.copy_bias))
 
 
 def assert_same(case: Case, ours: Tensor, expected: Tensor, atol: float = 1e-6, rtol: float = 1e-5) -> None:
@@ -112,7 +114,7 @@ def assert_same(case: Case, ours: Tensor, expected: Tensor, atol: float = 1e-6, 
     a, b = (
         torch.autograd.grad(x, case.parameters, allow_unused=True, materialize_grads=True) for x in (ours, expected)
     )
-    for name, of_ours, of_expected in zip(("hidden", "markov", "w2", "confidence"), a, b):
+    for name, of_ours, of_expected in zip(("hidden", "markov", "w2", "confidence", "copies"), a, b):
         torch.testing.assert_close(of_ours, of_expected, atol=atol, rtol=rtol, msg=lambda m, n=name: f"{n}: {m}")
 
 
@@ -143,8 +145,11 @@ def test_a_vocabulary_wider_than_a_chunk_is_computed_row_by_row(monkeypatch: pyt
 def test_without_a_sequential_head():
     """DFlash: markov features of rank 0 and no confidence."""
     case, weights = make_case(rank=0), LossWeights(1, 0.3, 0, distillation=0.5)
+    with torch.no_grad():
+        case.copy_bias.zero_()
     ours, _ = dspark_loss(case.hidden, case.markov, case.w2, case.head, None, case.targets(weights.decay), weights)
-    assert_same(case, ours, plain_loss(case, weights)[0])
+    case.copy_bias = torch.zeros_like(case.copy_bias, requires_grad=True)  # no copies, no gradient
+    assert_same(case, ours, plain_loss(replace(case, copy_bias=case.copy_bias.detach()), weights)[0])
 
 
 def test_no_label_inside_the_draft_vocabulary():
@@ -165,7 +170,7 @@ def test_products_in_bf16_stay_within_their_rounding():
             t.copy_(t.bfloat16())
     ours, _ = dspark_loss(
         case.hidden, case.markov, case.w2, case.head.bfloat16(), case.confidence_logits,
-        case.targets(weights.decay), weights,
+        case.targets(weights.decay), weights, copies=(case.copied, case.copy_bias),
     )  # fmt: skip
     assert_same(case, ours, plain_loss(case, weights)[0], atol=2e-2, rtol=2e-2)
 
@@ -181,7 +186,8 @@ def test_slot_weights_decay_and_are_normalised():
     case = make_case()
     once, _ = fused_loss(case, LossWeights())
     twice = make_case()
-    for name in ("hidden", "markov", "target_hidden", "next_tokens", "slots", "confidence_logits"):
+    rows = ("hidden", "markov", "target_hidden", "next_tokens", "slots", "confidence_logits", "copied", "copy_bias")
+    for name in rows:
         value = getattr(twice, name).detach()
         setattr(twice, name, torch.cat([value, value]))
     torch.testing.assert_close(fused_loss(twice, LossWeights())[0], once, atol=1e-6, rtol=1e-6)
@@ -206,6 +212,7 @@ def test_identical_distributions_lose_nothing():
     with torch.no_grad():
         case.hidden.copy_(case.target_hidden)
         case.w2.zero_()
+        case.copy_bias.zero_()
     loss, acceptance = fused_loss(case, LossWeights(0, 1, 0))
     assert loss.item() == pytest.approx(0, abs=1e-5)
     assert acceptance.min() > 1 - 1e-5
