@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from dspark.drafters.copying import CopyBias, CopyHead, latest_match, matches
+from dspark.drafters.interface import DraftRequest
 from dspark.drafters.programs import GreedyMarkov
 from dspark.models import cpu_ops
 from dspark.models.cpu_ops import CompiledLinear, available
@@ -59,9 +60,10 @@ def test_biases_of_training_are_those_of_slot_and_length():
     assert head.bias.grad is not None and head.bias.grad.tolist() == [[1, 0, 1], [1, 1, 0]]
 
 
-def placed(texts: list[list[int]], room: int) -> tuple[Tensor, list[Request]]:
+def placed(texts: list[list[int]], room: int) -> tuple[Tensor, list[DraftRequest]]:
     """All texts but their last token in storage, `room` slots after each, and their requests."""
-    history, requests = [], []
+    history: list[int] = []
+    requests: list[DraftRequest] = []
     for text in texts:
         requests.append(Request(text, first_slot=len(history)))
         history += [*text[:-1], *[0] * (1 + room)]
