@@ -87,13 +87,17 @@ class CopyBias:
         rows = [(r.first_slot, r.first_slot + len(r.token_ids) - 1) for r in requests]
         return torch.tensor(rows, device=self.ids.device).T.contiguous()
 
-    def add_(self, logits: Tensor, history: Tensor, spans: Tensor, previous: Tensor, slot: int) -> None:
-        """Of a slot: logits [R, V'], history [slots] of tokens, previous [R] the tokens before it, which are noted."""
+    def add_(self, logits: Tensor, history: Tensor, spans: Tensor, previous: Tensor, slot: int) -> Tensor:
+        """Of a slot: logits [R, V'], history [slots] of tokens, previous [R] the tokens before it, which are noted.
+
+        Returns how many tokens of each request agree with an earlier place, [R] fp32.
+        """
         if cpu_ops.usable(logits) and logits.stride(1) == 1:
-            tensors = history, spans, previous, self.ids, self.weights[slot], logits
+            lengths = logits.new_empty(len(logits))
+            tensors = history, spans, previous, self.ids, self.weights[slot], logits, lengths
             strides = 1, logits.stride(0)
             cpu_ops.call(self.kernel, 0, *(t.data_ptr() for t in tensors), slot, *strides, len(logits))
-            return
+            return lengths
         first, last = spans[0], spans[1] + slot
         history[last] = previous
         rows = [history[a : b + 1].flip(0) for a, b in zip(first.tolist(), last.tolist(), strict=True)]
@@ -101,6 +105,7 @@ class CopyBias:
         ids = self.ids[followers]
         bias = torch.where(ids >= 0, self.weights[slot, lengths], 0.0).to(logits.dtype)
         logits.scatter_add_(1, ids.clamp(min=0)[:, None], bias[:, None])
+        return lengths.float()
 
     @property
     def kernel(self) -> cpu_ops.Kernel:

@@ -22,6 +22,8 @@ from dspark.models.layer_stack import LayerStack
 from dspark.models.layers import linear_map, rms_norm, rotate_
 from dspark.spec.draft import Draft
 
+ODDS_EPS = 1e-4  # probabilities are at most 1 less this in log-odds
+
 
 class DSparkDrafter(BoundDrafter):
     """Packed weights and the cached context of all running requests."""
@@ -169,13 +171,14 @@ class DSparkDrafter(BoundDrafter):
         previous = torch.tensor([q.token_ids[-1] for q in requests], device=hidden.device)
         spans = None if self.copies is None else self.copies.spans(requests)
         if self.greedy_markov is not None and all(q.params.greedy for q in requests):
-            tokens, embeddings, largest = self.greedy_markov(previous, logits, self._history, spans)
-            confidence, evidence = self.signals(requests, hidden, embeddings, largest)
+            tokens, *seen = self.greedy_markov(previous, logits, self._history, spans)
+            confidence, evidence = self.signals(requests, hidden, *seen)
             return Draft.unsampled(tokens, confidence, torch.full((r,), g), evidence)
         draw = self.sampler(requests)
         slots: list[Slot] = []
         rank = self.config.markov_rank
         embeddings, state = hidden.new_empty(r, g, rank), hidden.new_zeros(r, rank)
+        lengths = torch.zeros(r, g, device=hidden.device)
         for k in range(g):
             if self.markov is not None:
                 embeddings[:, k] = self.markov.markov_w1(previous)
@@ -183,24 +186,24 @@ class DSparkDrafter(BoundDrafter):
                 # The Markov bias decides most later slots: candidates are picked after it, never before.
                 logits[:, k] += self.w2(features)
             if self.copies is not None and spans is not None:
-                self.copies.add_(logits[:, k], self._history, spans, previous, k)
+                lengths[:, k] = self.copies.add_(logits[:, k], self._history, spans, previous, k)
             slots.append(draw(k, logits[:, k]))
             previous = slots[-1].token
         largest = logits.softmax(-1).amax(-1)
-        return whole_draft(slots, *self.signals(requests, hidden, embeddings, largest))
+        return whole_draft(slots, *self.signals(requests, hidden, embeddings, largest, lengths))
 
     def signals(
-        self, requests: list[DraftRequest], hidden: Tensor, embeddings: Tensor, largest: Tensor
+        self, requests: list[DraftRequest], hidden: Tensor, embeddings: Tensor, largest: Tensor, lengths: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What tells whether slots are accepted: confidence logits [R, G], zeros without that head; evidence [R, G, 3].
+        """What tells whether slots are accepted: confidence logits [R, G], zeros without that head; evidence [R, G, 5].
 
         hidden [R, G, C], W1 of the token before each slot [R, G, r] -> the logits. Evidence is each slot's largest
-        probability [R, G] at temperature 1, the request's temperature and their product: how much the first one tells
-        depends on how the token is drawn.
+        probability [R, G] at temperature 1 and its log-odds, how long a match the copy head saw [R, G], the request's
+        temperature, and its product with that probability: how much it tells depends on how the token is drawn.
         """
-        temperatures = [min(q.params.temperature, 1.0) for q in requests]
-        scale, shift = largest.new_tensor([[[[1.0, 0.0, t]], [[0.0, t, 0.0]]] for t in temperatures]).unbind(1)
-        evidence = torch.addcmul(shift, largest[..., None], scale)
+        temperatures = largest.new_tensor([[min(q.params.temperature, 1.0)] for q in requests]).expand_as(largest)
+        odds = largest.logit(ODDS_EPS)
+        evidence = torch.stack([largest, odds, lengths, temperatures, temperatures * largest], -1)
         if self.confidence_head is None:
             return torch.zeros_like(largest), evidence
         of_hidden, of_embedding, bias = self.confidence_head

@@ -4,6 +4,8 @@ Shapes: N committed tokens, C width, L draft layers, K KV heads, D head width; R
 vocabulary, r head rank.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -127,9 +129,18 @@ class BlockInputs:
         return program
 
 
+class GreedyBlock(NamedTuple):
+    """What was drafted, W1 of the token before each slot, each token's probability at temperature 1, and how long a
+    match the copy head saw."""
+
+    tokens: Tensor  # [R, G]
+    embeddings: Tensor  # [R, G, r]
+    largest: Tensor  # [R, G]
+    lengths: Tensor  # [R, G]
+
+
 class GreedyMarkov:
-    """Callable: previous tokens [R], logits [R, G, V'] without bias -> tokens [R, G], W1 of the token before each
-    [R, G, r], and each token's probability [R, G] at temperature 1.
+    """Callable: previous tokens [R], logits [R, G, V'] without bias -> `GreedyBlock`.
 
     Slot k is the likeliest token under its logits, the bias of the slot before it and that of the copy head.
     """
@@ -137,17 +148,17 @@ class GreedyMarkov:
     def __init__(self, w1: Tensor, w2: CompiledLinear, d2t: Tensor, copies: CopyBias | None = None):
         """w1 [V, r] fp32, w2 [R, r] -> [R, V'], d2t [V'] the drafted ids."""
         self.w1, self.w2, self.d2t, self.copies = w1.contiguous(), w2, d2t.contiguous(), copies
-        self._programs: dict[tuple[int, int], tuple[Program, Tensor, Tensor, Tensor]] = {}
+        self._programs: dict[tuple[int, int], tuple[Program, Tensor, GreedyBlock]] = {}
         self._bias = self._rounded = torch.empty(0)
 
     def __call__(
         self, previous: Tensor, logits: Tensor, history: Tensor | None = None, spans: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> GreedyBlock:
         """history [slots] and spans [2, R], see `CopyBias`: with a copy head only."""
         r, g, _ = logits.shape
         if (r, g) not in self._programs:
             self._programs[r, g] = self._build(r, g)
-        program, tokens, features, largest = self._programs[r, g]
+        program, tokens, block = self._programs[r, g]
         tokens[:, 0] = previous
         logits = logits.contiguous()
         program.set("logits", logits.data_ptr() + 4 * len(self.d2t) * torch.arange(g).numpy())
@@ -155,10 +166,10 @@ class GreedyMarkov:
             program.set("history", history.data_ptr())
             program.set("spans", spans.data_ptr())
         program.run()
-        return tokens[:, 1:].clone(), features.transpose(0, 1), largest.T
+        return block._replace(tokens=tokens[:, 1:].clone())
 
-    def _build(self, r: int, g: int) -> tuple[Program, Tensor, Tensor, Tensor]:
-        """The program for R blocks, and what it writes: tokens [R, 1 + G], features [G, R, r], largest [G, R]."""
+    def _build(self, r: int, g: int) -> tuple[Program, Tensor, GreedyBlock]:
+        """The program for R blocks, the tokens [R, 1 + G] that it begins with and writes, and all that it writes."""
         vocab, rank = len(self.d2t), self.w1.shape[1]
         padded = r + -r % 16  # whole tiles are written
         if len(self._bias) < padded:
@@ -166,7 +177,7 @@ class GreedyMarkov:
             self._rounded = torch.empty(torch.get_num_threads() * padded * rank)
             self._programs.clear()
         program, tokens, features = Program(), torch.zeros(r, g + 1, dtype=torch.int64), torch.empty(g, r, rank)
-        largest = torch.empty(g, r)
+        largest, lengths = torch.empty(g, r), torch.zeros(g, r)
         bias, rounded = self._bias.data_ptr(), self._rounded.data_ptr()
         embed, likeliest = cpu_ops.kernel("embed", rank), cpu_ops.kernel("likeliest", vocab)
         for k in range(g):
@@ -178,7 +189,9 @@ class GreedyMarkov:
                 of_copies = {"ids": self.copies.ids.data_ptr(), "weights": self.copies.weights[k].data_ptr()}
                 places = {"history": 0, "spans": 0, "tokens": before}
                 strides = {"slot": k, "step": g + 1, "stride": vocab, "rows": r}
-                program.add(self.copies.kernel, **places, **of_copies, bias=bias, **strides)
+                program.add(
+                    self.copies.kernel, **places, **of_copies, bias=bias, lengths=lengths[k].data_ptr(), **strides
+                )
             found = {"bias": bias, "ids": self.d2t.data_ptr(), "tokens": after, "largest": largest[k].data_ptr()}
             program.add(likeliest, logits=0, **found, stride=g * vocab, step=g + 1, rows=r)
-        return program, tokens, features, largest
+        return program, tokens, GreedyBlock(tokens[:, 1:], features.transpose(0, 1), largest.T, lengths.T)

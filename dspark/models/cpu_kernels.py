@@ -205,11 +205,11 @@ def copy_bias_kernel(machine: Machine, longest: int) -> ir.Module:
 
     Fields: history [slots] of token ids, spans [2, N] (where a row's own begins, and its anchor), tokens (stride given)
     to be noted k places after the anchor, ids [V] (below 0: no column), weights [1 + longest] by length of the match,
-    scores (row stride given), k, token stride, row stride; items: rows.
+    scores (row stride given), lengths [N] of the matches, k, token stride, row stride; items: rows.
     """
-    e = Emitter("qqqqffiiii", machine, 1)
+    e = Emitter("qqqqfffiiii", machine, 1)
     b = e.b
-    history, spans, tokens, ids, weights, scores, k, token_stride, stride, rows = e.fields
+    history, spans, tokens, ids, weights, scores, lengths, k, token_stride, stride, rows = e.fields
     with e.loop(e.first, e.last) as row:
         start = b.load(b.gep(spans, [row]))
         last = b.add(b.load(b.gep(spans, [b.add(rows, row)])), k)
@@ -232,6 +232,7 @@ def copy_bias_kernel(machine: Machine, longest: int) -> ir.Module:
             better = b.and_(b.icmp_signed(">=", agreeing, length), b.icmp_signed(">", agreeing, I64(0)))
             carried[:] = [b.select(better, agreeing, length), b.select(better, place, where)]
         length, where = results
+        b.store(b.sitofp(length, F32), b.gep(lengths, [row]))
         found = b.icmp_signed(">", length, I64(0))
         column = b.load(b.gep(ids, [b.load(b.gep(history, [b.select(found, b.add(where, I64(1)), last)]))]))
         found = b.and_(found, b.icmp_signed(">=", column, I64(0)))

@@ -116,7 +116,7 @@ def call(kernel: Kernel, work: int, *arguments: int) -> None:
 class Program:
     """Kernels and their fields, run in the order added by one call. Fields with a name may be set before each run."""
 
-    WIDTH = 11  # an address and at most ten fields
+    WIDTH = 12  # an address and at most eleven fields
 
     def __init__(self):
         self._rows: list[list[int]] = []

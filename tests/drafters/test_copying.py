@@ -85,9 +85,10 @@ def test_bias_added_slot_by_slot(fallback: bool, monkeypatch: pytest.MonkeyPatch
     blocks = torch.zeros(len(texts), 5, len(d2t))[:, 1:4]
     for slot in range(slots):
         previous = torch.tensor([text[-1] for text in texts])
-        copies.add_(blocks[:, slot], history, spans, previous, slot)
-        for text, row in zip(texts, blocks[:, slot], strict=True):
+        lengths = copies.add_(blocks[:, slot], history, spans, previous, slot)
+        for text, row, found in zip(texts, blocks[:, slot], lengths, strict=True):
             length, follower = search(text, LONGEST)
+            assert found == length
             expected = torch.where(d2t == follower, float(length), 0.0)
             assert torch.equal(row, expected), (text, row)
             text.append((text[-1] + slot) % VOCAB)
@@ -102,13 +103,13 @@ def test_the_program_of_a_block_copies_too():
     copies, w1, w2 = CopyBias(head, d2t, vocab), torch.randn(vocab, rank), CompiledLinear(torch.randn(vocab, rank))
     history, requests = placed(texts, slots)
     logits, previous = torch.randn(len(texts), slots, len(d2t)), torch.tensor([text[-1] for text in texts])
-    tokens, _, largest = GreedyMarkov(w1, w2, d2t, copies)(previous, logits, history, copies.spans(requests))
+    tokens, _, largest, lengths = GreedyMarkov(w1, w2, d2t, copies)(previous, logits, history, copies.spans(requests))
     for row, text in enumerate(texts):
         for k in range(slots):
             scores = logits[row, k] + w2(w1[text[-1:]])[0]
             length, follower = search(text, LONGEST)
             if length:
                 scores[follower] += length
-            assert tokens[row, k] == scores.argmax()
+            assert tokens[row, k] == scores.argmax() and lengths[row, k] == length
             torch.testing.assert_close(largest[row, k], scores.softmax(-1).max(), rtol=1e-5, atol=1e-6)
             text.append(int(tokens[row, k]))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dspark.drafters.copying import matches
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.layers import DraftModel, check_fit
 from dspark.drafters.load import bind
@@ -101,15 +102,18 @@ def test_heads_equal_the_trained_ones(
     with torch.no_grad():
         features, confidence = model.heads(hidden, previous)
         logits = hidden @ TARGET.lm_head_weight[model.d2t].T + features @ model.w2.T  # [G, V']
+        lengths = torch.zeros(len(logits))
         if model.copy_head is not None:
             text = torch.tensor([TOKENS[: anchor + 1] + tokens.tolist()])
             copied, bias = model.copy_head(text, torch.tensor([[anchor]]))
-            assert bias.any()
+            lengths = matches(text, copy_length)[0][0, anchor:-1].float()
+            assert bias.any() and lengths.any()
             logits += torch.where(model.d2t == copied[0, 0, :, None], bias[0, 0, :, None], 0.0)
     torch.testing.assert_close(draft.confidence_logits[0], confidence, atol=1e-4, rtol=0)
     largest = logits.softmax(-1).amax(-1)
-    evidence = torch.stack([largest, torch.full_like(largest, temperature), temperature * largest], -1)
-    torch.testing.assert_close(draft.evidence[0], evidence, atol=1e-5, rtol=0)
+    warmth = torch.full_like(largest, temperature)
+    evidence = torch.stack([largest, largest.logit(1e-4), lengths, warmth, temperature * largest], -1)
+    torch.testing.assert_close(draft.evidence[0], evidence, atol=1e-4, rtol=0)
     assert draft.lengths.tolist() == [model.config.block_size]
     if temperature == 0:
         assert tokens.tolist() == model.d2t[logits.argmax(-1)].tolist()

@@ -23,7 +23,7 @@ def test_matches_argmax_slot_by_slot(dtype: torch.dtype):
     for r in (1, 5, 40, 2):
         logits, previous = torch.randn(r, g, vocab), torch.randint(0, 200, (r,))
         logits[0, 1, 7] = logits[0, 1, 70] = 1e30  # of equals the first
-        tokens, embeddings, largest = chain(previous, logits)
+        tokens, embeddings, largest, _ = chain(previous, logits)
         assert tokens.shape == (r, g) and embeddings.shape == (r, g, rank)
         for k in range(g):
             assert torch.equal(embeddings[:, k], w1[previous])
@@ -59,7 +59,7 @@ def test_block_inputs_equal_their_operations_one_by_one(dtype: torch.dtype):
 def test_nan_logits_give_a_token_of_the_vocabulary():
     d2t = torch.arange(0, 64, 2)
     chain = GreedyMarkov(torch.randn(64, 16), CompiledLinear(torch.randn(32, 16)), d2t)
-    tokens, _, _ = chain(torch.tensor([1, 2]), torch.full((2, 4, 32), torch.nan))
+    tokens, *_ = chain(torch.tensor([1, 2]), torch.full((2, 4, 32), torch.nan))
     assert bool(torch.isin(tokens, d2t).all())
 
 
