@@ -23,6 +23,7 @@ DRAFTERS = {
     "ngram": lambda: NgramDrafter(4, min_ngram=1),
     "random": lambda: tiny_drafter(TARGET),
     "pruned": lambda: tiny_drafter(TARGET, draft_vocab_size=20),
+    "copy head": lambda: bind(tiny_variant("copy head", TARGET), TARGET),
     "own position": lambda: bind(tiny_variant("own position", TARGET), TARGET),
     "windowed": lambda: bind(tiny_variant("dspark", TARGET, window=5), TARGET),
     "eagle3": lambda: bind(tiny_variant("eagle3", TARGET, draft_vocab_size=20), TARGET),

@@ -20,6 +20,7 @@ ADVERSARIAL = AdversarialDrafter(TARGET, 3)  # accepts and rejects; remembers wh
 DRAFTERS = {
     "none": lambda: None,
     "random": lambda: tiny_drafter(TARGET, block_size=3),
+    "copy head": lambda: bind(tiny_variant("copy head", TARGET, block_size=3), TARGET),
     "eagle3": lambda: bind(tiny_variant("eagle3", TARGET, window=6, block_size=3), TARGET),
     "adversarial": lambda: ADVERSARIAL,
 }

@@ -34,6 +34,7 @@ VOCAB, OUTPUT = 6, 4  # the prompt gives one token, a round of up to two draft t
 REQUESTS, STREAMS = 2048, 64
 PROMPT = (2, 5, 1)
 END = frozenset({4})
+LARGEST, MATCH_LENGTH = 1, 3  # places in a slot's signals
 TARGET = tiny_target(seed=3, vocab_size=VOCAB, num_layers=1)
 PLAIN = AdjustedTarget(TARGET, len(PROMPT), END)
 ALIVE = {"ignore_eos": True}  # answers of one length make one law
@@ -93,6 +94,7 @@ DRAFTERS: dict[str, Callable[[], Drafter | None]] = {
     "none": lambda: None,
     "random": lambda: tiny_drafter(TARGET, 1, block_size=2, num_layers=1),
     "pruned": lambda: tiny_drafter(TARGET, 1, block_size=2, draft_vocab_size=4, num_layers=1),
+    "copy head": lambda: bind(tiny_variant("copy head", TARGET, block_size=2, seed=1), TARGET),
     "eagle3": lambda: bind(tiny_variant("eagle3", TARGET, block_size=2, seed=1), TARGET),
     "mtp": lambda: bind(tiny_variant("mtp", TARGET, block_size=1, seed=1), TARGET),
     "adversarial": lambda: AdversarialDrafter(TARGET, 2),
@@ -105,7 +107,7 @@ def test_output_follows_the_joint_law(drafter: str, filters: str):
     assert p_value(DRAFTERS[drafter](), FILTERS[filters]) > 1e-3
 
 
-@pytest.mark.parametrize("drafter", ["eagle3", "mtp"])
+@pytest.mark.parametrize("drafter", ["copy head", "eagle3", "mtp"])
 def test_output_follows_the_joint_law_with_other_kinds(drafter: str):
     assert p_value(DRAFTERS[drafter](), FILTERS["everything"]) > 1e-3
 
@@ -192,14 +194,25 @@ class Telling(DSparkDrafter):
         return draft
 
 
+def above(signal: int, least: float) -> Calibration:
+    """Confidence is near 1 where that signal is above `least`, near 0 elsewhere."""
+    weights = tuple(float(i == signal) for i in range(6))
+    return Calibration((0.01, 0.01), shifts=(-100 * least,) * 2, weights=(weights,) * 2)
+
+
+def test_evidence_may_tell_whether_there_is_something_to_copy():
+    """Verified is what would follow a token that stood in the context before."""
+    drafter = DRAFTERS["copy head"]()
+    assert p_value(drafter, scheduler=Threshold(0.5), calibration=above(MATCH_LENGTH, 0.5)) > 1e-3
+
+
 @pytest.mark.parametrize("filters", ["everything", "all three", "penalties"])
 def test_evidence_may_tell_of_the_distribution_and_not_of_the_token(filters: str):
     """Verified is what the evidence says is likelier than some value, about the median for the right drafter."""
     drafter = tiny_drafter(TARGET, 1, block_size=2, num_layers=1)
 
     def p_above(least: float) -> float:
-        by_evidence = Calibration((0.01, 0.01), shifts=(-100 * least,) * 2, weights=((0.0, 1.0, 0.0, 0.0),) * 2)
-        return p_value(drafter, FILTERS[filters], Threshold(0.5), by_evidence)
+        return p_value(drafter, FILTERS[filters], Threshold(0.5), above(LARGEST, least))
 
     assert p_above(0.85) > 1e-3
     drafter.__class__ = Telling
