@@ -77,15 +77,14 @@ class Calibration:
         return cls((1.0,) * block_size)
 
     @cached_property
-    def _scale(self) -> tuple[Tensor, Tensor]:
+    def _scale(self) -> tuple[Floats, Floats]:
         """Weights over temperatures [G, S], S = 1 where the head's logit alone counts, and shifts [G]."""
-        temperatures = torch.tensor(self.temperatures, dtype=torch.float64)
-        weights = torch.tensor(self.weights or [[1.0]] * len(temperatures), dtype=torch.float64)
-        shifts = self.shifts or (0.0,) * len(temperatures)
-        return weights / temperatures[:, None], torch.tensor(shifts, dtype=torch.float64)
+        weights = np.array(self.weights or [[1.0]] * len(self.temperatures))
+        shifts = np.array(self.shifts or (0.0,) * len(self.temperatures))
+        return weights / np.array(self.temperatures)[:, None], shifts
 
-    def scaled(self, signals: Tensor) -> Tensor:
-        """z_k / T_k + b_k, [R, G] float64 on the CPU. Raises ValueError for signals of another drafter."""
+    def scaled(self, signals: Tensor) -> Floats:
+        """z_k / T_k + b_k, [R, G]. Raises ValueError for signals of another drafter."""
         ours, theirs = len(self.temperatures), signals.shape[1]
         if ours != theirs:
             raise ValueError(f"the calibration is for {ours} draft tokens a round, the drafter makes {theirs}")
@@ -94,24 +93,25 @@ class Calibration:
 
     def confidence(self, signals: Tensor) -> Tensor:
         """c_k = sigmoid(z_k / T_k + b_k), float64 on the CPU; a score that is NaN gives 0."""
-        return torch.sigmoid(self.scaled(signals)).nan_to_num_(nan=0.0)
+        return torch.from_numpy(_sigmoid(self.scaled(signals)))
 
     def observe(self, signals: Tensor, verify_lengths: Tensor, accepted: Tensor) -> None:
         """Learns nothing."""
 
 
-def weighed(signals: Tensor, weights: Tensor) -> Tensor:
-    """Scores z_k = w_k . s_k, [..., G, S] -> [..., G] float64 on the CPU; weights [G, 1]: of the head's logits alone.
+def weighed(signals: Tensor, weights: Floats) -> Floats:
+    """Scores z_k = w_k . s_k, [..., G, S] -> [..., G]; weights [G, 1]: of the head's logits alone.
 
     Raises ValueError for weights of other signals.
     """
-    signals = signals.to("cpu", torch.float64)
-    ours, theirs = weights.shape[1], signals.shape[-1]
+    numbers = signals.numpy(force=True).astype(np.float64)
+    ours, theirs = weights.shape[1], numbers.shape[-1]
     if ours == 1:
-        return signals[..., 0] * weights[:, 0]
+        return numbers[..., 0] * weights[:, 0]
     if ours != theirs:
         raise ValueError(f"the calibration weighs {ours} signals a slot, the drafter gives {theirs}")
-    return (signals * weights).sum(-1)
+    with np.errstate(invalid="ignore"):  # a broken drafter's inf and NaN
+        return (numbers * weights).sum(-1)
 
 
 @dataclass
@@ -137,15 +137,14 @@ class OnlineCalibration:
         self.shift, self.information, self.count, self.accepted = np.zeros((4, len(self.base.temperatures)))
 
     def confidence(self, signals: Tensor) -> Tensor:
-        shifted = self.base.scaled(signals) + torch.from_numpy(self.shift)
-        return torch.sigmoid(shifted).nan_to_num_(nan=0.0)
+        return torch.from_numpy(_sigmoid(self.base.scaled(signals) + self.shift))
 
     def observe(self, signals: Tensor, verify_lengths: Tensor, accepted: Tensor) -> None:
         slots = np.arange(signals.shape[1])
         confidence = self.confidence(signals).numpy()  # [R, G]
         stayed = accepted.numpy(force=True)[:, None]  # [R, 1]
         seen = slots < np.minimum(verify_lengths.numpy(force=True)[:, None], stayed + 1)
-        seen &= np.isfinite(self.base.scaled(signals).numpy())
+        seen &= np.isfinite(self.base.scaled(signals))
         outcome = seen & (slots < stayed)  # [R, G]
         forget = self.decay ** seen.sum(0)
         self.count = self.count * forget + seen.sum(0)

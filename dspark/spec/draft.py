@@ -5,6 +5,7 @@ E = evidence of a slot.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class Draft:
             evidence = confidence_logits.new_zeros(*tokens.shape, 0)
         return cls(tokens, support, one_hot, confidence_logits, lengths, evidence)
 
-    @property
+    @cached_property
     def signals(self) -> Tensor:
         """All that confidence is made of: the logit, then the evidence, [R, G, 1 + E]."""
         return torch.cat([self.confidence_logits[..., None], self.evidence], -1)

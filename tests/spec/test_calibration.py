@@ -64,18 +64,19 @@ def test_a_shift_makes_up_for_what_no_temperature_can() -> None:
 
 def test_known_weights_are_recovered() -> None:
     """Up to scale and constant, which temperature and shift make up for; the scores tell more than the head does."""
-    truth = torch.tensor([[1.0, 4.0], [1.0, -0.5]])
+    truth = np.array([[1.0, 4.0], [1.0, -0.5]])
 
     def evident(seed: int) -> tuple[Tensor, Tensor]:
         generator = np.random.default_rng(seed)
         signals = torch.from_numpy(generator.normal(0.0, 1.5, (20_000, 2, 2)))
-        passed = torch.from_numpy(generator.random((20_000, 2))) < (weighed(signals, truth) / 2 + 1.0).sigmoid()
+        scores = torch.from_numpy(weighed(signals, truth) / 2 + 1.0)
+        passed = torch.from_numpy(generator.random((20_000, 2))) < scores.sigmoid()
         return signals, passed.long().cumprod(1).sum(1)
 
     signals, accepted = evident(0)
     weights = fit_weights(signals, accepted)
     np.testing.assert_allclose(weights, truth, rtol=0.1)
-    temperatures, shifts = fit(weighed(signals, torch.tensor(weights)), accepted)
+    temperatures, shifts = fit(weighed(signals, np.array(weights)), accepted)
     fitted = Calibration(temperatures, shifts=shifts, weights=weights)
     held_out, kept = evident(1)
     for k in range(2):
