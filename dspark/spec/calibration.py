@@ -222,7 +222,9 @@ def _mean_matching_shift(scaled: Floats, survival: Floats, mean: float, most: fl
 
 
 def _sigmoid(z: Floats) -> Floats:
-    return np.nan_to_num(0.5 * (1.0 + np.tanh(0.5 * z)), nan=0.0)
+    probability = 0.5 * (1.0 + np.tanh(0.5 * z))
+    np.copyto(probability, 0.0, where=np.isnan(probability))
+    return probability
 
 
 # ---- how good probabilities are: probability [N] of an event, outcome [N] whether it happened

@@ -48,6 +48,14 @@ class CostTable:
     step_seconds: float  # what each step costs besides
     context_seconds: float = 0.0  # part of target_seconds that grows with requests, not with tokens: for each of them
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Once: caches ask for it at every step."""
+        return hash((self.batch_tokens, self.target_seconds, self.requests, self.draft_seconds))
+
     def __post_init__(self) -> None:
         _check_curve("batch_tokens", self.batch_tokens, "target_seconds", self.target_seconds)
         if self.requests or self.draft_seconds:

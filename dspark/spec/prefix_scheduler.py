@@ -171,7 +171,8 @@ def measured_counts(costs: CostTable, batch_tokens: int, slots: int) -> Ints:
 # ---- schedulers
 
 
-ASK_EVERY = 16  # rounds that one answer to "for how many does drafting pay" holds for
+PATIENCE = 8  # how many times `retry_every` rounds a "no" holds at most, twice as long each time in a row
+OTHER_LOAD = 1 / 8  # change of the number of requests that the question is asked again for at once
 PAYS = 1.03  # times plain decoding that drafting must promise: costs and survivals are estimates
 SHARES = 8  # parts of the running requests that drafting may be tried for
 PROBES = 4  # requests drafted for, now and then, while drafting does not pay
@@ -215,33 +216,45 @@ class _CostBased:
     """The frame of the three below: for whom to draft, the walk, what is remembered after the choice."""
 
     def __init__(self, costs: CostTable, decay: float = 0.98, warm_up: int = 16, retry_every: int = 64):
-        """Drafts until about `warm_up` requests were seen, and at least every `retry_every`-th round from then on."""
+        """Drafts until about `warm_up` requests were seen; an answer to "for how many does it pay" holds for
+        `retry_every` rounds, and longer where it was "for none" again and again."""
         self.costs, self.warm_up, self.retry_every = costs, warm_up, retry_every
         self.history = Survivals(decay)
-        self.rounds_without = self.rounds_asked = self.count_asked = self.paying = 0
+        self.count_asked = self.paying = self.rounds_asked = 0
+        self.interval = retry_every  # rounds that the last answer holds for
 
     def to_draft(self, load: Load) -> list[int]:
         """Those whose drafts survive best, as many as past rounds say give most tokens a second; often all or none.
 
-        Where none, a few every `retry_every`-th round; where some, a few of which nothing was heard for as long too.
+        Where none, a few before the question is asked again; where some, a few of which nothing was heard for long.
         """
         count = load.requests
         if self.history.samples < self.warm_up:
             return list(range(count))
-        if self.rounds_asked % ASK_EVERY == 0 or count != self.count_asked:
-            self.count_asked, self.paying = count, self.how_many(load)
+        moved = abs(count - self.count_asked) > OTHER_LOAD * self.count_asked
+        if moved or self.rounds_asked >= self.interval:
+            self.ask(load, moved)
         self.rounds_asked += 1
-        if not self.paying or (load.other_tokens and not self.pays(load)):
-            self.rounds_without += 1
-            if self.rounds_without % self.retry_every:
+        if not self.paying:
+            if self.rounds_asked < self.interval:
                 return []
             return sorted(best_first(self.history.levels(load.ids)[1])[:PROBES].tolist())
-        self.rounds_without = 0
-        if self.paying == count:
+        if load.other_tokens and not self.pays(load):
+            return []
+        if self.paying == self.count_asked or self.paying >= count:
             return list(range(count))
         levels, idle = self.history.levels(load.ids)
         unknown = np.flatnonzero(idle >= self.retry_every)[:PROBES]
         return sorted({*best_first(levels)[: self.paying].tolist(), *unknown.tolist()})
+
+    def ask(self, load: Load, moved: bool) -> None:
+        """Whether, and for how many, drafting pays from here on; moved: at a load that was not asked for."""
+        again = not self.paying and not moved
+        self.count_asked, self.rounds_asked, self.paying = load.requests, 0, self.how_many(load)
+        if self.paying or not again:
+            self.interval = self.retry_every
+        else:
+            self.interval = min(2 * self.interval, PATIENCE * self.retry_every)
 
     def how_many(self, load: Load) -> int:
         """For how many of the requests, the best first, to draft in a step without prompts: 0 where it does not pay."""
