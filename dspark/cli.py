@@ -57,7 +57,7 @@ def model_options(name: str) -> Options:
 MODEL = model_options("--model")
 
 DRAFTER = Options(add_help=False)
-DRAFTER.add_argument("--drafter", default="dspark", help="dspark (shipped), ngram, none or a checkpoint folder")
+DRAFTER.add_argument("--drafter", default="dspark", help="dspark or mtp (shipped), ngram, none or a checkpoint folder")
 
 POLICY = Options(add_help=False)
 POLICY.option(
@@ -236,13 +236,13 @@ def add_measuring(command: Command) -> None:
     sub = command("bench", commands.run_bench, "time systems side by side on the same prompts", *options)
     sub.option("--streams", "1,8", "numbers of concurrent requests")
     sub.option("--temperatures", "0,1", "sampling temperatures")
-    sub.option("--systems", "transformers,plain,ngram,dspark", "what to compare")
+    sub.option("--systems", "transformers,plain,ngram,dspark", "what to compare: those, and mtp")
     sub.usage = "dspark bench [OPTIONS]\n       dspark bench load [OPTIONS]"
     add_bench_load(sub)
 
     options = MODEL, PROMPTS, LIVE, JSON
     sub = command("eval", commands.run_eval, "measure how many draft tokens live decoding accepts", *options)
-    names = "dspark (shipped, the default), ngram or a checkpoint folder; repeatable"
+    names = "dspark or mtp (shipped; dspark is the default), ngram or a checkpoint folder; repeatable"
     sub.add_argument("--drafter", dest="drafters", action="append", default=argparse.SUPPRESS, help=names)
     sub.option("--top-p", 1.0, "keep the smallest set of this mass")
     sub.option("--plot", None, "draw acceptance by position, a curve a drafter", type=Path, metavar="PNG")

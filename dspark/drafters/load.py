@@ -18,6 +18,7 @@ from dspark.spec.calibration import Calibration
 PACKAGE = Path(__file__).parents[1]
 CHECKPOINTS = PACKAGE / "checkpoints" if (PACKAGE / "checkpoints").is_dir() else PACKAGE.parent / "checkpoints"
 
+SHIPPED = {"dspark": "{}", "mtp": "{}-mtp"}  # by name: the checkpoint of a model
 CALIBRATION_FILE = "calibration.json"
 DRAFTERS = {"dspark": DSparkDrafter, "eagle3": Eagle3Drafter, "mtp": MtpDrafter}  # by kind of checkpoint
 
@@ -29,16 +30,18 @@ def drafter_folder(name: str, model: str) -> Path | None:
     """
     if name in ("none", "ngram"):
         return None
-    folder = CHECKPOINTS / model if name == "dspark" else Path(name)
+    folder = CHECKPOINTS / SHIPPED[name].format(model) if name in SHIPPED else Path(name)
     if not folder.is_dir():
-        if name == "dspark":
-            raise ValueError(f"no drafter is shipped for '{model}'; train one with 'dspark train' and pass its folder")
-        raise ValueError(f"'{name}' is no drafter: give none, ngram, dspark or a checkpoint folder")
+        if name in SHIPPED:
+            raise ValueError(
+                f"no {name} drafter is shipped for '{model}'; train one with 'dspark train' and pass its folder"
+            )
+        raise ValueError(f"'{name}' is no drafter: give none, ngram, {', '.join(SHIPPED)} or a checkpoint folder")
     return folder
 
 
 def make_drafter(name: str, model: str, target: Decoder) -> Drafter | None:
-    """name: `none`, `ngram`, `dspark` (the one shipped for the model) or a checkpoint folder.
+    """name: `none`, `ngram`, `dspark` or `mtp` (shipped for the model), or a checkpoint folder.
 
     Raises ValueError if there is no such drafter or it does not fit the target.
     """

@@ -34,6 +34,7 @@ class DrafterContext:
     def __init__(self, drafter: Drafter):
         self.drafter = drafter
         self.waiting: list[Waiting] = []
+        self.waiting_bytes = 0
 
     def add(self, batch: Batch, taps: list[Tensor], accepted: list[int]) -> None:
         """Committed tokens of a step that is over; accepted[i] belongs to batch.sampled[i]."""
@@ -47,10 +48,12 @@ class DrafterContext:
             rows += range(span.first_row, span.first_row + span.count - rejected)
             regions += [span.region] * (span.count - rejected)
         index = slice(len(rows))  # of one request or where nothing was rejected; else a copy of the rows
-        if rows != list(range(len(rows))):
-            index = torch.tensor(rows, device=batch.tokens.device)
-        self.waiting.append(Waiting([t[index] for t in taps], batch.tokens[index], batch.positions[index], regions))
-        if sum(t.nbytes for w in self.waiting for t in w.taps) > MOST_BYTES:
+        if rows[-1:] != [len(rows) - 1]:
+            index = torch.tensor(rows, dtype=torch.int64, device=batch.tokens.device)
+        waiting = Waiting([t[index] for t in taps], batch.tokens[index], batch.positions[index], regions)
+        self.waiting.append(waiting)
+        self.waiting_bytes += sum(t.nbytes for t in waiting.taps)
+        if self.waiting_bytes > MOST_BYTES:
             self.take_in()
 
     @torch.inference_mode()
@@ -63,7 +66,7 @@ class DrafterContext:
             slots += [w.regions[i].start + positions[i] for i in alive]
             index = slice(None) if len(alive) == len(positions) else torch.tensor(alive, dtype=torch.int64)
             parts.append([t[index] for t in (w.tokens, w.positions, *w.taps)])
-        self.waiting = []
+        self.waiting, self.waiting_bytes = [], 0
         if not slots:
             return
         tokens, positions, *taps = parts[0] if len(parts) == 1 else (torch.cat(column) for column in zip(*parts))

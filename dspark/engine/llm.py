@@ -57,7 +57,7 @@ class TextStream:
 class LLM:
     """A target, a drafter and an engine.
 
-    drafter: `dspark` (shipped for the model), `ngram`, `none` or a checkpoint folder.
+    drafter: `dspark` or `mtp` (shipped for the model), `ngram`, `none` or a checkpoint folder.
     policy: how many draft tokens are verified, see `engine/policy.py`; None: what suits the drafter.
     dtype: `bf16` or `fp32`. deterministic: the same answer to the last bit alone and in any batch, with and without
     a drafter. online_calibration: the drafter's confidence is corrected while serving, from what is verified.

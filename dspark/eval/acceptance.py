@@ -50,7 +50,7 @@ def measure(config: EvalConfig) -> list[dict]:
     for name in config.drafters:
         drafter = make_drafter(name, config.model, target.decoder)
         if drafter is None:
-            raise ValueError("'none' drafts nothing; give dspark, ngram or a checkpoint folder")
+            raise ValueError("'none' drafts nothing; give dspark, mtp, ngram or a checkpoint folder")
         drafters[name] = drafter
     by_domain: dict[str, list[list[int]]] = {}
     for prompt in prompts:

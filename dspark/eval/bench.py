@@ -23,8 +23,9 @@ from dspark.models.loader import Target, load_target
 from dspark.models.source import load_transformers
 from dspark.sampling import SamplingParams
 
-SYSTEMS = ("transformers", "plain", "ngram", "dspark")
-DRAFTERS = {"plain": "none", "ngram": "ngram"}  # dspark: the one the user names
+SYSTEMS = ("transformers", "plain", "ngram", "mtp", "dspark")
+USUAL = ("transformers", "plain", "ngram", "dspark")
+DRAFTERS = {"plain": "none", "ngram": "ngram", "mtp": "mtp"}  # dspark: the one the user names
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class BenchConfig(Setting):
     policy: str | None = None
     streams: tuple[int, ...] = (1, 8)
     temperatures: tuple[float, ...] = (0.0, 1.0)
-    systems: tuple[str, ...] = SYSTEMS
+    systems: tuple[str, ...] = USUAL
 
     def __post_init__(self) -> None:
         super().__post_init__()
