@@ -185,13 +185,13 @@ def add_training(command: Command) -> None:
     sub.option(
         "--drafter", "dspark", "what is trained; dflash-zlab has masks predict their own position", choices=kinds
     )
-    sub.option("--block-size", None, "draft tokens a round (default 4, mtp 1)", type=int)
+    sub.option("--block-size", None, "draft tokens a round (default: dspark 6, mtp 1, others 4)", type=int)
     sub.option("--draft-layers", None, "layers copied from the target's end (default 2; eagle3, mtp 1)", type=int)
     sub.option(
         "--markov-head", None, "of dspark: sequential head (default vanilla)", choices=("vanilla", "gated", "rnn")
     )
     sub.option("--window", 0, "context tokens that draft layers see; 0 for all")
-    sub.switch("--official", "as 'dspark export' needs it: all tokens may be drafted, blocks start from tokens alone")
+    sub.switch("--official", "as 'dspark export' needs it: all tokens may be drafted, no feature input, no copy head")
     sub.option("--learning-rate", 6e-4, "peak of the schedule")
     sub.option("--max-length", 512, "tokens of an example, prompt included")
     sub.option("--cache-gib", 6.0, "memory for the target's features")

@@ -14,6 +14,7 @@ from dspark.models.decoder import Decoder, layer_shapes
 from dspark.train.data import Example
 from dspark.train.features import FeatureSource
 
+BLOCK_SIZES = {"dspark": 6, "mtp": 1}  # with a copy head, later slots are accepted as often as the first
 COPY_LENGTH = 4  # longer matches are rare, and hardly surer
 DRAFTERS = ("dspark", "dflash", "dflash-zlab", "eagle3", "mtp")  # what can be trained
 
@@ -62,7 +63,7 @@ def default_recipe(
 ) -> DrafterRecipe:
     """Taps spread over the depth, the last one being the input of the first copied layer and the output after it.
 
-    drafter: one of DRAFTERS. Block size 4, of MTP 1; two draft layers, of EAGLE-3 and MTP one. official: as
+    drafter: one of DRAFTERS. Block size 4, of DSpark 6 and of MTP 1; two draft layers, of EAGLE-3 and MTP one. official: as
     `write_official` can write it, over the whole vocabulary and without the feature input and the copy head that DSpark
     has otherwise.
     Raises ValueError for another name, for what the drafter does not have and for what the official format has not.
@@ -83,7 +84,7 @@ def default_recipe(
     # The identity start of `fc` is on the last tap: put the copied layers' own input there.
     taps = (*sorted({n // 4, n * 4 // 7, n - 1} - {first - 1}), first - 1)
     if block_size is None:
-        block_size = 1 if drafter == "mtp" else 4
+        block_size = BLOCK_SIZES.get(drafter, DrafterRecipe.block_size)
     return DrafterRecipe(
         tap_layers=(n - 1,) if drafter == "mtp" else taps,
         source_layers=tuple(range(first, n)),

@@ -75,7 +75,7 @@ def test_recipes_by_name():
         for kind, r in recipes.items()
     }
     assert shapes == {
-        "dspark": ((2, 3, 1), 4, 32, False, True),
+        "dspark": ((2, 3, 1), 6, 32, False, True),
         "dflash": ((2, 3, 1), 4, 0, False, False),
         "dflash-zlab": ((2, 3, 1), 4, 0, True, False),
         "eagle3": ((1, 3, 2), 4, 0, False, False),
