@@ -44,6 +44,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not self.minutes > 0 or (self.epochs is not None and not self.epochs > 0):
             raise ValueError("a training run needs minutes or epochs above 0")
+        if self.compile and self.parallel == "fsdp":
+            raise ValueError("compiling around FSDP's hooks takes many minutes; use --parallel ddp, or no --compile")
         for name in ("sequences_per_step", "sequences_at_once", "anchors_per_sequence", "evaluations", "decode_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")

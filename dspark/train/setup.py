@@ -63,9 +63,9 @@ def default_recipe(
 ) -> DrafterRecipe:
     """Taps spread over the depth, the last one being the input of the first copied layer and the output after it.
 
-    drafter: one of DRAFTERS. Block size 4, of DSpark 6 and of MTP 1; two draft layers, of EAGLE-3 and MTP one. official: as
-    `write_official` can write it, over the whole vocabulary and without the feature input and the copy head that DSpark
-    has otherwise.
+    drafter: one of DRAFTERS. Block size 4, of DSpark 6 and of MTP 1; two draft layers, of EAGLE-3 and MTP one.
+    official: as `write_official` can write it, over the whole vocabulary and without the feature input and the copy
+    head that DSpark has otherwise.
     Raises ValueError for another name, for what the drafter does not have and for what the official format has not.
     """
     if drafter not in DRAFTERS:

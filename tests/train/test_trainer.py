@@ -235,3 +235,8 @@ def test_a_run_leaves_a_loadable_drafter_and_a_record(tmp_path):
     entry = trainer.progress.history[-1]
     assert 1 <= entry["heldout_accepted_length"] <= 1 + trainer.model.config.block_size
     assert (tmp_path / "training.json").exists()
+
+
+def test_compiling_around_fsdp_is_refused():
+    with pytest.raises(ValueError, match="use --parallel ddp"):
+        TrainConfig(compile=True, parallel="fsdp")
