@@ -74,12 +74,13 @@ def test_answers_too_short_for_a_block_are_refused(drafters, capsys):
 
 
 @pytest.mark.model
-def test_command_on_the_shipped_drafter(capsys):
+@pytest.mark.parametrize(("drafter", "block_size"), [("dspark", 6), ("mtp", 1)])
+def test_command_on_the_shipped_drafters(drafter: str, block_size: int, capsys):
     options = ["--limit", "3", "--temperatures", "0", "--max-new-tokens", "24", "--streams", "3", "--json"]
-    assert main(["eval", *options]) == 0
+    assert main(["eval", "--drafter", drafter, *options]) == 0
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert [r["domain"] for r in rows] == ["chat", "code", "math", "macro average"]
-    assert all(1 <= r["accepted_length"] <= 5 and len(r["conditional"]) == 4 for r in rows)
+    assert all(1 <= r["accepted_length"] <= 1 + block_size and len(r["conditional"]) == block_size for r in rows)
 
 
 @pytest.mark.parametrize(
