@@ -73,10 +73,10 @@ def latest_match(history: Tensor, longest: int) -> tuple[Tensor, Tensor]:
 class CopyBias:
     """The copy head at inference: adds its bias to logits; a request's history lies where its first slot is."""
 
-    def __init__(self, head: CopyHead, d2t: Tensor, vocab_size: int):
-        self.weights = F.pad(head.bias.detach().float(), (1, 0)).contiguous().to(d2t.device)  # [G, 1 + n], 0 for none
-        self.ids = d2t.new_full((vocab_size,), -1, dtype=torch.int64)  # of tokens in the draft vocabulary
-        self.ids[d2t] = torch.arange(len(d2t), device=d2t.device)
+    def __init__(self, head: CopyHead, t2d: Tensor):
+        """t2d [V]: of tokens, the index in the draft vocabulary, -1 outside of it."""
+        self.weights = F.pad(head.bias.detach().float(), (1, 0)).contiguous().to(t2d.device)  # [G, 1 + n], 0 for none
+        self.ids = t2d
 
     @property
     def longest(self) -> int:

@@ -67,7 +67,7 @@ class DSparkDrafter(BoundDrafter):
         self.norm = place(model.norm.weight)
         self.copies = None
         if model.copy_head is not None:
-            self.copies = CopyBias(model.copy_head, self.d2t, c.vocab_size)
+            self.copies = CopyBias(model.copy_head, model.t2d.to(target.device))
         self.markov = self.greedy_markov = None
         if model.markov_head is not None:
             self.markov = copy.deepcopy(model.markov_head).to(target.device, target.compute_dtype)
@@ -95,7 +95,8 @@ class DSparkDrafter(BoundDrafter):
 
     def allocate(self, num_slots: int) -> None:
         super().allocate(num_slots)
-        self._history = torch.zeros(num_slots, dtype=torch.int64, device=self.target.device)  # tokens
+        remembered = num_slots if self.copies is not None else 0
+        self._history = torch.zeros(remembered, dtype=torch.int64, device=self.target.device)  # tokens
 
     @torch.inference_mode()
     def copy(self, source_slot: int, target_slot: int, count: int) -> None:

@@ -203,6 +203,13 @@ class DraftModel(nn.Module, Generic[Config]):
         final_norm [C], embedding [V, C] are the target's too; tap_rms: how large an element of the last tap is.
         """
 
+    @property
+    def t2d(self) -> Tensor:
+        """Index in the draft vocabulary of each of the target's tokens [V], -1 outside of it; a new tensor."""
+        ids = self.d2t.new_full((self.config.decoder.vocab_size,), -1)
+        ids[self.d2t] = torch.arange(len(self.d2t), device=ids.device)
+        return ids
+
     def rotary(self, positions: Tensor) -> Rotary:
         """cos and sin [..., 1, D] of positions [...]."""
         return self._cos[positions][..., None, :], self._sin[positions][..., None, :]

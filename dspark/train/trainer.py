@@ -86,8 +86,7 @@ class Trainer:
         """Derive the pruned LM head and the map to draft ids from the model's `d2t`."""
         target, model = self.target, self.model
         self.head = target.lm_head_weight[model.d2t].to(self.product_dtype)  # [V', C]
-        self.t2d = torch.full((target.config.vocab_size,), -1, device=target.device)
-        self.t2d[model.d2t] = torch.arange(len(model.d2t), device=target.device)
+        self.t2d = model.t2d
 
     # -- one step ---------------------------------------------------------------------------------
 

@@ -79,7 +79,7 @@ def test_bias_added_slot_by_slot(fallback: bool, monkeypatch: pytest.MonkeyPatch
         pytest.skip("needs an x86 CPU with FMA and PyTorch on GNU OpenMP")
     slots, d2t = 3, torch.tensor([0, 2, 3, 5])
     head, texts = CopyHead(slots, LONGEST), histories(3, 40)
-    copies = CopyBias(head, d2t, VOCAB)
+    copies = CopyBias(head, torch.tensor([0, -1, 1, 2, -1, 3, -1]))
     history, requests = placed(texts, slots)
     spans = copies.spans(requests)
     blocks = torch.zeros(len(texts), 5, len(d2t))[:, 1:4]
@@ -100,7 +100,7 @@ def test_the_program_of_a_block_copies_too():
     torch.manual_seed(0)
     slots, rank, vocab = 3, 4, 64
     head, texts, d2t = CopyHead(slots, LONGEST), histories(4, 20), torch.arange(vocab)
-    copies, w1, w2 = CopyBias(head, d2t, vocab), torch.randn(vocab, rank), CompiledLinear(torch.randn(vocab, rank))
+    copies, w1, w2 = CopyBias(head, d2t), torch.randn(vocab, rank), CompiledLinear(torch.randn(vocab, rank))
     history, requests = placed(texts, slots)
     logits, previous = torch.randn(len(texts), slots, len(d2t)), torch.tensor([text[-1] for text in texts])
     tokens, _, largest, lengths = GreedyMarkov(w1, w2, d2t, copies)(previous, logits, history, copies.spans(requests))
