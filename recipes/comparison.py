@@ -3,7 +3,7 @@
 dspark data --prompts train.jsonl --out runs/answers.jsonl
 export OMP_NUM_THREADS=1
 for name in dspark dspark-ours dflash dflash-deep eagle3 mtp; do python recipes/comparison.py $name; done
-for block in 4 8 12 16; do for name in dspark rnn dflash; do python recipes/comparison.py $name-$block 3; done; done
+for block in 4 8 12 16; do for name in dspark rnn dflash; do python recipes/comparison.py $name-$block; done; done
 dspark eval --prompts dev.jsonl --drafter runs/comparison/dspark --drafter runs/comparison/dflash ... --plot slots.png
 
 The second argument is minutes. `dspark` is the paper's; `dspark-ours` has the feature input and the copy head besides.
@@ -32,7 +32,7 @@ RECIPES = {
 # As the paper's Figure 4: what longer blocks bring.
 RECIPES |= {
     f"{name}-{block}": replace(RECIPES[name], block_size=block)
-    for name in ("dspark", "rnn", "dflash")
+    for name in ("dspark", "dspark-ours", "rnn", "dflash", "eagle3")
     for block in (4, 8, 12, 16)
 }
 

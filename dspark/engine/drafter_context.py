@@ -1,30 +1,44 @@
-"""What a drafter has taken in of the committed tokens: not after each step, but when it is to draft.
+"""What a drafter has taken in of the committed tokens: of a request not after each step, but when it is drafted for.
 
-Under load most steps draft for nobody. The tokens of many steps at once cost less than one by one, and those of
-requests that ended meanwhile cost nothing.
+Under load most steps draft for nobody, and others for few. The tokens of many steps at once cost less than one by one,
+and those of requests that end before they are drafted for cost nothing.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dspark.drafters.interface import Drafter, DraftRequest
+from dspark.drafters.interface import Drafter
 from dspark.engine.batch import Batch
 from dspark.engine.kv_cache import Region
+from dspark.engine.sequence import Sequence
 from dspark.spec.draft import Draft
 
-MOST_BYTES = 32 << 20  # of taps that wait; more are taken in at once
+MOST_BYTES = 128 << 20  # of steps that wait; more are taken in at once
 
 
-@dataclass
-class Waiting:
-    """Committed tokens of one step, N rows: taps [N, C] a tap layer, token ids and positions [N], whose they are."""
+@dataclass(eq=False)
+class Step:
+    """What a step left of its B rows: token ids and positions [B], then taps [B, C] a tap layer."""
 
-    taps: list[Tensor]
-    tokens: Tensor
-    positions: Tensor
-    regions: list[Region]
+    columns: list[Tensor]
+    waiting: int  # requests whose rows were not taken in
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.nbytes for t in self.columns)
+
+
+class Rows(NamedTuple):
+    """Rows first .. first+count of a step: a request's committed tokens, from `position` on."""
+
+    step: Step
+    first: int
+    count: int
+    position: int
 
 
 class DrafterContext:
@@ -33,7 +47,7 @@ class DrafterContext:
 
     def __init__(self, drafter: Drafter):
         self.drafter = drafter
-        self.waiting: list[Waiting] = []
+        self.waiting: dict[Region, list[Rows]] = {}
         self.waiting_bytes = 0
 
     def add(self, batch: Batch, taps: list[Tensor], accepted: list[int]) -> None:
@@ -41,40 +55,50 @@ class DrafterContext:
         if not self.drafter.tap_layers:
             return
         kept = iter(accepted)
-        rows: list[int] = []
-        regions: list[Region] = []
+        step = Step([batch.tokens, batch.positions, *taps], len(batch.spans))
         for span in batch.spans:
             rejected = span.verify_length - next(kept) if span.reaches_anchor else 0
-            rows += range(span.first_row, span.first_row + span.count - rejected)
-            regions += [span.region] * (span.count - rejected)
-        index = slice(len(rows))  # of one request or where nothing was rejected; else a copy of the rows
-        if rows[-1:] != [len(rows) - 1]:
-            index = torch.tensor(rows, dtype=torch.int64, device=batch.tokens.device)
-        waiting = Waiting([t[index] for t in taps], batch.tokens[index], batch.positions[index], regions)
-        self.waiting.append(waiting)
-        self.waiting_bytes += sum(t.nbytes for t in waiting.taps)
+            rows = Rows(step, span.first_row, span.count - rejected, span.position)
+            self.waiting.setdefault(span.region, []).append(rows)
+        self.waiting_bytes += step.num_bytes
         if self.waiting_bytes > MOST_BYTES:
-            self.take_in()
+            self.take_in([region for region in self.waiting if not region.length])  # forgets them, no more
+            if self.waiting_bytes > MOST_BYTES / 2:
+                self.take_in(list(self.waiting))
 
     @torch.inference_mode()
-    def take_in(self) -> None:
-        """Give the drafter all that waits."""
-        parts, slots = [], []
-        for w in self.waiting:
-            positions = w.positions.tolist()
-            alive = [i for i, region in enumerate(w.regions) if positions[i] < region.length]
-            slots += [w.regions[i].start + positions[i] for i in alive]
-            index = slice(None) if len(alive) == len(positions) else torch.tensor(alive, dtype=torch.int64)
-            parts.append([t[index] for t in (w.tokens, w.positions, *w.taps)])
-        self.waiting, self.waiting_bytes = [], 0
+    def take_in(self, regions: Iterable[Region]) -> None:
+        """Give the drafter all that waits of these."""
+        first: dict[Step, int] = {}  # row of all steps' together
+        total, index, slots = 0, [], []
+        for region in regions:
+            for rows in self.waiting.pop(region, ()):
+                step = rows.step
+                step.waiting -= 1
+                if not step.waiting:
+                    self.waiting_bytes -= step.num_bytes
+                alive = min(rows.count, region.length - rows.position)
+                if alive <= 0:
+                    continue
+                if step not in first:
+                    first[step] = total
+                    total += len(step.columns[0])
+                start, slot = first[step] + rows.first, region.start + rows.position
+                index += range(start, start + alive)
+                slots += range(slot, slot + alive)
         if not slots:
             return
-        tokens, positions, *taps = parts[0] if len(parts) == 1 else (torch.cat(column) for column in zip(*parts))
+        steps = [step.columns for step in first]
+        columns = steps[0] if len(steps) == 1 else [torch.cat(column) for column in zip(*steps)]
+        if index != list(range(total)):
+            wanted = torch.tensor(index, device=columns[0].device)
+            columns = [column[wanted] for column in columns]
+        tokens, positions, *taps = columns
         self.drafter.extend(taps, tokens, positions, torch.tensor(slots, device=tokens.device))
 
     def copy(self, source_slot: int, target_slot: int, count: int) -> None:
         self.drafter.copy(source_slot, target_slot, count)
 
-    def propose(self, requests: list[DraftRequest]) -> Draft:
-        self.take_in()
-        return self.drafter.propose(requests)
+    def propose(self, sequences: list[Sequence]) -> Draft:
+        self.take_in(s.kv for s in sequences)
+        return self.drafter.propose(sequences)

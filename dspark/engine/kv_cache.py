@@ -6,7 +6,7 @@ known until its slots are needed, so that a later request with the same leading 
 """
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,8 +21,8 @@ MIN_REUSED = 16  # shorter prefixes are computed again
 class Companion(Protocol):
     """What else is stored for the slots of the arena: a drafter's context."""
 
-    def take_in(self) -> None:
-        """Bring the storage up to date: it is about to be copied for another request."""
+    def take_in(self, regions: "Iterable[Region]") -> None:
+        """Bring the storage of these up to date: it is about to be copied for another request."""
         ...
 
     def copy(self, source_slot: int, target_slot: int, count: int) -> None:
@@ -91,7 +91,7 @@ class KVCache:
             return None
         region = Region(start, capacity, limit, token_ids)
         if source is not None and self.companion is not None:
-            self.companion.take_in()
+            self.companion.take_in([source])
         self._drop_kept(lambda r: r.overlaps(start, capacity))
         if source is not None:
             # It may just have been dropped and even overlap the new region: nothing has overwritten it yet.
