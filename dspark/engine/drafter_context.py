@@ -4,6 +4,7 @@ Under load most steps draft for nobody, and others for few. The tokens of many s
 and those of requests that end before they are drafted for cost nothing.
 """
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,6 +25,7 @@ MOST_BYTES = 128 << 20  # of steps that wait; more are taken in at once
 class Step:
     """What a step left of its B rows: token ids and positions [B], then taps [B, C] a tap layer."""
 
+    number: int  # of the step
     columns: list[Tensor]
     waiting: int  # requests whose rows were not taken in
 
@@ -31,13 +33,20 @@ class Step:
     def num_bytes(self) -> int:
         return sum(t.nbytes for t in self.columns)
 
+    def rows(self, wanted: list[int]) -> list[Tensor]:
+        """Its columns, of these rows alone."""
+        if wanted == list(range(len(self.columns[0]))):
+            return self.columns
+        index = torch.tensor(wanted, device=self.columns[0].device)
+        return [column[index] for column in self.columns]
+
 
 class Rows(NamedTuple):
-    """Rows first .. first+count of a step: a request's committed tokens, from `position` on."""
+    """Rows first .. end of a step: a request's committed tokens, from `position` on."""
 
     step: Step
     first: int
-    count: int
+    end: int
     position: int
 
 
@@ -49,16 +58,17 @@ class DrafterContext:
         self.drafter = drafter
         self.waiting: dict[Region, list[Rows]] = {}
         self.waiting_bytes = 0
+        self._numbers = itertools.count()
 
     def add(self, batch: Batch, taps: list[Tensor], accepted: list[int]) -> None:
         """Committed tokens of a step that is over; accepted[i] belongs to batch.sampled[i]."""
         if not self.drafter.tap_layers:
             return
         kept = iter(accepted)
-        step = Step([batch.tokens, batch.positions, *taps], len(batch.spans))
+        step = Step(next(self._numbers), [batch.tokens, batch.positions, *taps], len(batch.spans))
         for span in batch.spans:
             rejected = span.verify_length - next(kept) if span.reaches_anchor else 0
-            rows = Rows(step, span.first_row, span.count - rejected, span.position)
+            rows = Rows(step, span.first_row, span.first_row + span.count - rejected, span.position)
             self.waiting.setdefault(span.region, []).append(rows)
         self.waiting_bytes += step.num_bytes
         if self.waiting_bytes > MOST_BYTES:
@@ -69,36 +79,30 @@ class DrafterContext:
     @torch.inference_mode()
     def take_in(self, regions: Iterable[Region]) -> None:
         """Give the drafter all that waits of these."""
-        first: dict[Step, int] = {}  # row of all steps' together
-        total, index, slots = 0, [], []
+        wanted: dict[Step, list[int]] = {}  # rows
+        slots: dict[Step, list[int]] = {}
         for region in regions:
             for rows in self.waiting.pop(region, ()):
                 step = rows.step
                 step.waiting -= 1
                 if not step.waiting:
                     self.waiting_bytes -= step.num_bytes
-                alive = min(rows.count, region.length - rows.position)
-                if alive <= 0:
-                    continue
-                if step not in first:
-                    first[step] = total
-                    total += len(step.columns[0])
-                start, slot = first[step] + rows.first, region.start + rows.position
-                index += range(start, start + alive)
-                slots += range(slot, slot + alive)
-        if not slots:
+                alive = min(rows.end - rows.first, region.length - rows.position)
+                slot = region.start + rows.position
+                if alive > 0:
+                    wanted.setdefault(step, []).extend(range(rows.first, rows.first + alive))
+                    slots.setdefault(step, []).extend(range(slot, slot + alive))
+        if not wanted:
             return
-        steps = [step.columns for step in first]
-        columns = steps[0] if len(steps) == 1 else [torch.cat(column) for column in zip(*steps)]
-        if index != list(range(total)):
-            wanted = torch.tensor(index, device=columns[0].device)
-            columns = [column[wanted] for column in columns]
-        tokens, positions, *taps = columns
-        self.drafter.extend(taps, tokens, positions, torch.tensor(slots, device=tokens.device))
+        in_order = sorted(wanted, key=lambda step: step.number)
+        parts = [step.rows(wanted[step]) for step in in_order]
+        tokens, positions, *taps = parts[0] if len(parts) == 1 else (torch.cat(column) for column in zip(*parts))
+        every_slot = torch.tensor([slot for step in in_order for slot in slots[step]], device=tokens.device)
+        self.drafter.extend(taps, tokens, positions, every_slot)
 
     def copy(self, source_slot: int, target_slot: int, count: int) -> None:
         self.drafter.copy(source_slot, target_slot, count)
 
     def propose(self, sequences: list[Sequence]) -> Draft:
         self.take_in(s.kv for s in sequences)
-        return self.drafter.propose(sequences)
+        return self.drafter.propose([*sequences])

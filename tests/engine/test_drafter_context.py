@@ -62,3 +62,33 @@ def test_it_knows_all_committed_tokens(variant: str, slots: int, most_bytes: int
     assert [s.output_ids for s in sequences] == [plain_greedy(TARGET, prompt, 90) for prompt in PROMPTS]
     assert asked > 10 and engine.counters.reused_tokens > 0
     assert (engine.counters.preemptions > 0) == (slots == 200)
+
+
+class FirstOnly(FixedLength):
+    """Drafts for the oldest request alone."""
+
+    def to_draft(self, load: Load) -> list[int]:
+        return [0]
+
+
+def test_others_wait_and_are_forgotten_when_they_end(monkeypatch: pytest.MonkeyPatch):
+    drafter = bind(tiny_variant("feature input", TARGET), TARGET)
+    engine = Engine(TARGET, drafter, FirstOnly(2), config=EngineConfig(3, 180, reuse_prefixes=False))
+    context = engine.context
+    assert context is not None
+    taken_in: list[int] = []
+
+    def extend(taps: list[torch.Tensor], *rows: torch.Tensor, extend=drafter.extend) -> None:
+        taken_in.extend(rows[2].tolist())
+        extend(taps, *rows)
+
+    monkeypatch.setattr(drafter, "extend", extend)
+    first, *others = [engine.add(PROMPTS[i], SamplingParams(max_new_tokens=n)) for i, n in enumerate((60, 5, 9))]
+    engine.step()
+    own = range(first.first_slot, first.first_slot + first.kv.capacity)
+    while any(s.finish_reason is None for s in others):
+        engine.step()
+    assert set(context.waiting) > {first.kv} and context.waiting_bytes > 0
+    assert taken_in and set(taken_in) < set(own)
+    context.take_in(list(context.waiting))
+    assert set(taken_in) < set(own) and not context.waiting and not context.waiting_bytes
