@@ -79,8 +79,7 @@ class DrafterContext:
     @torch.inference_mode()
     def take_in(self, regions: Iterable[Region]) -> None:
         """Give the drafter all that waits of these."""
-        wanted: dict[Step, list[int]] = {}  # rows
-        slots: dict[Step, list[int]] = {}
+        wanted: dict[Step, list[tuple[int, int]]] = {}  # rows, and the slots they go to
         for region in regions:
             for rows in self.waiting.pop(region, ()):
                 step = rows.step
@@ -88,17 +87,16 @@ class DrafterContext:
                 if not step.waiting:
                     self.waiting_bytes -= step.num_bytes
                 alive = min(rows.end - rows.first, region.length - rows.position)
-                slot = region.start + rows.position
                 if alive > 0:
-                    wanted.setdefault(step, []).extend(range(rows.first, rows.first + alive))
-                    slots.setdefault(step, []).extend(range(slot, slot + alive))
+                    slot = region.start + rows.position
+                    wanted.setdefault(step, []).extend((rows.first + i, slot + i) for i in range(alive))
         if not wanted:
             return
-        in_order = sorted(wanted, key=lambda step: step.number)
-        parts = [step.rows(wanted[step]) for step in in_order]
+        in_order = sorted(wanted, key=lambda step: step.number)  # a request's positions too are in order then
+        parts = [step.rows([row for row, _ in wanted[step]]) for step in in_order]
         tokens, positions, *taps = parts[0] if len(parts) == 1 else (torch.cat(column) for column in zip(*parts))
-        every_slot = torch.tensor([slot for step in in_order for slot in slots[step]], device=tokens.device)
-        self.drafter.extend(taps, tokens, positions, every_slot)
+        slots = torch.tensor([slot for step in in_order for _, slot in wanted[step]], device=tokens.device)
+        self.drafter.extend(taps, tokens, positions, slots)
 
     def copy(self, source_slot: int, target_slot: int, count: int) -> None:
         self.drafter.copy(source_slot, target_slot, count)
