@@ -176,7 +176,7 @@ def add_training(command: Command) -> None:
         help="JSON lines from 'dspark data'; weights are the files' shares of an epoch (default: every answer once)",
     )
     sub.add_argument("--out", type=Path, required=True, help="checkpoint folder; a run found there is resumed")
-    sub.option("--initial", None, "a trained drafter to start from, shape included", type=Path, metavar="FOLDER")
+    sub.option("--initial", None, "a trained drafter to start from, block size at will", type=Path, metavar="FOLDER")
     sub.option("--minutes", 60.0, "training time, the schedule follows it")
     sub.option("--epochs", None, "passes over the data, instead of minutes; repeatable to the bit", type=float)
     sub.option("--sequences-per-step", 1, "examples of one update")
@@ -193,6 +193,7 @@ def add_training(command: Command) -> None:
     sub.option("--window", 0, "context tokens that draft layers see; 0 for all")
     sub.switch("--official", "as 'dspark export' needs it: all tokens may be drafted, no feature input, no copy head")
     sub.option("--learning-rate", 6e-4, "peak of the schedule")
+    sub.option("--optimizer", "adamw", "muon: slower steps that bring more in a long run", choices=("adamw", "muon"))
     sub.option("--max-length", 512, "tokens of an example, prompt included")
     sub.option("--cache-gib", 6.0, "memory for the target's features")
     sub.option("--feature-cache", None, "keep the target's features on disk, for later runs too", metavar="FOLDER")

@@ -59,7 +59,7 @@ def save_training(trainer: "Trainer", folder: Path) -> None:
 
 def training_state(trainer: "Trainer") -> dict[str, Tensor]:
     """All tensors that a step changes, whole, in process 0."""
-    model, optimizer = get_state_dict(trainer.model, trainer.optimizer, options=WHOLE)
+    model, optimizer = get_state_dict(trainer.model, trainer.optimizers, options=WHOLE)
     tensors = {f"model.{name}": t for name, t in model.items()}
     for name, state in cast(dict, optimizer.get("state", {})).items():
         tensors |= {f"optimizer.{name}.{key}": t for key, t in state.items()}
@@ -94,9 +94,9 @@ def resume_training(trainer: "Trainer", folder: Path) -> None:
     for name, t in part("optimizer.").items():
         weight, _, key = name.rpartition(".")
         state[weight][key] = t
-    moments = get_optimizer_state_dict(trainer.model, trainer.optimizer)
+    moments = get_optimizer_state_dict(trainer.model, trainer.optimizers)
     moments["state"] = state  # pyright: ignore
-    set_optimizer_state_dict(trainer.model, trainer.optimizer, moments, options=WHOLE)
+    set_optimizer_state_dict(trainer.model, trainer.optimizers, moments, options=WHOLE)
     trainer.progress = progress
     trainer.bind_draft_vocabulary()
 

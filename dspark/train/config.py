@@ -1,6 +1,7 @@
 """How a drafter is trained: every setting with its default, and the losses of the kinds of drafters."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from dspark.drafters.layers import DraftModel
 from dspark.drafters.model import DSparkConfig
@@ -23,6 +24,7 @@ class TrainConfig:
     minutes: float = 60.0
     epochs: float | None = None
     learning_rate: float = 6e-4
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the layers; slower steps that bring more
     head_learning_rate_scale: float = 5.0  # the Markov head starts from zero and must reach logits of several units
     warmup_share: float = 0.04
     weight_decay: float = 0.01
@@ -46,6 +48,8 @@ class TrainConfig:
             raise ValueError("a training run needs minutes or epochs above 0")
         if self.compile and self.parallel == "fsdp":
             raise ValueError("compiling around FSDP's hooks takes many minutes; use --parallel ddp, or no --compile")
+        if self.optimizer == "muon" and self.parallel == "fsdp":
+            raise ValueError("Muon needs whole matrices and FSDP shares them out; use --parallel ddp, or adamw")
         for name in ("sequences_per_step", "sequences_at_once", "anchors_per_sequence", "evaluations", "decode_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")

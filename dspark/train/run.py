@@ -23,7 +23,7 @@ from dspark.train.config import TrainConfig
 from dspark.train.data import Example, mix, read_examples, split_by_prompt
 from dspark.train.evaluate import decoded_acceptance
 from dspark.train.scalars import Scalars
-from dspark.train.setup import DrafterRecipe, default_recipe, mask_token, new_drafter
+from dspark.train.setup import DrafterRecipe, default_recipe, mask_token, new_drafter, with_block_size
 from dspark.train.trainer import StepResult, Trainer
 
 SMOOTHING = 0.05  # weight of the newest step in the figures beside the progress bar
@@ -33,8 +33,9 @@ SMOOTHING = 0.05  # weight of the newest step in the figures beside the progress
 class TrainRun:
     """All that a training run depends on.
 
-    `initial` continues from a trained drafter and keeps its shape; otherwise `drafter` is the shape: a recipe, or a
-    name in `setup.DRAFTERS` of which the fields up to `official` make one (see `default_recipe`).
+    `initial` continues from a trained drafter and keeps its shape, but for a `block_size` that is given; otherwise
+    `drafter` is the shape: a recipe, or a name in `setup.DRAFTERS` of which the fields up to `official` make one (see
+    `default_recipe`).
     """
 
     data: tuple[Path, ...]
@@ -138,6 +139,8 @@ def make_trainer(run: TrainRun, target: Target) -> Trainer:
     if run.initial is not None:
         model = load_drafter(run.initial)
         check_fit(model.config, decoder.config)
+        if run.block_size is not None:
+            model = with_block_size(model, run.block_size)
     else:
         recipe = run.drafter
         if isinstance(recipe, str):

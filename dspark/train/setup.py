@@ -1,7 +1,7 @@
 """From a recipe and a target to an untrained drafter: shape, draft vocabulary, initial weights."""
 
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -128,6 +128,16 @@ def new_drafter(
         last_tap.square().mean(-1).sqrt().median().item(),  # first tokens are often far larger
     )
     return model
+
+
+def with_block_size(model: DraftModel, block_size: int) -> DraftModel:
+    """The drafter with blocks of another length: new slots start with the copy biases of the last one."""
+    resized = type(model)(replace(model.config, block_size=block_size))
+    weights = model.state_dict()
+    if (bias := weights.get("copy_head.bias")) is not None:
+        weights["copy_head.bias"] = bias[torch.arange(block_size).clamp(max=len(bias) - 1)]
+    resized.load_state_dict(weights)
+    return resized
 
 
 def draft_vocabulary(examples: list[Example], size: int, vocab_size: int) -> Tensor:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Muon, Optimizer
 
 from dspark.drafters.checkpoint import save_drafter
 from dspark.drafters.copying import Copies
@@ -77,7 +77,7 @@ class Trainer:
             check_compiler(target.device)
             model.compile(dynamic=True)
         self.global_loss = parallel.wrap(model, self.loss, config.parallel)
-        self.optimizer = make_optimizer(model, config)
+        self.optimizers = make_optimizers(model, config)
         self.decode = decode
         self.progress = Progress()
         self.bind_draft_vocabulary()
@@ -97,7 +97,7 @@ class Trainer:
         blocks = [self.sample_blocks(part, self.examples, 1 + self.progress.step) for part in parts]
         weights = [self.slot_weights(b.supervised.nonzero()[:, 2]).sum() for b in blocks]
         weight_sum = parallel.total(torch.stack(weights).sum())
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         loss_sum = torch.zeros(1, device=self.target.device)
         tally = torch.zeros(2, self.model.config.block_size, device=self.target.device)
         for part, of_part in zip(parts, blocks, strict=True):
@@ -107,9 +107,10 @@ class Trainer:
             loss_sum += loss.detach()
             tally += by_slot(acceptance, slots, self.model.config.block_size)
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["scale"] * self.learning_rate()
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["scale"] * self.learning_rate()
+            optimizer.step()
         result = parallel.total(torch.cat([loss_sum, tally.flatten()])).cpu()  # the one wait for the device
         tally = result[1:].view(2, -1)
         return StepResult(result[0].item(), accepted_length(tally), int(tally[1].sum()))
@@ -303,15 +304,23 @@ def check_compiler(device: torch.device) -> None:
         ) from None
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
-    """AdamW over the Markov and copy heads and the rest; `scale` of each multiplies the schedule's learning rate."""
-    head, rest = [], []
+def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
+    """AdamW over the Markov and copy heads and the rest, of which Muon may take the matrices.
+
+    `scale` of each group multiplies the schedule's learning rate; Muon's updates are as large as AdamW's.
+    """
+    head, matrices, rest = [], [], []
     for name, parameter in model.named_parameters():
-        (head if name.startswith(("markov_head.", "copy_head.")) else rest).append(parameter)
-    return AdamW(
-        [{"params": rest, "scale": 1.0}, {"params": head, "scale": config.head_learning_rate_scale}],
-        lr=0.0,
-        weight_decay=config.weight_decay,
-        betas=(0.9, 0.95),
-        fused=True,  # one pass over the weights: 21 % of a step became 1 %
-    )
+        if name.startswith(("markov_head.", "copy_head.")):
+            head.append(parameter)
+        elif config.optimizer == "muon" and parameter.ndim == 2 and min(parameter.shape) > 1:
+            matrices.append(parameter)
+        else:
+            rest.append(parameter)
+    groups = {"scale": 1.0, "params": rest}, {"scale": config.head_learning_rate_scale, "params": head}
+    # Fused: one pass over the weights, 21 % of a step became 1 %.
+    adamw = AdamW(groups, lr=0.0, weight_decay=config.weight_decay, betas=(0.9, 0.95), fused=True)
+    if not matrices:
+        return [adamw]
+    of_matrices = [{"scale": 1.0, "params": matrices}]
+    return [adamw, Muon(of_matrices, lr=0.0, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")]

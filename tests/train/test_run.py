@@ -30,6 +30,23 @@ def test_starts_from_a_trained_drafter(tmp_path: Path, data: Path):
     assert trainer.step([0, 1]).slots > 0
 
 
+def test_a_trained_drafter_gets_longer_blocks(tmp_path: Path, data: Path):
+    decoder = tiny_target()
+    trained = tiny_model(decoder.config, seed=4, copy_length=2)
+    torch.nn.init.normal_(trained.copy_head.bias)  # pyright: ignore
+    save_drafter(trained, tmp_path / "trained")
+    trained = load_drafter(tmp_path / "trained")
+    for size in (5, 2):
+        run = TrainRun((data,), tmp_path / "out", initial=tmp_path / "trained", block_size=size, heldout=3)
+        trainer = make_trainer(run, Target(None, decoder, None, frozenset()))  # pyright: ignore
+        weights, before = trainer.model.state_dict(), trained.state_dict()
+        bias, old = weights.pop("copy_head.bias"), before.pop("copy_head.bias")
+        assert trainer.model.config.block_size == size
+        assert all(torch.equal(t, before[name]) for name, t in weights.items())
+        assert all(torch.equal(row, old[min(slot, len(old) - 1)]) for slot, row in enumerate(bias))
+        assert trainer.step([0, 1]).slots > 0
+
+
 def test_makes_the_drafter_that_is_named(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("dspark.train.run.load_state_dict", lambda _: tiny_state_dict(tiny_config()))
     monkeypatch.setattr("dspark.train.run.mask_token", lambda _: 63)

@@ -60,7 +60,7 @@ def test_products_in_bf16_learn_too_and_leave_weights_in_fp32(tmp_path, monkeypa
 
 
 def test_every_part_of_every_head_is_trained(tmp_path):
-    variants: list[dict] = [{}, {"markov_head": "gated"}, {"markov_head": "rnn"}, DFLASH]
+    variants: list[dict] = [{}, {"markov_head": "gated"}, {"markov_head": "rnn"}, DFLASH, {"optimizer": "muon"}]
     for changes in variants:
         trainer = make_trainer(**changes)
         before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
@@ -78,7 +78,7 @@ def test_every_answer_of_a_conversation_is_supervised_and_nothing_else():
     assert set(blocks.anchors[blocks.supervised[..., 0]].tolist()) == {2, 3, 7, 12, 13}
 
 
-@pytest.mark.parametrize("changes", [{}, DFLASH], ids=str)
+@pytest.mark.parametrize("changes", [{}, DFLASH, {"optimizer": "muon"}], ids=str)
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path, changes: dict):
     whole = make_trainer(**changes)
     run_steps(whole, tmp_path / "whole", 10)
@@ -100,7 +100,7 @@ def test_a_step_in_parts_is_the_whole_step(at_once: int):
     gradients = []
     for size in (8, at_once):
         trainer = make_trainer(sequences_at_once=size)
-        trainer.optimizer.step = lambda: None  # pyright: ignore
+        trainer.optimizers = []
         result = trainer.step(list(range(8)))
         gradients.append([p.grad for p in trainer.model.parameters()])
     assert result.slots > 8
@@ -133,7 +133,7 @@ def test_padding_moves_no_gradient(monkeypatch):
         monkeypatch.setattr("dspark.train.blocks.COUNTS", multiple)
         monkeypatch.setattr("dspark.train.trainer.ROWS", multiple)
         trainer = make_trainer()
-        trainer.optimizer.step = lambda: None  # pyright: ignore
+        trainer.optimizers = []
         trainer.step(list(range(8)))
         gradients.append([p.grad for p in trainer.model.parameters()])
     for plain, padded in zip(*gradients, strict=True):
@@ -164,7 +164,7 @@ def test_without_a_compiler_it_says_so(monkeypatch):
 def test_by_epochs_the_budget_and_the_schedule_are_steps(tmp_path):
     trainer = make_trainer(epochs=1.5, sequences_per_step=2)
     rates = []
-    trainer.run(tmp_path, lambda _: rates.append(trainer.optimizer.param_groups[0]["lr"]))
+    trainer.run(tmp_path, lambda _: rates.append(trainer.optimizers[0].param_groups[0]["lr"]))
     assert len(rates) == 6  # 8 examples, 4 steps an epoch
     assert 0 < rates[0] < rates[1] > rates[3] > rates[5] > 0  # warm-up, then the cosine
     again = make_trainer(epochs=1.5, sequences_per_step=2)
