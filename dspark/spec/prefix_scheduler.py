@@ -152,13 +152,13 @@ def foresight(values: Floats, budget: int, costs: CostTable, load: Load, drafted
     rate = rates(values, costs, load, drafted)
     go_on = rate[1:] > rate[:-1]  # past the budget
     ahead = min(budget, len(values))
-    if ahead:
+    if first_false(go_on) < ahead:  # while the rate rises, its bound is higher too
         seconds = step_seconds(costs, load.requests, load.other_tokens, drafted, len(values))
         counts = measured_counts(costs, load.requests + load.other_tokens, len(values))  # [P]
         tau = rate[:ahead] * seconds[:ahead]
         more = counts - np.arange(ahead)[:, None]  # m [ahead, P]
         bound = (tau[:, None] + more * values[:ahead, None]) / seconds[counts]
-        go_on[:ahead] = np.where(more > 0, bound, 0.0).max(1) > rate[:ahead]
+        go_on[:ahead] |= np.where(more > 0, bound, 0.0).max(1) > rate[:ahead]
     return first_false(go_on)
 
 

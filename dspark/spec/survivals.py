@@ -5,6 +5,7 @@ Shapes: R requests, G slots.
 """
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ __all__ = ["Survivals"]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
+SETTLED_ROUNDS = 16
 KEPT_ROWS = 128  # blocks that stand for the mix of easy and hard ones
 KEPT_OWN = 32  # of one request
 FADE = 0.95  # how much less a request's block weighs than its next one
@@ -23,16 +25,22 @@ DOUBT = 4.0  # blocks of its own after which a request is trusted as much as all
 
 
 class Survivals:
-    """Survival in past rounds: running means by position, the last blocks of all, and those of each request."""
+    """Survival in past rounds: running means by position, the last blocks of all, and those of each request.
+
+    Figures are of the rounds that `settle` has taken in.
+    """
 
     def __init__(self, decay: float = 0.98):
         """decay: how much less a round weighs than the one after it in the means of all requests."""
         self.decay = decay
+        self.samples = 0  # requests drafted for, over all rounds
+        self.pending: list[tuple[Floats, Ints, Sequence[int]]] = []  # rounds that `settle` takes in
+        self.rounds = 0  # taken in
         self.recent: Floats = np.zeros((0, 0))  # [<= KEPT_ROWS, G]: the last whole blocks
         self.totals: Floats = np.zeros(0)  # [G]
         self.counts: Floats = np.zeros(0)  # [G]
-        self.pending: list[tuple[Floats, NDArray[np.bool_], Sequence[int]]] = []  # rounds that `settle` takes in
-        self.rounds = 0
+        self.means: Floats = np.zeros(0)  # [G], never rising; 0 where nothing was seen yet
+        self.falloff: Floats = np.zeros(0)  # [G]: means over the first one's
         self.places: dict[int, int] = {}  # of requests, by id, in the following
         self.own: Floats = np.zeros((0, KEPT_OWN, 0))  # a request's last blocks, in a ring
         self.number: Ints = np.zeros(0, np.int64)  # of its blocks ever
@@ -41,32 +49,49 @@ class Survivals:
         self.last: Ints = np.zeros(0, np.int64)  # round of its last block
 
     def observe(self, values: Floats, lengths: Tensor, ids: Sequence[int]) -> None:
-        """Take in a round: survival [R, G], draft lengths [R] and ids [R]."""
-        drafted, slots = lengths.numpy(force=True), values.shape[1]
-        if not len(self.totals):
-            self.totals, self.counts = np.zeros((2, slots))
-            self.own = np.zeros((0, KEPT_OWN, slots))
-        self.totals = self.decay * self.totals + values.sum(0)
-        self.counts = self.decay * self.counts + (np.arange(slots) < drafted[:, None]).sum(0)
-        self.pending.append((values, drafted == slots, ids))
-        if len(self.pending) == KEPT_ROWS:
+        """Note a round: survival [R, G], draft lengths [R] and ids [R]. The first ones are taken in soon, later ones
+        SETTLED_ROUNDS at once: what numpy does for one round it does for many of the same requests."""
+        drafted = lengths.numpy(force=True)
+        self.samples += int(np.count_nonzero(drafted))
+        self.pending.append((values, drafted, ids))
+        if len(self.pending) > min(self.rounds, SETTLED_ROUNDS):
             self.settle()
 
     def settle(self) -> None:
-        """Take in what concerns single requests: many rounds at once cost less than each in the middle of a step."""
-        for values, whole, ids in self.pending:
-            self.rounds += 1
-            at = self.at(ids)[whole]
-            values = values[whole]
-            # Where some are chosen for surviving well, only those that were not known yet stand for all.
-            typical = values if len(at) == len(ids) else values[self.number[at] == 0]
-            self.recent = np.concatenate([self.recent.reshape(-1, values.shape[1]), typical])[-KEPT_ROWS:]
-            self.survived[at] = FADE * self.survived[at] + values.sum(1)
-            self.blocks[at] = FADE * self.blocks[at] + 1
-            self.last[at] = self.rounds
-            self.own[at, self.number[at] % KEPT_OWN] = values
-            self.number[at] += 1
+        """Take in what is pending."""
+        for ids, rounds in groupby(self.pending, key=lambda round: round[2]):
+            values, drafted, _ = zip(*rounds)
+            self.take_in(np.stack(values), np.stack(drafted), ids)
         self.pending = []
+
+    def take_in(self, values: Floats, drafted: Ints, ids: Sequence[int]) -> None:
+        """Rounds of the same requests: survival [rounds, R, G], draft lengths [rounds, R]."""
+        rounds, _, slots = values.shape
+        if not len(self.totals):
+            self.totals, self.counts = np.zeros((2, slots))
+            self.recent, self.own = np.zeros((0, slots)), np.zeros((0, KEPT_OWN, slots))
+        fading = self.decay ** np.arange(rounds)[::-1]
+        there = (np.arange(slots) < drafted[..., None]).sum(1)  # [rounds, G]
+        self.totals = self.decay**rounds * self.totals + fading @ values.sum(1)
+        self.counts = self.decay**rounds * self.counts + fading @ there
+        means = np.divide(self.totals, self.counts, out=np.zeros_like(self.totals), where=self.counts > 0)
+        self.means = np.minimum.accumulate(means)
+        self.falloff = self.means / self.means[0] if self.means[0] > 0 else np.zeros_like(means)
+
+        at, whole = self.at(ids), drafted == slots  # [R], [rounds, R]
+        of_request = whole.cumsum(0)  # whole blocks up to each round
+        number, blocks = self.number[at] + of_request, of_request[-1]
+        # Where some are chosen for surviving well, only those that were not known yet stand for all.
+        typical = whole & (whole.all(1, keepdims=True) | (number == 1))
+        self.recent = np.concatenate([self.recent, values[typical]])[-KEPT_ROWS:]
+        weights = whole * FADE ** (blocks - of_request)
+        self.survived[at] = FADE**blocks * self.survived[at] + (weights * values.sum(2)).sum(0)
+        self.blocks[at] = FADE**blocks * self.blocks[at] + weights.sum(0)
+        row, column = np.nonzero(whole)  # the latest last, so that it stays where places coincide
+        self.own[at[column], (number[whole] - 1) % KEPT_OWN] = values[whole]
+        self.last[at[column]] = self.rounds + 1 + row
+        self.number[at] = number[-1]
+        self.rounds += rounds
 
     def at(self, ids: Sequence[int]) -> Ints:
         """Places of requests [R]; new ones get theirs, where need be those of requests that run no more."""
@@ -103,17 +128,6 @@ class Survivals:
         any_request = np.resize(recent, (rounds, len(ids), recent.shape[1]))
         return np.where(is_own[..., None], self.own[at, turn % KEPT_OWN], any_request)
 
-    @property
-    def samples(self) -> float:
-        return float(self.counts[0]) if len(self.counts) else 0.0
-
-    @property
-    def means(self) -> Floats:
-        """[G], never rising; 0 where nothing was seen yet."""
-        means = np.divide(self.totals, self.counts, out=np.zeros_like(self.totals), where=self.counts > 0)
-        return np.minimum.accumulate(means) if len(means) else means
-
     def predict(self, first: Floats) -> Floats:
         """Survival [R, G] of today's slots from that of the first [R]: scaled as the means fall off."""
-        means = self.means
-        return first[:, None] * (means / means[0] if means[0] > 0 else np.zeros_like(means))
+        return first[:, None] * self.falloff
