@@ -18,7 +18,7 @@ from dspark.models.decoder import Decoder
 from dspark.sampling import SamplingParams, sample_seed
 from dspark.spec.calibration import Calibration, Calibrator
 from dspark.spec.draft import Draft
-from dspark.spec.prefix_scheduler import FixedLength, Load, PrefixScheduler
+from dspark.spec.prefix_scheduler import FixedLength, PrefixScheduler
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class Engine:
         """Which of the decoding sequences to draft for: none where nothing drafts or it would not pay."""
         if self.drafter is None or not plan.decoding:
             return []
-        return self.prefix_scheduler.to_draft(load_of(plan))
+        return self.prefix_scheduler.to_draft(plan.load)
 
     def draft(self, plan: StepPlan, wanted: list[int]) -> Draft:
         """Proposals for these of the decoding sequences, empty ones for the others."""
@@ -213,7 +213,7 @@ class Engine:
         remaining = [c.sequence.remaining - 1 for c in plan.decoding]  # the target's own token is one of them
         lengths = draft.lengths.minimum(torch.tensor(remaining))
         confidence = self.calibration.confidence(draft.signals)
-        return self.prefix_scheduler.choose(confidence, lengths, load_of(plan))
+        return self.prefix_scheduler.choose(confidence, lengths, plan.load)
 
     def commit(self, outcome: Outcome) -> tuple[list[NewTokens], list[int]]:
         """Append what was decided, truncate the KV of what was rejected, release what has finished.
@@ -238,8 +238,3 @@ class Engine:
             if sequence.finish_reason is not None:
                 self.scheduler.release(sequence)
         return committed, accepted
-
-
-def load_of(plan: StepPlan) -> Load:
-    ids = tuple(chunk.sequence.request_id for chunk in plan.decoding)
-    return Load(ids, sum(chunk.count for chunk in plan.prefill))

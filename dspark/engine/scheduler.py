@@ -2,9 +2,11 @@
 
 from collections import deque
 from dataclasses import dataclass
+from functools import cached_property
 
 from dspark.engine.kv_cache import KVCache
 from dspark.engine.sequence import Sequence
+from dspark.spec.prefix_scheduler import Load
 
 
 @dataclass
@@ -26,6 +28,11 @@ class StepPlan:
 
     decoding: list[Chunk]
     prefill: list[Chunk]
+
+    @cached_property
+    def load(self) -> Load:
+        ids = tuple(chunk.sequence.request_id for chunk in self.decoding)
+        return Load(ids, sum(chunk.count for chunk in self.prefill))
 
     @property
     def chunks(self) -> list[Chunk]:

@@ -92,6 +92,9 @@ def survival(confidence: Tensor, lengths: Tensor) -> Floats:
 
 def walk(values: Floats, lengths: Tensor) -> Walk:
     """Slots by descending survival [R, G], ties by (request, position), padding left out."""
+    if len(values) == 1:  # in order already
+        alone = values[0, : int(lengths)]
+        return Walk(np.zeros(len(alone), np.int64), alone)
     valid = np.arange(values.shape[1]) < lengths.numpy(force=True)[:, None]
     request, _ = np.nonzero(valid)
     flat = values[valid]
@@ -128,7 +131,8 @@ def rates(values: Floats, costs: CostTable, load: Load, drafted: int) -> Floats:
 
 def first_false(go_on: NDArray[np.bool_]) -> int:
     """How many are true before the first that is not."""
-    return int(np.append(go_on, False).argmin())
+    first = int(go_on.argmin()) if len(go_on) else 0
+    return first if len(go_on) and not go_on[first] else len(go_on)
 
 
 def algorithm_1(values: Floats, costs: CostTable, load: Load, drafted: int) -> int:

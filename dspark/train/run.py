@@ -118,7 +118,11 @@ def run_to_end(run: TrainRun, signals: StopSignals) -> bool:
                 if row["domain"] == MACRO_AVERAGE:
                     lengths[f"decoded at temperature {row['temperature']:g}"] = row["accepted_length"]
             text = ", ".join(f"{value:.2f} {name}" for name, value in lengths.items())
-            progress.print(f"step {entry['step']}, held out: loss {entry['heldout_loss']:.3f}, accepted length {text}")
+            speed = entry["slots"] / max(entry["seconds"], 1e-9)
+            progress.print(
+                f"step {entry['step']} ({speed:,.0f} slots/s), held out: loss {entry['heldout_loss']:.3f}, "
+                f"accepted length {text}"
+            )
             if scalars is not None:
                 scalars.evaluation(entry)
 
