@@ -74,7 +74,7 @@ def test_answers_too_short_for_a_block_are_refused(drafters, capsys):
 
 
 @pytest.mark.model
-@pytest.mark.parametrize(("drafter", "block_size"), [("dspark", 6), ("mtp", 1)])
+@pytest.mark.parametrize(("drafter", "block_size"), [("dspark", 8), ("mtp", 1)])
 def test_command_on_the_shipped_drafters(drafter: str, block_size: int, capsys):
     options = ["--limit", "3", "--temperatures", "0", "--max-new-tokens", "24", "--streams", "3", "--json"]
     assert main(["eval", "--drafter", drafter, *options]) == 0
