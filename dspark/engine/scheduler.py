@@ -31,6 +31,7 @@ class StepPlan:
 
     @cached_property
     def load(self) -> Load:
+        """What prefix schedulers are told of the step."""
         ids = tuple(chunk.sequence.request_id for chunk in self.decoding)
         return Load(ids, sum(chunk.count for chunk in self.prefill))
 

@@ -16,7 +16,7 @@ __all__ = ["Survivals"]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-SETTLED_ROUNDS = 16
+SETTLED_ROUNDS = 16  # taken in at once
 KEPT_ROWS = 128  # blocks that stand for the mix of easy and hard ones
 KEPT_OWN = 32  # of one request
 FADE = 0.95  # how much less a request's block weighs than its next one
@@ -50,16 +50,16 @@ class Survivals:
 
     def observe(self, values: Floats, lengths: Tensor, ids: Sequence[int]) -> None:
         """Note a round: survival [R, G], draft lengths [R] and ids [R]. The first ones are taken in soon, later ones
-        SETTLED_ROUNDS at once: what numpy does for one round it does for many of the same requests."""
+        SETTLED_ROUNDS at once, which takes numpy hardly longer than one if they are of the same requests."""
         drafted = lengths.numpy(force=True)
         self.samples += int(np.count_nonzero(drafted))
         self.pending.append((values, drafted, ids))
-        if len(self.pending) > min(self.rounds, SETTLED_ROUNDS):
+        if len(self.pending) >= min(self.rounds + 1, SETTLED_ROUNDS):
             self.settle()
 
     def settle(self) -> None:
         """Take in what is pending."""
-        for ids, rounds in groupby(self.pending, key=lambda round: round[2]):
+        for ids, rounds in groupby(self.pending, key=lambda observed: observed[2]):
             values, drafted, _ = zip(*rounds)
             self.take_in(np.stack(values), np.stack(drafted), ids)
         self.pending = []
