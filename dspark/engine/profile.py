@@ -18,6 +18,7 @@ import torch
 
 from dspark.config import read_json, write_json
 from dspark.drafters.interface import Drafter
+from dspark.drafters.load import drafter_folder
 from dspark.engine.kv_cache import KVCache
 from dspark.machine import machine_name
 from dspark.models.attention import CachedAttention, Segment
@@ -148,8 +149,13 @@ def median_seconds(
 
 
 def profile_path(target: Target, drafter: str) -> Path:
-    """Where the profile that the engine takes by itself is kept."""
-    key = f"{target.source.name} {target.decoder.dtype} {drafter} {machine_name(target.decoder.device)}"
+    """Where the profile that the engine takes by itself is kept: by the drafter's shape, so that one trained on keeps it.
+
+    Raises ValueError if there is no such drafter.
+    """
+    folder = drafter_folder(drafter, target.source.name)
+    shape = drafter if folder is None else (folder / "config.json").read_text()
+    key = f"{target.source.name} {target.decoder.dtype} {shape} {machine_name(target.decoder.device)}"
     return cache_folder() / "profiles" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 

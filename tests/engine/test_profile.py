@@ -7,12 +7,13 @@ from typing import Any, cast
 import pytest
 
 from dspark.config import write_json
+from dspark.drafters.checkpoint import save_drafter
 from dspark.engine import profile
 from dspark.engine.policy import make_policy
 from dspark.engine.profile import ProfileConfig, cost_table, load_profile, measure_costs
 from dspark.models.loader import Target
 from dspark.spec.prefix_scheduler import FixedLength, Foresight, StaleBudget, Threshold, ThroughputGreedy
-from tests.tiny import tiny_drafter, tiny_target
+from tests.tiny import tiny_drafter, tiny_model, tiny_target
 
 SMALL = ProfileConfig((1, 2, 5), (1, 3), repeats=1, context=6)
 
@@ -33,11 +34,19 @@ def test_is_measured_once_and_kept(target: Target, tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("DSPARK_CACHE", str(tmp_path))
     monkeypatch.setattr(profile, "QUICK", SMALL)
     drafter = tiny_drafter(target.decoder)
-    table = cost_table(target, drafter, "mine")
-    assert cost_table(target, drafter, "mine") == table
-    path = profile.profile_path(target, "mine")
+    table = cost_table(target, drafter, "ngram")
+    assert cost_table(target, drafter, "ngram") == table
+    path = profile.profile_path(target, "ngram")
     path.write_text("{")
-    assert cost_table(target, drafter, "mine").batch_tokens == table.batch_tokens  # damaged: measured anew
+    assert cost_table(target, drafter, "ngram").batch_tokens == table.batch_tokens  # damaged: measured anew
+
+
+def test_a_drafter_of_another_shape_has_its_own(target: Target, tmp_path: Path):
+    def path(seed: int, block_size: int) -> Path:
+        save_drafter(tiny_model(target.decoder.config, seed, block_size=block_size), tmp_path / "drafter")
+        return profile.profile_path(target, str(tmp_path / "drafter"))
+
+    assert path(0, 3) == path(1, 3) != path(0, 2)
 
 
 def test_of_another_machine_is_refused(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
