@@ -19,12 +19,12 @@ from dspark.spec.cost_table import CostTable
 from dspark.spec.prefix_scheduler import (
     FixedLength,
     Foresight,
-    Load,
     PrefixScheduler,
     StaleBudget,
     Threshold,
     ThroughputGreedy,
 )
+from dspark.spec.walk import Load
 
 SLOTS = 7
 REQUESTS = (1, 4, 16, 64, 256, 1024, 4096)

@@ -149,7 +149,7 @@ def median_seconds(
 
 
 def profile_path(target: Target, drafter: str) -> Path:
-    """Where the profile that the engine takes by itself is kept: by the drafter's shape, so that one trained on keeps it.
+    """Where the profile that the engine takes by itself is kept: one for each shape of a drafter, trained on or not.
 
     Raises ValueError if there is no such drafter.
     """

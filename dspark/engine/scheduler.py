@@ -6,7 +6,7 @@ from functools import cached_property
 
 from dspark.engine.kv_cache import KVCache
 from dspark.engine.sequence import Sequence
-from dspark.spec.prefix_scheduler import Load
+from dspark.spec.walk import Load
 
 
 @dataclass

@@ -11,46 +11,15 @@ Shapes: R requests, G slots, n = slots with a draft token of all requests togeth
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from dspark.spec.cost_table import CostTable
 from dspark.spec.survivals import Floats, Ints, Survivals
-
-__all__ = [
-    "FixedLength",
-    "Foresight",
-    "Load",
-    "PrefixScheduler",
-    "StaleBudget",
-    "Threshold",
-    "ThroughputGreedy",
-    "Walk",
-    "algorithm_1",
-    "best_budget",
-    "foresight",
-    "rates",
-    "step_seconds",
-    "survival",
-    "walk",
-]
-
-
-@dataclass(frozen=True)
-class Load:
-    """What is known of a step before anything is drafted."""
-
-    ids: tuple[int, ...]  # of the requests that decode, the oldest first
-    other_tokens: int = 0  # of prompts, in the same batch
-
-    @property
-    def requests(self) -> int:
-        return len(self.ids)
+from dspark.spec.walk import Load, Walk, algorithm_1, best_budget, foresight, step_seconds, survival, walk
 
 
 class PrefixScheduler(Protocol):
@@ -67,112 +36,6 @@ class PrefixScheduler(Protocol):
         Slots at and past a request's length are padding; confidence may be anything, NaN too.
         """
         ...
-
-
-# ---- pure functions: from confidence to verify lengths
-
-
-class Walk(NamedTuple):
-    """All draft tokens in the order in which they may be verified."""
-
-    request: Ints  # [n]: whose token is the i-th
-    survival: Floats  # [n], descending
-
-    def lengths(self, count: int, num_requests: int) -> Tensor:
-        """Verify lengths [R] of the first `count` tokens of the walk: they are prefixes of each request's draft."""
-        return torch.from_numpy(np.bincount(self.request[:count], minlength=num_requests))
-
-
-def survival(confidence: Tensor, lengths: Tensor) -> Floats:
-    """a_k = product of c_1..c_k, [R, G] float64; NaN counts as 0, everything is clipped to 0..1, padding is 0."""
-    c = np.minimum(np.fmax(confidence.numpy(force=True).astype(np.float64), 0.0), 1.0)  # fmax of NaN and 0 is 0
-    c *= np.arange(c.shape[1]) < lengths.numpy(force=True)[:, None]
-    return np.cumprod(c, axis=1, out=c)
-
-
-def walk(values: Floats, lengths: Tensor) -> Walk:
-    """Slots by descending survival [R, G], ties by (request, position), padding left out."""
-    if len(values) == 1:  # in order already
-        alone = values[0, : int(lengths)]
-        return Walk(np.zeros(len(alone), np.int64), alone)
-    valid = np.arange(values.shape[1]) < lengths.numpy(force=True)[:, None]
-    request, _ = np.nonzero(valid)
-    flat = values[valid]
-    order = np.argsort(-flat, kind="stable")
-    return Walk(request[order], flat[order])
-
-
-@lru_cache(maxsize=4096)
-def step_seconds(costs: CostTable, requests: int, other_tokens: int, drafted: int, slots: int) -> Floats:
-    """Seconds of a step that verifies 0..slots draft tokens, less what its prompts cost on top of plain decoding.
-
-    Prompts must be computed whatever is drafted. Counted in, they make a step look so slow that draft tokens pay
-    which cost more than the tokens of an ordinary step. drafted: requests that are drafted for.
-    """
-    tokens = requests + other_tokens
-    prompts = costs.target(tokens, requests) - costs.target(requests, requests)
-    seconds = costs.seconds(tokens + np.arange(slots + 1), requests, drafted) - prompts
-    seconds.setflags(write=False)  # it is shared
-    return seconds
-
-
-def rates(values: Floats, costs: CostTable, load: Load, drafted: int) -> Floats:
-    """tau·SPS(B), expected tokens a second, if the first 0..n slots are verified: survival [n] -> [n + 1].
-
-    Entry i depends on the first i values only. SPS counts the time of drafting for `drafted` requests, not that of
-    prompts.
-    """
-    tau = np.empty(len(values) + 1)
-    tau[0] = load.requests  # a request without draft tokens still gets one token
-    np.cumsum(values, out=tau[1:])
-    tau[1:] += load.requests
-    return tau / step_seconds(costs, load.requests, load.other_tokens, drafted, len(values))
-
-
-def first_false(go_on: NDArray[np.bool_]) -> int:
-    """How many are true before the first that is not."""
-    first = int(go_on.argmin()) if len(go_on) else 0
-    return first if len(go_on) and not go_on[first] else len(go_on)
-
-
-def algorithm_1(values: Floats, costs: CostTable, load: Load, drafted: int) -> int:
-    """DSpark, Algorithm 1: admit while the rate strictly rises, stop at the first slot that does not raise it."""
-    rate = rates(values, costs, load, drafted)
-    return first_false(rate[1:] > rate[:-1])
-
-
-def best_budget(values: Floats, costs: CostTable, load: Load, drafted: int) -> int:
-    """The best number of slots over all, the least of equals. NOT lossless on the survivals of today's walk."""
-    return int(rates(values, costs, load, drafted).argmax())
-
-
-def foresight(values: Floats, budget: int, costs: CostTable, load: Load, drafted: int) -> int:
-    """Verify `budget` slots, fixed beforehand: fewer where nothing can be gained any more, more by Algorithm 1.
-
-    values [n] is today's walk. At step i it looks at the first i + 1 of it. No later slot survives more surely than
-    slot i + 1, so after m more steps the rate is at most (tau_i + m·a_{i+1}) · SPS(B_i + m). Between two sizes of the
-    cost table that is monotone in m, so the best of it is found at the table's sizes.
-    """
-    rate = rates(values, costs, load, drafted)
-    go_on = rate[1:] > rate[:-1]  # past the budget
-    ahead = min(budget, len(values))
-    if first_false(go_on) < ahead:  # while the rate rises, its bound is higher too
-        seconds = step_seconds(costs, load.requests, load.other_tokens, drafted, len(values))
-        counts = measured_counts(costs, load.requests + load.other_tokens, len(values))  # [P]
-        tau = rate[:ahead] * seconds[:ahead]
-        more = counts - np.arange(ahead)[:, None]  # m [ahead, P]
-        bound = (tau[:, None] + more * values[:ahead, None]) / seconds[counts]
-        go_on[:ahead] |= np.where(more > 0, bound, 0.0).max(1) > rate[:ahead]
-    return first_false(go_on)
-
-
-@lru_cache(maxsize=4096)
-def measured_counts(costs: CostTable, batch_tokens: int, slots: int) -> Ints:
-    """How many draft tokens, `slots` at most and among them, bring a step to a size of the cost table."""
-    return np.array([n - batch_tokens for n in costs.batch_tokens if 0 < n - batch_tokens < slots] + [slots])
-
-
-# ---- schedulers
 
 
 PATIENCE = 8  # how many times `retry_every` rounds a "no" holds at most, twice as long each time in a row

@@ -9,7 +9,8 @@ from dspark.engine import drafter_context
 from dspark.engine.engine import Engine, EngineConfig
 from dspark.sampling import SamplingParams
 from dspark.spec.draft import Draft
-from dspark.spec.prefix_scheduler import FixedLength, Load
+from dspark.spec.prefix_scheduler import FixedLength
+from dspark.spec.walk import Load
 from tests.tiny import PlainAttention, plain_greedy, tiny_target, tiny_variant
 
 TARGET = tiny_target()

@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from dspark.spec.calibration import Calibrator
-from dspark.spec.prefix_scheduler import Load, PrefixScheduler
+from dspark.spec.prefix_scheduler import PrefixScheduler
 from dspark.spec.verify import acceptance_probabilities, residual_probs
+from dspark.spec.walk import Load
 
 Tokens = tuple[int, ...]
 Target = Callable[[Tokens], Tensor]  # prefix -> target_probs [V]

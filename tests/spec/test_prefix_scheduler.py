@@ -19,19 +19,13 @@ from dspark.spec.cost_table import CostTable
 from dspark.spec.prefix_scheduler import (
     FixedLength,
     Foresight,
-    Load,
     PrefixScheduler,
     StaleBudget,
     Threshold,
     ThroughputGreedy,
-    algorithm_1,
-    best_budget,
-    foresight,
-    rates,
-    survival,
-    walk,
 )
 from dspark.spec.survivals import Survivals
+from dspark.spec.walk import Load, algorithm_1, best_budget, foresight, rates, survival, walk
 
 
 def cost_table(target_seconds: list[float], draft_seconds: float = 1e-9, step_seconds: float = 0.0) -> CostTable:

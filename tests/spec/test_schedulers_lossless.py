@@ -15,19 +15,14 @@ from dspark.spec.calibration import Calibration, OnlineCalibration
 from dspark.spec.cost_table import CostTable
 from dspark.spec.prefix_scheduler import (
     FixedLength,
-    Floats,
     Foresight,
-    Load,
     PrefixScheduler,
     StaleBudget,
     Threshold,
     ThroughputGreedy,
-    Walk,
-    best_budget,
-    foresight,
-    survival,
-    walk,
 )
+from dspark.spec.survivals import Floats
+from dspark.spec.walk import Load, Walk, best_budget, foresight, survival, walk
 from tests.spec.exact import (
     Request,
     Tokens,
