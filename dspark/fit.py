@@ -22,8 +22,8 @@ from dspark.engine.profile import ProfileConfig, cost_table, measure_costs, prof
 from dspark.eval import reliability
 from dspark.eval.bench import BenchConfig, compare, run_bench
 from dspark.eval.gain import PAYS, gains, verdict
-from dspark.eval.machine import provenance
 from dspark.eval.report import fit_table
+from dspark.machine import provenance
 from dspark.models.config import DecoderConfig
 from dspark.models.loader import load_target
 from dspark.models.source import load_hf_config, resolve_model
