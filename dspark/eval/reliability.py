@@ -89,7 +89,7 @@ def run(config: CalibrateConfig) -> tuple[Calibration, dict]:
     out = config.out or folder / CALIBRATION_FILE
     write_json(calibration, out)
     if config.plot is not None:
-        reliability_diagram(before["bins"], after["bins"], config.plot)
+        reliability_diagram(before, after, config.plot)
     return calibration, {
         "temperatures": calibration.temperatures,
         "shifts": calibration.shifts,
