@@ -192,9 +192,7 @@ def profile_machine(config: FitConfig) -> None:
     drafter = make_drafter(str(config.drafter), config.model, target.decoder)
     with Console(stderr=True).status("measuring") as status:
         table = measure_costs(target, drafter, ProfileConfig(), lambda text: status.update(f"measuring, {text}"))
-    kept = profile_path(target, str(config.drafter))
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    write_json(table, kept)
+    write_json(table, profile_path(target, str(config.drafter)))
     write_json(table, config.out / "profile.json")
 
 
