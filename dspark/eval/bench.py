@@ -11,7 +11,7 @@ from itertools import product
 import torch
 from rich.console import Console
 
-from dspark.engine.engine import Engine, EngineConfig, StepTimes
+from dspark.engine.engine import EngineConfig, StepTimes
 from dspark.engine.llm import encode_prompt
 from dspark.engine.policy import drafting
 from dspark.eval.identity import Difference, first_difference
@@ -87,14 +87,7 @@ class EngineSystem:
     def __init__(self, target: Target, drafter: str, policy: str | None, max_streams: int):
         parts = drafting(target, drafter, policy)
         self.policy = parts.policy
-        self.engine = Engine(
-            target.decoder,
-            parts.drafter,
-            parts.scheduler,
-            eos_ids=target.eos_ids,
-            config=EngineConfig(max_streams=max_streams, seed=0),
-            calibration=parts.calibration,
-        )
+        self.engine = parts.engine(target, EngineConfig(max_streams=max_streams, seed=0))
 
     def run(self, prompts: list[list[int]], params: SamplingParams) -> tuple[list[list[int]], dict]:
         """Answers, and what `Batch` keeps of the rounds they took."""

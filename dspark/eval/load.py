@@ -210,9 +210,7 @@ def make_engine(
     """
     longest = max(map(len, prompts)) + config.max_new_tokens
     limits = EngineConfig(max(config.streams), longest, kv_gib, reuse_prefixes=False, seed=0)
-    engine = Engine(
-        target.decoder, drafting.drafter, drafting.scheduler, target.eos_ids, limits, calibration=drafting.calibration
-    )
+    engine = drafting.engine(target, limits)
     if longest > engine.longest_request:
         raise ValueError(
             f"the longest prompt has {longest - config.max_new_tokens} tokens; with {config.max_new_tokens} new ones "
