@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from dspark.eval.machine import provenance
+from dspark.machine import provenance
 from dspark.models.attention import attend, causal_mask
 from dspark.models.cpu_chunks import AttentionShape, Chunks, attend_chunks
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from dspark.eval.machine import provenance
+from dspark.machine import provenance
 from dspark.models import cpu_ops
 from dspark.models.layers import PackedLinear, has_bf16_products
 

@@ -14,7 +14,7 @@ import time
 import numpy as np
 import torch
 
-from dspark.eval.machine import provenance
+from dspark.machine import provenance
 from dspark.spec.cost_table import CostTable
 from dspark.spec.prefix_scheduler import (
     FixedLength,

@@ -257,7 +257,6 @@ def run_profile(args: argparse.Namespace) -> None:
     with Console(stderr=True).status("measuring") as status:
         table = measure_costs(target, drafter, config, lambda text: status.update(f"measuring, {text}"))
     out = args.out or profile_path(target, args.drafter)
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_json(table, out)
     if not args.json:
         for part in cost_tables(table):

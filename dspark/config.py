@@ -70,8 +70,9 @@ def parse_json(path: Path) -> Any:
 
 
 def write_json(value: Any, path: Path) -> None:
-    """Write a dataclass or JSON data atomically: a reader sees the old file or the new one."""
+    """Write a dataclass or JSON data atomically: a reader sees the old file or the new one. Makes the folder."""
     data = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # pyright: ignore
     temporary = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)

@@ -22,8 +22,8 @@ from dspark.engine.profile import ProfileConfig, cost_table, measure_costs, prof
 from dspark.eval import reliability
 from dspark.eval.bench import BenchConfig, compare, run_bench
 from dspark.eval.gain import PAYS, gains, verdict
-from dspark.eval.machine import provenance
 from dspark.eval.report import fit_table
+from dspark.machine import provenance
 from dspark.models.config import DecoderConfig
 from dspark.models.loader import load_target
 from dspark.models.source import load_hf_config, resolve_model
@@ -192,9 +192,7 @@ def profile_machine(config: FitConfig) -> None:
     drafter = make_drafter(str(config.drafter), config.model, target.decoder)
     with Console(stderr=True).status("measuring") as status:
         table = measure_costs(target, drafter, ProfileConfig(), lambda text: status.update(f"measuring, {text}"))
-    kept = profile_path(target, str(config.drafter))
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    write_json(table, kept)
+    write_json(table, profile_path(target, str(config.drafter)))
     write_json(table, config.out / "profile.json")
 
 

@@ -43,9 +43,7 @@ class SamplingParams:
     top_k: int = 0  # 0: off
     top_p: float = 1.0
     min_p: float = 0.0
-    seed: int | None = (
-        None  # given: the text depends on it alone, at some cost in accepted length; None: the engine picks
-    )
+    seed: int | None = None  # given, the text depends on it alone, but accepted length suffers; else the engine picks
     max_new_tokens: int = 256
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()  # the token that stops is the answer's last
@@ -65,41 +63,30 @@ class SamplingParams:
         keep("stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         keep("stop_token_ids", tuple(self.stop_token_ids))
         keep("logit_bias", tuple(sorted(dict(self.logit_bias).items())))
-        # Written as "not (good)" so that NaN is refused too.
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be finite and at least 0, got {self.temperature}.")
-        if not self.top_k >= 0:
-            raise ValueError(f"top_k must be at least 0 (0 turns it off), got {self.top_k}.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1 (1 turns it off), got {self.top_p}.")
-        if not 0 <= self.min_p < 1:
-            raise ValueError(f"min_p must be at least 0 (0 turns it off) and below 1, got {self.min_p}.")
-        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
-            raise ValueError(f"seed must fit a signed 64-bit integer, got {self.seed}.")
-        if not self.max_new_tokens >= 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
-        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
-            raise ValueError(
-                f"min_new_tokens must be from 0 to max_new_tokens={self.max_new_tokens}, got {self.min_new_tokens}."
-            )
+
+        def check(name: str, good: bool, rule: str) -> None:  # comparisons with NaN are never good
+            if not good:
+                raise ValueError(f"{name} must {rule}, got {getattr(self, name)}.")
+
+        check("temperature", 0 <= self.temperature < math.inf, "be finite and at least 0")
+        check("top_k", self.top_k >= 0, "be at least 0 (0 turns it off)")
+        check("top_p", 0 < self.top_p <= 1, "be above 0 and at most 1 (1 turns it off)")
+        check("min_p", 0 <= self.min_p < 1, "be at least 0 (0 turns it off) and below 1")
+        check("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "fit a signed 64-bit integer")
+        check("max_new_tokens", self.max_new_tokens >= 1, "be at least 1")
+        longest = self.max_new_tokens
+        check("min_new_tokens", 0 <= self.min_new_tokens <= longest, f"be from 0 to max_new_tokens={longest}")
         for name in ("presence_penalty", "frequency_penalty"):
-            if not -2 <= getattr(self, name) <= 2:
-                raise ValueError(f"{name} must be from -2 to 2 (0 turns it off), got {getattr(self, name)}.")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(
-                f"repetition_penalty must be finite and above 0 (1 turns it off), got {self.repetition_penalty}."
-            )
+            check(name, -2 <= getattr(self, name) <= 2, "be from -2 to 2 (0 turns it off)")
+        check("repetition_penalty", 0 < self.repetition_penalty < math.inf, "be finite and above 0 (1 turns it off)")
         for token, bias in self.biases.items():
             if not (token >= 0 and -100 <= bias <= 100):
                 raise ValueError(f"logit_bias must map token ids to numbers from -100 to 100, got {token}: {bias}.")
-        if not all(token >= 0 for token in self.stop_token_ids):
-            raise ValueError(f"stop_token_ids must be token ids, got {self.stop_token_ids}.")
+        check("stop_token_ids", all(token >= 0 for token in self.stop_token_ids), "be token ids")
         if not all(self.stop):
             raise ValueError("stop must hold no empty text, which would stop every answer before it begins.")
-        if not self.n >= 1:
-            raise ValueError(f"n must be at least 1, got {self.n}.")
-        if self.logprobs is not None and not 0 <= self.logprobs <= 20:
-            raise ValueError(f"logprobs must be from 0 to 20, got {self.logprobs}.")
+        check("n", self.n >= 1, "be at least 1")
+        check("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "be from 0 to 20")
 
     @property
     def truncates(self) -> bool:

@@ -34,10 +34,12 @@ FULL = Outer("a", Inner(3, 0.5), (1, 2), (Inner(1), Inner(2)), 7, True, ["é"])
 
 
 def test_a_file_gives_back_what_was_written(tmp_path: Path):
+    """Into a folder that is there or not: 'dspark calibrate --out' once failed after all the measuring."""
+    path = tmp_path / "new" / "config.json"
     for value in (FULL, Outer("b", Inner(1))):
-        write_json(value, tmp_path / "config.json")
-        assert read_json(Outer, tmp_path / "config.json") == value
-    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]  # no temporary file is left
+        write_json(value, path)
+        assert read_json(Outer, path) == value
+    assert [p.name for p in path.parent.iterdir()] == ["config.json"]  # no temporary file is left
 
 
 def test_defaults_fill_what_is_absent():

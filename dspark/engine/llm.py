@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from transformers import PreTrainedTokenizerBase
 
 from dspark.engine.answer_text import AnswerText, Decode
-from dspark.engine.engine import Engine, EngineConfig
+from dspark.engine.engine import EngineConfig
 from dspark.engine.policy import drafting
 from dspark.engine.sequence import Sequence
 from dspark.models.loader import load_target
@@ -80,14 +80,7 @@ class LLM:
         self.tokenizer = self.target.tokenizer
         parts = drafting(self.target, drafter, policy, online_calibration)
         self.policy = parts.policy
-        self.engine = Engine(
-            self.target.decoder,
-            parts.drafter,
-            parts.scheduler,
-            eos_ids=self.target.eos_ids,
-            config=config,
-            calibration=parts.calibration,
-        )
+        self.engine = parts.engine(self.target, config)
 
     def generate(
         self,

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from dspark.drafters.interface import Drafter
 from dspark.drafters.load import load_calibration, make_drafter
+from dspark.engine.engine import Engine, EngineConfig
 from dspark.engine.profile import cost_table
 from dspark.models.loader import Target
 from dspark.spec.calibration import Calibration, Calibrator, OnlineCalibration
@@ -52,6 +53,10 @@ class Drafting(NamedTuple):
     scheduler: PrefixScheduler
     calibration: Calibrator | None
     policy: str
+
+    def engine(self, target: Target, config: EngineConfig) -> Engine:
+        """Raises ValueError if the memory of `config` holds no token."""
+        return Engine(target.decoder, self.drafter, self.scheduler, target.eos_ids, config, self.calibration)
 
 
 def make_calibrator(bound: Drafter, drafter: str, model: str, online: bool) -> Calibrator | None:

@@ -178,6 +178,5 @@ def cost_table(target: Target, drafter: Drafter | None, name: str) -> CostTable:
             path.unlink()  # ours and damaged: take it anew
     print("measuring what a step costs on this machine (once, a few seconds) ...", file=sys.stderr)
     table = measure_costs(target, drafter, QUICK)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(table, path)
     return table

@@ -18,8 +18,6 @@ from dspark.engine.rounds import MACRO_AVERAGE, acceptance_by_domain
 from dspark.eval.plots import conditional_acceptance
 from dspark.eval.report import acceptance_table, print_report
 from dspark.eval.setting import Setting
-from dspark.eval.tasks import load_prompts
-from dspark.models.loader import load_target
 from dspark.sampling import SamplingParams
 
 
@@ -44,8 +42,8 @@ def measure(config: EvalConfig) -> list[dict]:
 
     Raises ValueError for a drafter that does not fit, one that drafts nothing, and prompts that cannot be used.
     """
-    prompts = load_prompts(config.prompts, config.limit)
-    target = load_target(config.model, config.dtype, config.device)
+    prompts = config.load_prompts()
+    target = config.load_target()
     drafters: dict[str, Drafter] = {}
     for name in config.drafters:
         drafter = make_drafter(name, config.model, target.decoder)

@@ -11,20 +11,18 @@ from itertools import product
 import torch
 from rich.console import Console
 
-from dspark.engine.engine import Engine, EngineConfig, StepTimes
+from dspark.engine.engine import EngineConfig, StepTimes
 from dspark.engine.llm import encode_prompt
 from dspark.engine.policy import drafting
 from dspark.eval.identity import Difference, first_difference
 from dspark.eval.report import bench_table, print_report
 from dspark.eval.setting import Setting
-from dspark.eval.tasks import load_prompts
 from dspark.models.layers import has_bf16_products
-from dspark.models.loader import Target, load_target
+from dspark.models.loader import Target
 from dspark.models.source import load_transformers
 from dspark.sampling import SamplingParams
 
 SYSTEMS = ("transformers", "plain", "ngram", "mtp", "dspark")
-USUAL = ("transformers", "plain", "ngram", "dspark")
 DRAFTERS = {"plain": "none", "ngram": "ngram", "mtp": "mtp"}  # dspark: the one the user names
 
 
@@ -36,7 +34,7 @@ class BenchConfig(Setting):
     policy: str | None = None
     streams: tuple[int, ...] = (1, 8)
     temperatures: tuple[float, ...] = (0.0, 1.0)
-    systems: tuple[str, ...] = USUAL
+    systems: tuple[str, ...] = ("transformers", "plain", "ngram", "dspark")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,14 +87,7 @@ class EngineSystem:
     def __init__(self, target: Target, drafter: str, policy: str | None, max_streams: int):
         parts = drafting(target, drafter, policy)
         self.policy = parts.policy
-        self.engine = Engine(
-            target.decoder,
-            parts.drafter,
-            parts.scheduler,
-            eos_ids=target.eos_ids,
-            config=EngineConfig(max_streams=max_streams, seed=0),
-            calibration=parts.calibration,
-        )
+        self.engine = parts.engine(target, EngineConfig(max_streams=max_streams, seed=0))
 
     def run(self, prompts: list[list[int]], params: SamplingParams) -> tuple[list[list[int]], dict]:
         """Answers, and what `Batch` keeps of the rounds they took."""
@@ -177,7 +168,7 @@ class BenchResult:
 
 def run_bench(config: BenchConfig, target: Target, on_batch: Callable[[str], None] = lambda _: None) -> BenchResult:
     """Time all systems; on_batch(text) before each batch. Raises ValueError for prompts that do not fit."""
-    prompts = load_prompts(config.prompts, config.limit)
+    prompts = config.load_prompts()
     result = BenchResult([], {}, [encode_prompt(target.tokenizer, p.turns[0]) for p in prompts])
     systems = {name: make_system(name, config, target) for name in config.systems}
     names = list(systems)
@@ -226,21 +217,19 @@ def check_identity(config: BenchConfig, target: Target, result: BenchResult) -> 
     streams = max(config.streams)
     shares, differences = {}, []
     for dtype in ("fp32", "bf16"):
-        same = dtype == config.dtype
-        model = target if same else load_target(config.model, dtype, config.device)
-        answers = result
-        if not same or not {("plain", 0.0, streams), ("dspark", 0.0, streams)} <= result.answers.keys():
-            only = replace(config, dtype=dtype, streams=(streams,), temperatures=(0.0,), systems=("plain", "dspark"))
-            answers = run_bench(only, model)
-        shares[dtype], found = compare(answers, model, streams)
+        only = replace(config, dtype=dtype, streams=(streams,), temperatures=(0.0,), systems=("plain", "dspark"))
+        model, measured = (target, result) if dtype == config.dtype else (only.load_target(), None)
+        if measured is None or not {("plain", 0.0, streams), ("dspark", 0.0, streams)} <= measured.answers.keys():
+            measured = run_bench(only, model)
+        shares[dtype], found = compare(measured, model, streams)
         differences += [{"dtype": dtype, **asdict(d)} for d in found]
     return shares, differences
 
 
 def run_and_report(config: BenchConfig, show_table: bool) -> None:
     """The whole command: measure, check identity in both dtypes, print a table and the JSON line."""
-    load_prompts(config.prompts, config.limit)  # complain before the model is loaded
-    target = load_target(config.model, config.dtype, config.device)
+    config.load_prompts()  # complain before the model is loaded
+    target = config.load_target()
     identical, differences = {}, []
     with Console(stderr=True).status("loading") as status:
         result = run_bench(config, target, status.update)

@@ -6,7 +6,6 @@ from rich.console import Console
 
 from dspark.eval.bench import BenchConfig, compare, run_bench
 from dspark.eval.report import make_table
-from dspark.models.loader import load_target
 
 NUM_PROMPTS = 6  # two of each domain
 NAMES = {"plain": "plain decoding", "dspark": "DSpark"}
@@ -16,7 +15,7 @@ def run_demo(options: BenchConfig) -> None:
     """Print the comparison for a model and a drafter. Raises ValueError if they cannot be loaded."""
     loads = {"limit": NUM_PROMPTS, "streams": (1,), "temperatures": (0.0,), "systems": ("plain", "dspark")}
     config, console = replace(options, **loads), Console()
-    target = load_target(config.model, config.dtype, config.device)
+    target = config.load_target()
     console.print(target.describe(), highlight=False)
     with console.status("loading") as status:
         result = run_bench(config, target, status.update)

@@ -27,8 +27,7 @@ from dspark.eval.load_stats import Tally, largest_error, summarise
 from dspark.eval.plots import load_plots
 from dspark.eval.report import load_table, print_report, summary_table
 from dspark.eval.setting import Setting
-from dspark.eval.tasks import load_prompts
-from dspark.models.loader import Target, load_target
+from dspark.models.loader import Target
 from dspark.sampling import SamplingParams
 from dspark.spec.cost_table import CostTable
 from dspark.spec.prefix_scheduler import FixedLength
@@ -104,7 +103,7 @@ class LoadBench:
         if speculative and drafter is None:
             raise ValueError(f"policy '{speculative[0]}' needs a drafter; give one, or --policies plain")
         self.config, self.names = config, names
-        prompts = [encode_prompt(target.tokenizer, p.turns[0]) for p in load_prompts(config.prompts, config.limit)]
+        prompts = [encode_prompt(target.tokenizer, p.turns[0]) for p in config.load_prompts()]
         params = SamplingParams(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
         # They live through all loads, as in a server: what they learn of the drafter does not depend on the load.
         self.lanes: dict[str, Lane] = {}
@@ -211,9 +210,7 @@ def make_engine(
     """
     longest = max(map(len, prompts)) + config.max_new_tokens
     limits = EngineConfig(max(config.streams), longest, kv_gib, reuse_prefixes=False, seed=0)
-    engine = Engine(
-        target.decoder, drafting.drafter, drafting.scheduler, target.eos_ids, limits, calibration=drafting.calibration
-    )
+    engine = drafting.engine(target, limits)
     if longest > engine.longest_request:
         raise ValueError(
             f"the longest prompt has {longest - config.max_new_tokens} tokens; with {config.max_new_tokens} new ones "
@@ -225,11 +222,11 @@ def make_engine(
 def run_and_report(config: LoadConfig, show_table: bool) -> bool:
     """The whole command: measure, print a table and the JSON line, draw the plots. False if it was interrupted."""
     console = Console(stderr=True)
-    load_prompts(config.prompts, config.limit)  # complain before the model is loaded
+    config.load_prompts()  # complain before the model is loaded
     if config.plots is not None:
         config.plots.mkdir(parents=True, exist_ok=True)
     with console.status("loading, and profiling where there is no profile"):
-        target = load_target(config.model, config.dtype, config.device)
+        target = config.load_target()
         drafter = make_drafter(config.drafter, target.source.name, target.decoder)
         bench = LoadBench(config, target, drafter)
     finished = False

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-Bin = tuple[float, float, int]  # mean prediction, observed share, samples
-
 
 def _axes(columns: int, width: float, height: float, **options: Any) -> list[Any]:
     """The axes of a new figure, side by side, each of this width in inches."""
@@ -132,26 +130,17 @@ def conditional_acceptance(rows: Sequence[dict], path: Path) -> Path:
     return _save(axis, path)
 
 
-def ece(bins: Sequence[Bin]) -> float:
-    """Expected calibration error: the mean distance of prediction and observation, by samples."""
-    samples = sum(count for _, _, count in bins)
-    return sum(count * abs(predicted - observed) for predicted, observed, count in bins) / samples if samples else 0.0
-
-
-def reliability_diagram(before: Sequence[Sequence[Bin]], after: Sequence[Sequence[Bin]], path: Path) -> Path:
+def reliability_diagram(before: dict, after: dict, path: Path) -> Path:
     """Figure 6: predicted survival against observed, a panel for each position of the block.
 
-    before, after: for each position the bins (mean prediction, observed share, samples); empty bins are left out.
+    before, after: of `dspark.eval.reliability.reliability`, for the same positions.
     """
-    if len(before) != len(after) or not before:
-        raise ValueError(f"a reliability diagram needs the same positions twice, not {len(before)} and {len(after)}")
-    axes = _axes(len(before), 3.2, 3.4, sharey=True)
+    axes = _axes(len(before["bins"]), 3.2, 3.4, sharey=True)
     for k, axis in enumerate(axes):
         axis.plot([0, 1], [0, 1], color="grey", linewidth=1)
-        for name, bins, marker in (("before", before[k], "x"), ("after", after[k], "o")):
-            filled = [b for b in bins if b[2]]
-            label = f"{name}: ECE {ece(filled):.1%}"
-            axis.plot([b[0] for b in filled], [b[1] for b in filled], marker=marker, label=label)
+        for name, found, marker in (("before", before, "x"), ("after", after, "o")):
+            bins, label = found["bins"][k], f"{name}: ECE {found['ece'][k]:.1%}"
+            axis.plot([b.probability for b in bins], [b.outcome for b in bins], marker=marker, label=label)
         axis.set(xlim=(0, 1), ylim=(0, 1), title=f"prefix of {k + 1}", xlabel="predicted survival")
         axis.legend(loc="upper left", fontsize="small")
     axes[0].set_ylabel("observed survival")

@@ -17,8 +17,6 @@ from dspark.engine.rounds import Rounds, collect_rounds
 from dspark.eval.plots import reliability_diagram
 from dspark.eval.report import print_report, reliability_table
 from dspark.eval.setting import Setting
-from dspark.eval.tasks import load_prompts
-from dspark.models.loader import load_target
 from dspark.sampling import SamplingParams
 from dspark.spec import calibration as scores
 from dspark.spec.calibration import Calibration
@@ -69,10 +67,10 @@ def run(config: CalibrateConfig) -> tuple[Calibration, dict]:
     folder = drafter_folder(config.drafter, config.model)
     if folder is None:
         raise ValueError(f"'{config.drafter}' has no confidence to calibrate; give dspark or a checkpoint folder")
-    prompts = load_prompts(config.prompts, config.limit)
+    prompts = config.load_prompts()
     if len(prompts) < 3:
         raise ValueError(f"{len(prompts)} prompts are too few: every third is kept for measuring")
-    target = load_target(config.model, config.dtype, config.device)
+    target = config.load_target()
     drafter = make_drafter(config.drafter, config.model, target.decoder)
     if drafter is None or not drafter.has_confidence:
         raise ValueError(f"'{config.drafter}' has no confidence head to calibrate")
@@ -91,7 +89,7 @@ def run(config: CalibrateConfig) -> tuple[Calibration, dict]:
     out = config.out or folder / CALIBRATION_FILE
     write_json(calibration, out)
     if config.plot is not None:
-        reliability_diagram(before["bins"], after["bins"], config.plot)
+        reliability_diagram(before, after, config.plot)
     return calibration, {
         "temperatures": calibration.temperatures,
         "shifts": calibration.shifts,

@@ -8,7 +8,7 @@ from rich.box import HEAVY_HEAD, Box
 from rich.console import Console
 from rich.table import Table
 
-from dspark.eval.machine import provenance
+from dspark.machine import provenance
 from dspark.spec.calibration import Calibration
 from dspark.spec.cost_table import CostTable
 

@@ -1,9 +1,13 @@
-"""What measurements share: the options all of them have, and what is possible as their value."""
+"""What measurements share: the options all of them have, what is possible as their value, and what they mean."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-LEAST = {"max_new_tokens": 1, "streams": 1, "temperature": 0, "temperatures": 0, "precision": 0}  # by option
+from dspark.models.loader import Target, load_target
+from dspark.train.data import Prompt, read_prompts
+
+OWN_PROMPTS = Path(__file__).with_name("prompts.jsonl")
+LEAST = {"limit": 1, "max_new_tokens": 1, "streams": 1, "temperature": 0, "temperatures": 0, "precision": 0}
 
 
 @dataclass(frozen=True)
@@ -16,14 +20,33 @@ class Setting:
     model: str = "smollm2-135m"
     dtype: str = "bf16"
     device: str = "cpu"
-    prompts: Path | None = None
+    prompts: Path | None = None  # None: the 30 that come with dspark
     limit: int | None = None
     max_new_tokens: int = 128
 
     def __post_init__(self) -> None:
         for name, least in LEAST.items():
-            value = getattr(self, name, least)
+            value = getattr(self, name, None)
+            if value is None:
+                continue
             values = value if isinstance(value, tuple) else (value,)
             if not values or not all(v >= least for v in values):
                 given = ",".join(map(str, values))
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not '{given}'")
+
+    def load_prompts(self) -> list[Prompt]:
+        """Prompts taken round and round from the domains, so that the first N are balanced for every N.
+
+        Raises ValueError for an unreadable or empty file.
+        """
+        by_domain: dict[str, list[Prompt]] = {}
+        for prompt in read_prompts(self.prompts or OWN_PROMPTS):
+            by_domain.setdefault(prompt.domain, []).append(prompt)
+        queues = [list(reversed(prompts)) for _, prompts in sorted(by_domain.items())]
+        balanced = []
+        while any(queues):
+            balanced += [queue.pop() for queue in queues if queue]
+        return balanced[: self.limit]
+
+    def load_target(self) -> Target:
+        return load_target(self.model, self.dtype, self.device)

@@ -8,6 +8,7 @@ import pytest
 from dspark.cli import main
 from dspark.engine.engine import Engine
 from dspark.eval import acceptance
+from dspark.eval.acceptance import EvalConfig
 from dspark.models.loader import Target, load_target
 from dspark.sampling import SamplingParams
 from tests.tiny import OracleDrafter, tiny_drafter
@@ -27,7 +28,7 @@ def drafters(target, monkeypatch) -> dict:
         "runs/oracle": OracleDrafter(target.decoder),
         "none": None,
     }
-    monkeypatch.setattr(acceptance, "load_target", lambda *_: target)
+    monkeypatch.setattr(EvalConfig, "load_target", lambda _: target)
     monkeypatch.setattr(acceptance, "make_drafter", lambda name, *_: made[name])
     return made
 

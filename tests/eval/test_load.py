@@ -239,7 +239,7 @@ def test_bad_options_end_in_one_sentence(capsys, options, message):
 
 
 def test_the_command_prints_tables_plots_and_one_json_line(target, prompts, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(load, "load_target", lambda *_: target)
+    monkeypatch.setattr(LoadConfig, "load_target", lambda _: target)
     monkeypatch.setattr(load, "make_drafter", lambda *_: tiny_drafter(target.decoder))
     options = ["--streams", "2", "--policies", "plain,fixed-2,greedy", "--seconds", "0.02", "--slice", "0.01"]
     command = ["bench", "load", "--prompts", str(prompts), *options, "--max-new-tokens", "8"]

@@ -2,9 +2,8 @@
 
 import math
 
-import pytest
-
-from dspark.eval.plots import conditional_acceptance, ece, load_plots, reliability_diagram
+from dspark.eval.plots import conditional_acceptance, load_plots, reliability_diagram
+from dspark.spec.calibration import Bin
 
 PNG = b"\x89PNG\r\n"
 
@@ -31,12 +30,10 @@ def test_closed_and_open_loop_have_their_own_figures(tmp_path):
     assert load_plots([], tmp_path) == []
 
 
-def test_reliability_diagram_with_an_empty_bin(tmp_path):
-    before = [[(0.2, 0.5, 10), (0.9, 0.6, 30), (math.nan, math.nan, 0)], [(0.4, 0.4, 5)]]
-    after = [[(0.5, 0.5, 40)], []]
+def test_reliability_diagram_with_a_position_without_bins(tmp_path):
+    before = {"ece": [0.3, 0.0], "bins": [[Bin(0.2, 0.5, 10), Bin(0.9, 0.6, 30)], [Bin(0.4, 0.4, 5)]]}
+    after = {"ece": [0.0, math.nan], "bins": [[Bin(0.5, 0.5, 40)], []]}
     assert reliability_diagram(before, after, tmp_path / "figure.png").read_bytes().startswith(PNG)
-    with pytest.raises(ValueError, match="same positions"):
-        reliability_diagram(before, after[:1], tmp_path / "other.png")
 
 
 def test_acceptance_of_drafters_with_the_same_folder_name(tmp_path, monkeypatch):
@@ -51,8 +48,3 @@ def test_acceptance_of_drafters_with_the_same_folder_name(tmp_path, monkeypatch)
     assert conditional_acceptance(rows, tmp_path / "figure.png").read_bytes().startswith(PNG)
     conditional_acceptance(rows[:1], tmp_path / "one.png")
     assert labels == ["runs/a/drafter, temperature 0", "runs/b/drafter, temperature 0.2", "drafter, temperature 0"]
-
-
-def test_ece_weights_bins_by_their_samples():
-    assert ece([(0.2, 0.5, 10), (0.9, 0.6, 30)]) == pytest.approx(0.3)
-    assert ece([]) == 0

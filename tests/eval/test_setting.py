@@ -4,19 +4,19 @@ from collections import Counter
 
 import pytest
 
-from dspark.eval.tasks import load_prompts
+from dspark.eval.setting import Setting
 
 
 def test_the_own_set_is_thirty_prompts_of_three_domains():
-    assert Counter(p.domain for p in load_prompts(None)) == {"math": 10, "code": 10, "chat": 10}
+    assert Counter(p.domain for p in Setting().load_prompts()) == {"math": 10, "code": 10, "chat": 10}
 
 
 @pytest.mark.parametrize("limit", [3, 4, 12])
 def test_any_limit_is_spread_over_the_domains(limit):
-    counts = Counter(p.domain for p in load_prompts(None, limit))
+    counts = Counter(p.domain for p in Setting(limit=limit).load_prompts())
     assert sum(counts.values()) == limit and max(counts.values()) - min(counts.values()) <= 1
 
 
 def test_a_limit_below_one_is_refused():
     with pytest.raises(ValueError, match="--limit"):
-        load_prompts(None, 0)
+        Setting(limit=0)
