@@ -78,9 +78,11 @@ PROMPTS.option("--prompts", None, "JSON lines not trained on (default: 30 that c
 PROMPTS.option("--limit", None, "use only N prompts, spread over the domains", type=int)
 PROMPTS.option("--max-new-tokens", 128, "longest answer")
 
-LIVE = Options(add_help=False)
-LIVE.option("--temperatures", "0,1", "sampling temperatures to decode at")
-LIVE.option("--streams", 16, "answers at once")
+STREAMS = Options(add_help=False)
+STREAMS.option("--streams", 16, "answers at once")
+
+SAMPLINGS = Options(add_help=False)
+SAMPLINGS.option("--samplings", "0,0.2/0.9,0.7/0.95,1", "temperature, or temperature/top-p, in turn", metavar="T/P,...")
 
 SAMPLING = Options(add_help=False)
 SAMPLING.option("--temperature", 0.0, "0 is greedy")
@@ -135,7 +137,7 @@ def add_serving(command: Command) -> None:
 
 def add_training(command: Command) -> None:
     summary = "let the target answer prompts: training data for a drafter"
-    sub = command("data", commands.run_data, summary, MODEL, JSON)
+    sub = command("data", commands.run_data, summary, MODEL, SAMPLINGS, JSON)
     source = sub.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--prompts",
@@ -150,8 +152,6 @@ def add_training(command: Command) -> None:
     sub.option("--subset", None, "configuration of a dataset that has several")
     sub.option("--split", "train", "split of a dataset")
     sub.option("--samples", 1, "answers to each prompt", metavar="N")
-    samplings = "temperature, or temperature/top-p, in turn"
-    sub.option("--samplings", "0,0.2/0.9,0.7/0.95,1", samplings, metavar="T/P,...")
     sub.option("--max-new-tokens", 256, "longest answer")
     sub.option("--max-prompt-tokens", None, "leave longer ones out, earlier turns included", type=int, metavar="N")
     sub.option("--streams", 32, "answers generated at once, by each server")
@@ -243,15 +243,17 @@ def add_measuring(command: Command) -> None:
     sub.usage = "dspark bench [OPTIONS]\n       dspark bench load [OPTIONS]"
     add_bench_load(sub)
 
-    options = MODEL, PROMPTS, LIVE, JSON
+    options = MODEL, PROMPTS, STREAMS, JSON
     sub = command("eval", commands.run_eval, "measure how many draft tokens live decoding accepts", *options)
     names = "dspark or mtp (shipped; dspark is the default), ngram or a checkpoint folder; repeatable"
     sub.add_argument("--drafter", dest="drafters", action="append", default=argparse.SUPPRESS, help=names)
+    sub.option("--temperatures", "0,1", "sampling temperatures to decode at")
     sub.option("--top-p", 1.0, "keep the smallest set of this mass")
     sub.option("--plot", None, "draw acceptance by position, a curve a drafter", type=Path, metavar="PNG")
 
     summary = "fit a drafter's confidence to what is really accepted"
-    sub = command("calibrate", commands.run_calibrate, summary, MODEL, DRAFTER, PROMPTS, LIVE, JSON)
+    options = MODEL, DRAFTER, PROMPTS, SAMPLINGS, STREAMS, JSON
+    sub = command("calibrate", commands.run_calibrate, summary, *options)
     sub.option("--out", None, "side file to write (default: calibration.json beside the checkpoint)", type=Path)
     sub.option("--plot", None, "draw the reliability diagram", type=Path, metavar="PNG")
 

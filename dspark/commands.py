@@ -161,7 +161,7 @@ def run_data(args: argparse.Namespace) -> None:
     from dspark.train.generate import write_data
     from dspark.train.work import DataConfig
 
-    config = configure(DataConfig, args, samplings=tuple(map(parse_sampling, args.samplings.split(","))))
+    config = configure(DataConfig, args, samplings=parse_samplings(args.samplings))
     interrupt_on_signals()
     summary = write_data(config)
     if not args.json:
@@ -171,11 +171,11 @@ def run_data(args: argparse.Namespace) -> None:
     print(json.dumps(summary))
 
 
-def parse_sampling(text: str) -> tuple[float, float]:
-    """`T` or `T/P` -> temperature and top-p. Raises ValueError naming the option."""
+def parse_samplings(text: str) -> tuple[tuple[float, float], ...]:
+    """`T` or `T/P`, with commas between -> temperature and top-p of each. Raises ValueError naming the option."""
     try:
-        temperature, _, top_p = text.partition("/")
-        return float(temperature), float(top_p or 1)
+        parts = (part.partition("/") for part in text.split(","))
+        return tuple((float(temperature), float(top_p or 1)) for temperature, _, top_p in parts)
     except ValueError:
         raise ValueError(
             f"--samplings must be temperatures or temperature/top-p as in 0,0.7/0.95, not '{text}'"
@@ -237,7 +237,8 @@ def run_eval(args: argparse.Namespace) -> None:
 def run_calibrate(args: argparse.Namespace) -> None:
     from dspark.eval.reliability import CalibrateConfig, run_and_report
 
-    run_and_report(configure(CalibrateConfig, args), show_table=not args.json)
+    config = configure(CalibrateConfig, args, samplings=parse_samplings(args.samplings))
+    run_and_report(config, show_table=not args.json)
 
 
 def run_profile(args: argparse.Namespace) -> None:

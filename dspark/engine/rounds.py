@@ -3,7 +3,7 @@
 Shapes: N rounds, G slots of a block, S signals of a slot.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import mean
@@ -26,6 +26,10 @@ class Rounds:
 
     signals: Tensor
     accepted: Tensor
+
+    @classmethod
+    def together(cls, parts: Iterable["Rounds"]) -> "Rounds":
+        return cls(*(torch.cat(tensors) for tensors in zip(*((r.signals, r.accepted) for r in parts))))
 
 
 @dataclass
@@ -51,11 +55,11 @@ def collect_rounds(
     target: Target,
     drafter: Drafter,
     prompts: Sequence[list[int]],
-    settings: Sequence[SamplingParams],
+    params: SamplingParams,
     streams: int,
     on_finish: Callable[[], None] = lambda: None,
 ) -> Rounds:
-    """Decode all prompts in all settings, every draft token verified. Raises ValueError if no round was whole."""
+    """Decode all prompts, every draft token verified. Raises ValueError if no round was whole."""
     recorder = RoundRecorder()
     engine = Engine(
         target.decoder,
@@ -65,9 +69,8 @@ def collect_rounds(
         config=EngineConfig(max_streams=streams, seed=0),
         calibration=recorder,
     )
-    for params in settings:
-        for prompt in prompts:
-            engine.add(prompt, params)
+    for prompt in prompts:
+        engine.add(prompt, params)
     while engine.has_work:
         for new in engine.step():
             if new.sequence.finish_reason is not None:
@@ -106,7 +109,7 @@ def acceptance_by_domain(
     """
     rows = []
     for domain, ids in sorted(prompts.items()):
-        rounds = collect_rounds(target, drafter, ids, (params,), streams, on_finish)
+        rounds = collect_rounds(target, drafter, ids, params, streams, on_finish)
         setting = {"temperature": params.temperature, "top_p": params.top_p, "domain": domain, "prompts": len(ids)}
         rows.append({**setting, **acceptance(rounds.accepted, drafter.block_size)})
     return [*rows, macro_average(rows)]

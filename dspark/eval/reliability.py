@@ -15,11 +15,12 @@ from dspark.drafters.load import CALIBRATION_FILE, drafter_folder, make_drafter
 from dspark.engine.llm import encode_prompt
 from dspark.engine.rounds import Rounds, collect_rounds
 from dspark.eval.plots import reliability_diagram
-from dspark.eval.report import print_report, reliability_table
+from dspark.eval.report import print_report, reliability_table, sampling_table
 from dspark.eval.setting import Setting
 from dspark.sampling import SamplingParams
 from dspark.spec import calibration as scores
 from dspark.spec.calibration import Calibration
+from dspark.train.work import DataConfig
 
 
 def reliability(rounds: Rounds, calibration: Calibration) -> dict:
@@ -50,13 +51,27 @@ def calibrate(fitting: Rounds, measuring: Rounds, dataset: str) -> tuple[Calibra
 
 @dataclass(frozen=True)
 class CalibrateConfig(Setting):
-    """Which drafter to calibrate, on which prompts; every third prompt is kept for measuring."""
+    """Which drafter to calibrate, on which prompts and samplings, those that training answers are written with unless
+    others are given; every third prompt is kept for measuring.
+    """
 
     drafter: str = "dspark"
-    temperatures: tuple[float, ...] = (0.0, 1.0)
+    samplings: tuple[tuple[float, float], ...] = DataConfig.samplings  # temperature, top-p
     streams: int = 16
     out: Path | None = None  # None: beside the checkpoint
     plot: Path | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        assert self.settings
+
+    @property
+    def settings(self) -> dict[str, SamplingParams]:
+        """By name, as on the command line. Raises ValueError for an impossible one."""
+        return {
+            f"{t:g}/{p:g}" if p < 1 else f"{t:g}": SamplingParams(t, top_p=p, max_new_tokens=self.max_new_tokens)
+            for t, p in self.samplings
+        }
 
 
 def run(config: CalibrateConfig) -> tuple[Calibration, dict]:
@@ -77,14 +92,17 @@ def run(config: CalibrateConfig) -> tuple[Calibration, dict]:
     ids = [encode_prompt(target.tokenizer, p.turns[0]) for p in prompts]
     random.Random(0).shuffle(ids)  # prompts come round and round from the domains: every third would be of one
     parts = {"fitting": [p for i, p in enumerate(ids) if i % 3 != 2], "measuring": ids[2::3]}
-    settings = [SamplingParams(t, max_new_tokens=config.max_new_tokens) for t in config.temperatures]
-    rounds = {}
+    by_sampling: dict[str, dict[str, Rounds]] = {}
     with Progress(console=Console(stderr=True)) as progress:
         for name, part in parts.items():
-            task = progress.add_task(f"answers for {name}", total=len(part) * len(config.temperatures))
+            task = progress.add_task(f"answers for {name}", total=len(part) * len(config.settings))
             advance = partial(progress.advance, task)
-            rounds[name] = collect_rounds(target, drafter, part, settings, config.streams, advance)
-    dataset = f"{config.prompts.name if config.prompts else 'own prompts'}, temperatures {config.temperatures}"
+            by_sampling[name] = {
+                sampling: collect_rounds(target, drafter, part, params, config.streams, advance)
+                for sampling, params in config.settings.items()
+            }
+    rounds = {name: Rounds.together(of_part.values()) for name, of_part in by_sampling.items()}
+    dataset = f"{config.prompts.name if config.prompts else 'own prompts'}, samplings {','.join(config.settings)}"
     calibration, before, after = calibrate(rounds["fitting"], rounds["measuring"], dataset)
     out = config.out or folder / CALIBRATION_FILE
     write_json(calibration, out)
@@ -97,6 +115,10 @@ def run(config: CalibrateConfig) -> tuple[Calibration, dict]:
         "rounds": {name: len(r.accepted) for name, r in rounds.items()},
         "before": before,
         "after": after,
+        "after_by_sampling": {
+            sampling: {name: values for name, values in reliability(of_it, calibration).items() if name != "bins"}
+            for sampling, of_it in by_sampling["measuring"].items()
+        },
         "mean_ece": {"before": mean(before["ece"]), "after": mean(after["ece"])},
         "out": str(out),
     }
@@ -105,4 +127,5 @@ def run(config: CalibrateConfig) -> tuple[Calibration, dict]:
 def run_and_report(config: CalibrateConfig, show_table: bool) -> None:
     """The whole command: calibrate, print reliability before and after and the JSON line."""
     calibration, report = run(config)
-    print_report(report, show_table, reliability_table(calibration, report["before"], report["after"]))
+    tables = reliability_table(calibration, report["before"], report["after"]), sampling_table(report)
+    print_report(report, show_table, *tables)

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from statistics import mean
 
 from rich.box import HEAVY_HEAD, Box
 from rich.console import Console
@@ -104,6 +105,17 @@ def reliability_table(calibration: Calibration, before: dict, after: dict) -> Ta
         by_column |= {heading: before[name], f"{heading}_after": after[name]}
     rows = [{"position": k, **dict(zip(by_column, values))} for k, values in enumerate(zip(*by_column.values()))]
     return make_table("P(the prefix survives), before and after calibration", columns, rows)
+
+
+def sampling_table(report: dict) -> Table:
+    """One line a sampling, and one of all: ROC-AUC by position after calibration."""
+    rows = [
+        {"sampling": name, "ECE": mean(of_it["ece"]), **{str(k): auc for k, auc in enumerate(of_it["roc_auc"])}}
+        for name, of_it in (*report["after_by_sampling"].items(), ("all", report["after"]))
+    ]
+    columns = ["sampling:<", "mean_ECE=ECE:.2%"]
+    positions = range(len(report["after"]["roc_auc"]))
+    return make_table("ROC-AUC by position, after calibration", columns + [f"{k}:.3f" for k in positions], rows)
 
 
 def acceptance_table(rows: list[dict]) -> Table:

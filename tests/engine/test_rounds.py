@@ -6,7 +6,7 @@ from typing import cast
 import pytest
 import torch
 
-from dspark.engine.rounds import acceptance, acceptance_by_domain, collect_rounds, macro_average
+from dspark.engine.rounds import Rounds, acceptance, acceptance_by_domain, collect_rounds, macro_average
 from dspark.models.loader import Target
 from dspark.sampling import SamplingParams
 from tests.tiny import OracleDrafter, tiny_drafter, tiny_target
@@ -22,19 +22,20 @@ def params(temperature: float, max_new_tokens: int = 11) -> SamplingParams:
 
 def test_every_whole_round_is_collected():
     finished = []
-    rounds = collect_rounds(
-        MODEL, OracleDrafter(TARGET), PROMPTS, [params(0.0), params(1.0)], 2, lambda: finished.append(1)
+    oracle = OracleDrafter(TARGET)
+    rounds = Rounds.together(
+        collect_rounds(MODEL, oracle, PROMPTS, params(t), 2, lambda: finished.append(1)) for t in (0.0, 1.0)
     )
     assert len(finished) == 4
     assert rounds.signals.shape == (len(rounds.accepted), 4, 1)
     assert rounds.accepted.tolist() == [4] * len(rounds.accepted)  # the oracle is always right
-    other = collect_rounds(MODEL, tiny_drafter(TARGET), PROMPTS, [params(1.0)], 2)
+    other = collect_rounds(MODEL, tiny_drafter(TARGET), PROMPTS, params(1.0), 2)
     assert other.accepted.max() <= 4 and len(other.accepted) > len(rounds.accepted) / 2
 
 
 def test_too_short_answers_are_refused():
     with pytest.raises(ValueError, match="more new tokens"):
-        collect_rounds(MODEL, tiny_drafter(TARGET), PROMPTS, [params(0.0, 2)], 2)
+        collect_rounds(MODEL, tiny_drafter(TARGET), PROMPTS, params(0.0, 2), 2)
 
 
 def test_figures_of_known_rounds():
