@@ -68,10 +68,10 @@ class Example:
         return [i for start, end in self.answer_spans for i in token_ids[start:end]]
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
-    """(place, object) of each non-empty line. Raises ValueError naming file and line."""
+def read_jsonl(path: Path, num_bytes: int | None = None) -> Iterator[tuple[str, dict]]:
+    """(place, object) of each non-empty line, of the first `num_bytes`. Raises ValueError naming file and line."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes()[:num_bytes].decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read '{path}': {error}") from None
     for number, line in enumerate(text.split("\n"), 1):  # splitlines would also cut at U+2028 inside a string
