@@ -58,7 +58,7 @@ def expected_acceptance(trainer: "Trainer") -> dict:
         tallies[example.domain] = tallies.get(example.domain, 0) + by_slot(acceptance, slots, size)
     return {
         "heldout_loss": round(torch.stack(losses).mean().item(), 4),
-        **figures(sum(tallies.values(), torch.zeros_like(tallies[heldout[0].domain]))),
+        **figures(torch.stack(list(tallies.values())).sum(0)),
         "domains": {domain: figures(tally) for domain, tally in sorted(tallies.items())},
     }
 
