@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dspark.models.loader import Target, load_target
-from dspark.train.data import Prompt, read_prompts
+from dspark.train.data import Prompt, balanced, read_prompts
 
 OWN_PROMPTS = Path(__file__).with_name("prompts.jsonl")
 LEAST = {"limit": 1, "max_new_tokens": 1, "streams": 1, "temperature": 0, "temperatures": 0, "precision": 0}
@@ -39,14 +39,7 @@ class Setting:
 
         Raises ValueError for an unreadable or empty file.
         """
-        by_domain: dict[str, list[Prompt]] = {}
-        for prompt in read_prompts(self.prompts or OWN_PROMPTS):
-            by_domain.setdefault(prompt.domain, []).append(prompt)
-        queues = [list(reversed(prompts)) for _, prompts in sorted(by_domain.items())]
-        balanced = []
-        while any(queues):
-            balanced += [queue.pop() for queue in queues if queue]
-        return balanced[: self.limit]
+        return balanced(read_prompts(self.prompts or OWN_PROMPTS))[: self.limit]
 
     def load_target(self) -> Target:
         return load_target(self.model, self.dtype, self.device)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, cast
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
     get_optimizer_state_dict,
     get_state_dict,
     set_model_state_dict,
@@ -24,12 +23,12 @@ from torch.distributed.checkpoint.state_dict import (
 from dspark.config import write_json
 from dspark.drafters.checkpoint import save_tensors
 from dspark.train import parallel
+from dspark.train.parallel import WHOLE
 
 if TYPE_CHECKING:
     from dspark.train.trainer import Trainer
 
 RESUME_FILE = "resume.safetensors"
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 @dataclass

@@ -3,9 +3,11 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
+from typing import TypeVar
 
 from typing_extensions import TypeIs
 
@@ -68,10 +70,13 @@ class Example:
         return [i for start, end in self.answer_spans for i in token_ids[start:end]]
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
-    """(place, object) of each non-empty line. Raises ValueError naming file and line."""
+Item = TypeVar("Item", Prompt, Example)
+
+
+def read_jsonl(path: Path, num_bytes: int | None = None) -> Iterator[tuple[str, dict]]:
+    """(place, object) of each non-empty line, of the first `num_bytes`. Raises ValueError naming file and line."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes()[:num_bytes].decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read '{path}': {error}") from None
     for number, line in enumerate(text.split("\n"), 1):  # splitlines would also cut at U+2028 inside a string
@@ -200,6 +205,15 @@ def split_by_prompt(files: list[list[Example]], count: int) -> tuple[list[Exampl
         chosen.add(prompt)
     heldout = [e for examples in files for e in examples if e.first_prompt in chosen]
     return heldout, [[e for e in examples if e.first_prompt not in chosen] for examples in files]
+
+
+def balanced(items: Iterable[Item]) -> list[Item]:
+    """Taken round and round from the domains, so that the first N are balanced for every N."""
+    by_domain: dict[str, list[Item]] = {}
+    for item in items:
+        by_domain.setdefault(item.domain, []).append(item)
+    rounds = zip_longest(*(of_domain for _, of_domain in sorted(by_domain.items())))
+    return [item for in_turn in rounds for item in in_turn if item is not None]
 
 
 def mix(files: list[list[Example]], weights: tuple[float, ...]) -> list[Example]:

@@ -4,7 +4,6 @@ Shapes: N supervised slots, G block size.
 """
 
 from collections import defaultdict
-from itertools import chain, islice, zip_longest
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +14,7 @@ from dspark.drafters.load import bind
 from dspark.engine.rounds import acceptance_by_domain
 from dspark.models.loader import Target
 from dspark.sampling import SamplingParams
-from dspark.train.data import Example
+from dspark.train.data import Example, balanced
 
 if TYPE_CHECKING:
     from dspark.train.trainer import Trainer
@@ -58,7 +57,7 @@ def expected_acceptance(trainer: "Trainer") -> dict:
         tallies[example.domain] = tallies.get(example.domain, 0) + by_slot(acceptance, slots, size)
     return {
         "heldout_loss": round(torch.stack(losses).mean().item(), 4),
-        **figures(sum(tallies.values(), torch.zeros_like(tallies[heldout[0].domain]))),
+        **figures(torch.stack(list(tallies.values())).sum(0)),
         "domains": {domain: figures(tally) for domain, tally in sorted(tallies.items())},
     }
 
@@ -67,12 +66,8 @@ def decoded_acceptance(target: Target, model: DraftModel, heldout: list[Example]
     """What the engine accepts when it answers some of the held-out prompts with this drafter, a row a domain and
     temperature and their macro averages, as of `dspark eval`. Empty where the prompts give no whole round.
     """
-    by_domain = defaultdict(list)
-    for example in heldout:
-        by_domain[example.domain].append(example)
-    turns = chain.from_iterable(zip_longest(*by_domain.values()))  # the first of every domain, the second, ...
     prompts = defaultdict(list)
-    for example in islice(filter(None, turns), DECODED_PROMPTS):
+    for example in balanced(heldout)[:DECODED_PROMPTS]:
         prompts[example.domain].append(list(example.prompt_ids))
     drafter = bind(model, target.decoder)
     rows = []

@@ -105,15 +105,14 @@ class FeatureSource:
         lengths = [len(e.token_ids) for e in examples]
         tokens = torch.tensor([token for e in examples for token in e.token_ids], device=device)  # [N]
         positions = torch.cat([torch.arange(n, device=device) for n in lengths])
-        starts = [sum(lengths[:i]) for i in range(len(lengths))]
         attention = packed_attention(lengths, self.target.config, self.target.kv_dtype, device)
         output = self.target.forward(tokens, positions, attention, self.tap_layers)
-        hidden = self.target.final_hidden(output.hidden)
         features = []
-        for example, start, length in zip(examples, starts, lengths, strict=True):
-            answer = hidden[start + len(example.first_prompt) : start + length - 1]
-            taps = torch.cat([t[start : start + length - 2] for t in output.taps], -1).to(torch.bfloat16)
-            features.append(Features(taps, answer.to(torch.bfloat16, copy=True), self.logsumexp(answer)))
+        by_example = (t.split(lengths) for t in (self.target.final_hidden(output.hidden), *output.taps))
+        for example, hidden, *taps in zip(examples, *by_example, strict=True):
+            answer = hidden[len(example.first_prompt) : -1]
+            inputs = torch.cat([t[:-2] for t in taps], -1).to(torch.bfloat16)
+            features.append(Features(inputs, answer.to(torch.bfloat16, copy=True), self.logsumexp(answer)))
         return features
 
     def logsumexp(self, hidden: Tensor) -> Tensor:

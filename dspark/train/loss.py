@@ -63,6 +63,7 @@ class DistributionLoss(torch.autograd.Function):
         chunk = max(1, CHUNK_BYTES // (len(head) * head.element_size()))
         tile = max(1, TILE_BYTES // (len(head) * 4)) if head.device.type == "cpu" else chunk
         all_logits = [head.new_empty(min(chunk, len(hidden)), len(head)) for _ in range(2)]
+        per_row = target_logsumexp, labels, copied, copy_bias
         buffers = head.new_empty(3, min(tile, len(hidden)), len(head), dtype=torch.float32)
         for first in range(0, len(hidden), chunk):
             i = slice(first, min(first + chunk, len(hidden)))
@@ -73,13 +74,7 @@ class DistributionLoss(torch.autograd.Function):
                 rows = slice(start, min(start + tile, i.stop))
                 j = slice(start - first, rows.stop - first)
                 row_loss[rows], l1[rows] = loss_and_gradient(
-                    target_logits[j],
-                    logits[j],
-                    target_logsumexp[rows],
-                    labels[rows],
-                    (copied[rows], copy_bias[rows]),
-                    weights,
-                    buffers[:, : rows.stop - start],
+                    target_logits[j], logits[j], buffers[:, : rows.stop - start], weights, *(t[rows] for t in per_row)
                 )
             # The rows' weights come in where rows are narrow.
             grad_bias[i] = row_weights[i] * logits.gather(1, copied[i, None])[:, 0]
@@ -99,21 +94,20 @@ class DistributionLoss(torch.autograd.Function):
 def loss_and_gradient(
     target_logits: Tensor,
     logits: Tensor,
+    buffers: Tensor,
+    weights: LossWeights,
     target_logsumexp: Tensor,
     labels: Tensor,
-    copies: tuple[Tensor, Tensor],
-    weights: LossWeights,
-    buffers: Tensor,
+    copied: Tensor,
+    copy_bias: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Loss and L1 [n] of rows of logits [n, V'], which are replaced by the loss's gradient with respect to them.
 
-    copies: draft-vocabulary indices [n] and what is added to their logits [n].
-    buffers [3, n, V'] fp32 are written over.
+    The others are rows of the arguments of `DistributionLoss.forward`. buffers [3, n, V'] fp32 are written over.
     """
     target_probs, draft, scratch = buffers.unbind()
     target_probs.copy_(target_logits).sub_(target_logsumexp[:, None]).exp_()
-    copied, bias = copies
-    draft.copy_(logits).scatter_add_(1, copied[:, None], bias[:, None].float())
+    draft.copy_(logits).scatter_add_(1, copied[:, None], copy_bias[:, None].float())
     inside = target_probs.sum(-1)
     expected_logit = torch.mul(target_probs, draft, out=scratch).sum(-1)
     label, in_vocab = labels.clamp(min=0)[:, None], (labels >= 0).float()
@@ -154,7 +148,7 @@ def dspark_loss(
     confidence_logits: Tensor | None,
     targets: SlotTargets,
     weights: LossWeights,
-    weight_sum: Tensor | float | None = None,
+    weight_sum: Tensor | None = None,
     copies: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """L = 0.1 CE + 0.9 L1 + 1.0 BCE(c, 1 - L1/2), each divided by the sum of slot weights.
@@ -166,18 +160,8 @@ def dspark_loss(
     if copies is None:
         copies = torch.zeros_like(targets.labels), torch.zeros_like(targets.logsumexp)
     normalised = targets.slot_weights / (targets.slot_weights.sum() if weight_sum is None else weight_sum)
-    loss, l1 = DistributionLoss.apply(
-        hidden,
-        markov,
-        w2,
-        head,
-        targets.hidden,
-        targets.logsumexp,
-        targets.labels,
-        *copies,
-        normalised,
-        weights,
-    )  # pyright: ignore
+    of_target = targets.hidden, targets.logsumexp, targets.labels
+    loss, l1 = DistributionLoss.apply(hidden, markov, w2, head, *of_target, *copies, normalised, weights)  # pyright: ignore
     acceptance = (1 - l1 / 2).clamp(0, 1)
     if confidence_logits is None:
         return loss, acceptance

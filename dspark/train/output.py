@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -23,12 +23,22 @@ def only_writer(path: Path, command: str = "dspark data") -> Iterator[None]:
 
 
 def written_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """(place, row) of each line of an unfinished file, none if it does not exist; a torn last line is cut off first."""
-    if path.exists():
-        raw = path.read_bytes()
-        if raw and not raw.endswith(b"\n"):
-            os.truncate(path, raw.rfind(b"\n") + 1)
-        yield from read_jsonl(path)
+    """(place, row) of each line of an unfinished file, none if it does not exist.
+
+    A torn last line is cut off when the others were taken: who refuses one of them leaves the file as it was.
+    """
+    raw = path.read_bytes() if path.exists() else b""
+    size = raw.rfind(b"\n") + 1
+    with suppress(ValueError):
+        json.loads(raw[size:])
+        size = len(raw)  # the last line lacks nothing but its end
+    if raw:
+        yield from read_jsonl(path, size)
+    if size < len(raw):
+        os.truncate(path, size)
+    elif raw and not raw.endswith(b"\n"):
+        with path.open("ab") as out:
+            out.write(b"\n")
 
 
 def write_row(path: Path, row: dict) -> None:

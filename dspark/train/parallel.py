@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.nn.parallel import DistributedDataParallel
 
 ParallelKind = Literal["ddp", "fsdp"]
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # unsharded, in process 0
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
 
@@ -102,7 +103,7 @@ def gathered(model: M) -> M:
     """The model with its whole weights, in process 0."""
     if size() == 1:
         return model
-    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    weights = get_model_state_dict(model, options=WHOLE)
     if rank() > 0:
         return model
     whole = type(model)(model.config)

@@ -5,6 +5,7 @@ In several processes: `torchrun --nproc-per-node 2 -m dspark.cli train ...`; fil
 
 import signal
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dspark.drafters.checkpoint import load_drafter
-from dspark.drafters.layers import DraftModel, check_fit
+from dspark.drafters.layers import check_fit
 from dspark.engine.rounds import MACRO_AVERAGE
 from dspark.models.decoder import Decoder
 from dspark.models.loader import Target, load_target
@@ -151,10 +152,7 @@ def make_trainer(run: TrainRun, target: Target) -> Trainer:
             shape = (run.block_size, run.draft_layers, run.markov_head, run.window, run.official)
             recipe = default_recipe(decoder, mask_token(target.tokenizer), recipe, *shape)
         model = new_drafter(decoder, load_state_dict(target.source), recipe, examples, run.train.seed)
-
-    def decode(drafter: DraftModel) -> list[dict]:
-        return decoded_acceptance(target, drafter, heldout)
-
+    decode = partial(decoded_acceptance, target, heldout=heldout)
     return Trainer(model, decoder, examples, heldout, run.train, decode)
 
 

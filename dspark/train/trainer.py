@@ -130,7 +130,7 @@ class Trainer:
         """w_k of slot indices [N]."""
         return torch.exp(-slots / self.loss_weights.decay)
 
-    def loss(self, batch: Batch, blocks: Blocks, weight_sum: Tensor | float | None = None) -> tuple[Tensor, ...]:
+    def loss(self, batch: Batch, blocks: Blocks, weight_sum: Tensor | None = None) -> tuple[Tensor, ...]:
         """(loss, acceptance [N], slot index [N]) on blocks of the batch.
 
         weight_sum: of the slot weights of the whole step, of which the batch may be a part.
@@ -152,16 +152,11 @@ class Trainer:
             self.t2d[batch.tokens[sequence, positions + 1]],
             weights,
         )
+        hidden, features = (t.flatten(0, 2).index_select(0, index) for t in (outputs.hidden, outputs.features))
+        confidence = None if outputs.confidence is None else outputs.confidence.flatten()[index]
+        copies = None if outputs.copies is None else self.copies(outputs.copies, index)
         loss, acceptance = dspark_loss(
-            outputs.hidden.flatten(0, 2).index_select(0, index),
-            outputs.features.flatten(0, 2).index_select(0, index),
-            outputs.w2,
-            self.head,
-            None if outputs.confidence is None else outputs.confidence.flatten()[index],
-            targets,
-            self.loss_weights,
-            weight_sum,
-            None if outputs.copies is None else self.copies(outputs.copies, index),
+            hidden, features, outputs.w2, self.head, confidence, targets, self.loss_weights, weight_sum, copies
         )
         return loss, acceptance[:count], slots[:count]
 

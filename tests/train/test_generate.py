@@ -190,6 +190,7 @@ def test_two_runs_on_one_file(tmp_path: Path, prompts: Path, model: Path, capsys
 
 
 def test_a_torn_line_is_cut_off(tmp_path: Path):
+    """One that lacks nothing but its end is given it."""
     path = tmp_path / "rows.jsonl"
     assert list(written_rows(path)) == []
     for i in range(3):
@@ -198,10 +199,13 @@ def test_a_torn_line_is_cut_off(tmp_path: Path):
     for size in range(len(whole) + 1):
         path.write_bytes(whole[:size])
         rows = [row["i"] for _, row in written_rows(path)]
-        assert rows == list(range(whole[:size].count(b"\n"))) and whole.startswith(path.read_bytes())
+        assert rows == list(range(whole[: size + 1].count(b"\n"))) and path.read_bytes() == whole[: 26 * len(rows)]
 
 
-def test_a_file_of_something_else_is_left_alone(prompts: Path, model: Path):
+@pytest.mark.parametrize("text", ['{"prompt": "a"}\n', '{"prompt": "a"}', '{"prompt": "a"}\n{"prompt": "b"}'])
+def test_a_file_of_something_else_is_left_alone(prompts: Path, model: Path, text: str):
+    """The last line of one that did not end in a line break was once cut off before the file was refused."""
+    prompts.write_text(text)
     before = prompts.read_bytes()
     with pytest.raises(ValueError, match=r"prompts\.jsonl' line 1 was not written by 'dspark data'"):
         write_data(config(prompts, model, out=prompts))
