@@ -94,6 +94,6 @@ def attend_chunks(q: Tensor, kv: Tensor, rows: Chunks) -> Tensor:
     span, room = rows.shape.scratch(rows.longest)
     out = q.new_empty(count, heads * head_dim)
     scratch = q.new_empty(torch.get_num_threads() * room)
-    pointers = [t.data_ptr() for t in (q, kv, out, scratch, rows.chunks)]
-    cpu_ops.call(rows.shape.kernel, out.numel() * rows.longest, *pointers, q.stride(0), room, span, rows.items)
+    fields = q, kv, out, scratch, rows.chunks, q.stride(0), room, span, rows.items
+    rows.shape.kernel(out.numel() * rows.longest, *fields)
     return out
