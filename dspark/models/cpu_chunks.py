@@ -29,8 +29,7 @@ class AttentionShape:
     @property
     def tiled(self) -> bool:
         """Whether AMX tiles do it."""
-        compiler = cpu_ops.compiler()
-        has_tiles = compiler is not None and compiler.machine.bf16_tiles
+        has_tiles = cpu_ops.compiler().machine.bf16_tiles
         return has_tiles and self.in_bf16 and self.head_dim in (64, 128) and self.group <= TILE_ROWS
 
     @property

@@ -82,19 +82,23 @@ def _may_use_tiles() -> bool:
     return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
+def _openmp() -> Path | None:
+    """The copy of libgomp that PyTorch brings and has already loaded; a second one would fight it for the cores."""
+    return min((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"), default=None)
+
+
 @functools.cache
-def compiler() -> _Compiler | None:
-    """Of this process, with what the CPU can do in `machine`; None where kernels cannot run (see `available`)."""
-    if not llvm.get_host_cpu_features().get("fma"):
-        return None
-    # The copy of libgomp that PyTorch brings and has already loaded; a second one would fight it for the cores.
-    found = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
-    return _Compiler(ctypes.CDLL(str(found[0]))) if found else None
-
-
 def available() -> bool:
     """Whether this CPU and this PyTorch can run the kernels (x86 with AVX2 or AVX-512, PyTorch on GNU OpenMP)."""
-    return compiler() is not None
+    return bool(llvm.get_host_cpu_features().get("fma")) and _openmp() is not None
+
+
+@functools.cache
+def compiler() -> _Compiler:
+    """Of this process, with what the CPU can do in `machine`. Raises RuntimeError where kernels cannot run."""
+    if not available():
+        raise RuntimeError("compiled operations are not available on this machine")
+    return _Compiler(ctypes.CDLL(str(_openmp())))
 
 
 def usable(x: Tensor) -> bool:
@@ -105,12 +109,9 @@ def usable(x: Tensor) -> bool:
 @functools.cache
 def kernel(name: str, *shape: int | float) -> Kernel:
     """The kernel of that name in the modules of kernels. Raises RuntimeError where there are none."""
-    llvm_compiler = compiler()
-    if llvm_compiler is None:
-        raise RuntimeError("compiled operations are not available on this machine")
     modules = {"linear": cpu_linear, "attention": cpu_attention}
     module = modules.get(name.removeprefix("tiled_"), cpu_kernels)
-    return llvm_compiler.compile(getattr(module, f"{name}_kernel")(llvm_compiler.machine, *shape))
+    return compiler().compile(getattr(module, f"{name}_kernel")(compiler().machine, *shape))
 
 
 LARGE_PAGE = 2 << 20
@@ -169,11 +170,8 @@ class CompiledLinear:
 
     def __init__(self, weight: Tensor):
         """weight [M, K] in the dtype to keep it in. Raises RuntimeError where kernels are not available."""
-        llvm_compiler = compiler()
-        if llvm_compiler is None:
-            raise RuntimeError("compiled operations are not available on this machine")
         self.outputs, self.inputs = weight.shape
-        machine, in_bf16 = llvm_compiler.machine, weight.dtype is torch.bfloat16
+        machine, in_bf16 = compiler().machine, weight.dtype is torch.bfloat16
         self.rounds_inputs = in_bf16 and machine.bf16_dots and self.inputs % machine.lanes == 0
         self.tiled = self.rounds_inputs and machine.bf16_tiles and self.inputs % TILE_INPUTS == 0
         if self.tiled:
