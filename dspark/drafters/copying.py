@@ -95,8 +95,7 @@ class CopyBias:
         if cpu_ops.usable(logits) and logits.stride(1) == 1:
             lengths = logits.new_empty(len(logits))
             tensors = history, spans, previous, self.ids, self.weights[slot], logits, lengths
-            strides = 1, logits.stride(0)
-            cpu_ops.call(self.kernel, 0, *(t.data_ptr() for t in tensors), slot, *strides, len(logits))
+            self.kernel(0, *tensors, slot, 1, logits.stride(0), len(logits))
             return lengths
         first, last = spans[0], spans[1] + slot
         history[last] = previous

@@ -29,8 +29,7 @@ class AttentionShape:
     @property
     def tiled(self) -> bool:
         """Whether AMX tiles do it."""
-        compiler = cpu_ops.compiler()
-        has_tiles = compiler is not None and compiler.machine.bf16_tiles
+        has_tiles = cpu_ops.compiler().machine.bf16_tiles
         return has_tiles and self.in_bf16 and self.head_dim in (64, 128) and self.group <= TILE_ROWS
 
     @property
@@ -94,6 +93,6 @@ def attend_chunks(q: Tensor, kv: Tensor, rows: Chunks) -> Tensor:
     span, room = rows.shape.scratch(rows.longest)
     out = q.new_empty(count, heads * head_dim)
     scratch = q.new_empty(torch.get_num_threads() * room)
-    pointers = [t.data_ptr() for t in (q, kv, out, scratch, rows.chunks)]
-    cpu_ops.call(rows.shape.kernel, out.numel() * rows.longest, *pointers, q.stride(0), room, span, rows.items)
+    fields = q, kv, out, scratch, rows.chunks, q.stride(0), room, span, rows.items
+    rows.shape.kernel(out.numel() * rows.longest, *fields)
     return out

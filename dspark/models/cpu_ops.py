@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import llvmlite.binding as llvm
-import numpy as np
 import torch
 import torch.nn.functional as F
 from llvmlite import ir
@@ -55,18 +54,24 @@ class _Compiler:
         return Kernel(engine.get_function_address("kernel"), self._parallel)
 
 
+Field = int | Tensor  # of a kernel: a size, or where a tensor's memory begins
+
+
 class Kernel:
-    """Compiled code at `address`, called with the address of its fields."""
+    """Compiled code at `address`, called with its fields."""
 
     def __init__(self, address: int, parallel: Callable):
         self.address, self._parallel = address, parallel
         self._serial = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
 
-    def __call__(self, parallel: bool, fields: int) -> None:
-        if parallel:
-            self._parallel(self.address, fields, torch.get_num_threads(), 0)
+    def __call__(self, work: int, *fields: Field) -> None:
+        """work: about how many multiply-adds it is, which decides whether other threads help."""
+        words = [f.data_ptr() if isinstance(f, Tensor) else f for f in fields]
+        packed = (ctypes.c_int64 * len(words))(*words)  # pointers and sizes are all 8 bytes
+        if work >= SERIAL_WORK:
+            self._parallel(self.address, ctypes.addressof(packed), torch.get_num_threads(), 0)
         else:
-            self._serial(fields)
+            self._serial(ctypes.addressof(packed))
 
 
 def _may_use_tiles() -> bool:
@@ -77,19 +82,23 @@ def _may_use_tiles() -> bool:
     return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
+def _openmp() -> Path | None:
+    """The copy of libgomp that PyTorch brings and has already loaded; a second one would fight it for the cores."""
+    return min((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"), default=None)
+
+
 @functools.cache
-def compiler() -> _Compiler | None:
-    """Of this process, with what the CPU can do in `machine`; None where kernels cannot run (see `available`)."""
-    if not llvm.get_host_cpu_features().get("fma"):
-        return None
-    # The copy of libgomp that PyTorch brings and has already loaded; a second one would fight it for the cores.
-    found = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
-    return _Compiler(ctypes.CDLL(str(found[0]))) if found else None
-
-
 def available() -> bool:
     """Whether this CPU and this PyTorch can run the kernels (x86 with AVX2 or AVX-512, PyTorch on GNU OpenMP)."""
-    return compiler() is not None
+    return bool(llvm.get_host_cpu_features().get("fma")) and _openmp() is not None
+
+
+@functools.cache
+def compiler() -> _Compiler:
+    """Of this process, with what the CPU can do in `machine`. Raises RuntimeError where kernels cannot run."""
+    if not available():
+        raise RuntimeError("compiled operations are not available on this machine")
+    return _Compiler(ctypes.CDLL(str(_openmp())))
 
 
 def usable(x: Tensor) -> bool:
@@ -100,45 +109,9 @@ def usable(x: Tensor) -> bool:
 @functools.cache
 def kernel(name: str, *shape: int | float) -> Kernel:
     """The kernel of that name in the modules of kernels. Raises RuntimeError where there are none."""
-    llvm_compiler = compiler()
-    if llvm_compiler is None:
-        raise RuntimeError("compiled operations are not available on this machine")
     modules = {"linear": cpu_linear, "attention": cpu_attention}
     module = modules.get(name.removeprefix("tiled_"), cpu_kernels)
-    return llvm_compiler.compile(getattr(module, f"{name}_kernel")(llvm_compiler.machine, *shape))
-
-
-def call(kernel: Kernel, work: int, *arguments: int) -> None:
-    packed = (ctypes.c_int64 * len(arguments))(*arguments)  # pointers and sizes are all 8 bytes
-    kernel(work >= SERIAL_WORK, ctypes.addressof(packed))
-
-
-class Program:
-    """Kernels and their fields, run in the order added by one call. Fields with a name may be set before each run."""
-
-    WIDTH = 12  # an address and at most eleven fields
-
-    def __init__(self):
-        self._rows: list[list[int]] = []
-        self._places: dict[str, list[int]] = {}  # of named fields in the flat table
-        self._table = np.empty(0, np.int64)
-
-    def add(self, kernel: Kernel, *fields: int, **named: int) -> None:
-        """Fields in the kernel's order, those with a name last."""
-        row = [kernel.address, *fields]
-        for name, value in named.items():
-            self._places.setdefault(name, []).append(len(self._rows) * self.WIDTH + len(row))
-            row.append(value)
-        self._rows.append(row + [0] * (self.WIDTH - len(row)))
-
-    def set(self, name: str, value: int | np.ndarray) -> None:
-        """Give all fields of that name this value, or each its own."""
-        if not len(self._table):
-            self._table = np.array(self._rows, dtype=np.int64).reshape(-1)
-        self._table[self._places[name]] = value
-
-    def run(self) -> None:
-        call(kernel("sequence", self.WIDTH), SERIAL_WORK, self._table.ctypes.data, len(self._rows))
+    return compiler().compile(getattr(module, f"{name}_kernel")(compiler().machine, *shape))
 
 
 LARGE_PAGE = 2 << 20
@@ -197,11 +170,8 @@ class CompiledLinear:
 
     def __init__(self, weight: Tensor):
         """weight [M, K] in the dtype to keep it in. Raises RuntimeError where kernels are not available."""
-        llvm_compiler = compiler()
-        if llvm_compiler is None:
-            raise RuntimeError("compiled operations are not available on this machine")
         self.outputs, self.inputs = weight.shape
-        machine, in_bf16 = llvm_compiler.machine, weight.dtype is torch.bfloat16
+        machine, in_bf16 = compiler().machine, weight.dtype is torch.bfloat16
         self.rounds_inputs = in_bf16 and machine.bf16_dots and self.inputs % machine.lanes == 0
         self.tiled = self.rounds_inputs and machine.bf16_tiles and self.inputs % TILE_INPUTS == 0
         if self.tiled:
@@ -222,49 +192,45 @@ class CompiledLinear:
         shape = self._computed(rows), self._padded
         y = x.new_empty(shape) if reused is None else reused.take(*shape)
         scratch = x.new_empty(torch.get_num_threads() * len(y) * self.inputs // 2 if self.rounds_inputs else 0)
-        fields = self.fields(x.data_ptr(), y.data_ptr(), scratch.data_ptr(), rows)
-        call(self.kernel, rows * self._padded * self.inputs, *fields)
+        self.kernel(rows * self._padded * self.inputs, *self.fields(x, y, scratch, rows))
         y = y[:rows]
         return y if self.dense else y[:, : self.outputs].contiguous()
 
-    def fields(self, x: int, y: int, scratch: int, rows: int) -> list[int]:
+    def fields(self, x: Tensor, y: Tensor, scratch: Tensor, rows: int) -> list[Field]:
         """Of `kernel`. y has room for `rows` rounded up to 16, scratch for as many rows of K bf16 a thread."""
-        pointers = [x, self.weight.data_ptr(), y, scratch]
         if self.tiled:
-            config = _tile_config(min(max(rows, 1), TILE_ROWS)).ctypes.data
-            return [*pointers, config, rows, self._computed(rows), self.inputs, self._tiles]
-        return [*pointers, rows, self.inputs, self._tiles]
+            config = _tile_config(min(max(rows, 1), TILE_ROWS))
+            return [x, self.weight, y, scratch, config, rows, self._computed(rows), self.inputs, self._tiles]
+        return [x, self.weight, y, scratch, rows, self.inputs, self._tiles]
 
     def _computed(self, rows: int) -> int:
         return rows + -rows % TILE_ROWS if self.tiled and rows > TILE_ROWS else rows
 
 
 @functools.cache
-def _tile_config(rows: int) -> np.ndarray:
-    return np.frombuffer(tile_config(rows), np.uint8)
+def _tile_config(rows: int) -> Tensor:
+    return torch.frombuffer(bytearray(tile_config(rows)), dtype=torch.uint8)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [N, C] contiguous -> [N, C]."""
     rows, width = x.shape
     y = torch.empty_like(x)
-    call(kernel("rms_norm", width, eps), x.numel() * 4, x.data_ptr(), weight.data_ptr(), y.data_ptr(), rows)
+    kernel("rms_norm", width, eps)(x.numel() * 4, x, weight, y, rows)
     return y
 
 
 def rotate_(heads: Tensor, count: int, cos: Tensor, sin: Tensor) -> None:
     """Rotate the first `count` heads of heads [N, >= count, D] in place by cos, sin [N, 1, D] (see `rotary_table`)."""
     rows, _, head_dim = heads.shape
-    work = rows * count * head_dim * 4
-    pointers = heads.data_ptr(), cos.data_ptr(), sin.data_ptr()
-    call(kernel("rotary", count, head_dim), work, *pointers, heads.stride(0), rows)
+    kernel("rotary", count, head_dim)(rows * count * head_dim * 4, heads, cos, sin, heads.stride(0), rows)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """gate_up [N, 2*M] contiguous -> silu(gate) * up [N, M]."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     y = gate_up.new_empty(rows, width)
-    call(kernel("silu_mul", width), y.numel() * 16, gate_up.data_ptr(), y.data_ptr(), rows)
+    kernel("silu_mul", width)(y.numel() * 16, gate_up, y, rows)
     return y
 
 
@@ -272,7 +238,7 @@ def first_maximum(x: Tensor) -> Tensor:
     """Index [N] of the first maximum of each row of x [N, M] contiguous."""
     rows, width = x.shape
     indices = x.new_empty(rows, dtype=torch.int64)
-    call(kernel("first_maximum", width), x.numel(), x.data_ptr(), indices.data_ptr(), rows)
+    kernel("first_maximum", width)(x.numel(), x, indices, rows)
     return indices
 
 
@@ -280,4 +246,4 @@ def store(x: Tensor, cache: Tensor, slots: Tensor) -> None:
     """Write x [N, ...] fp32 (a row contiguous) to the slots [N] of cache [slots, ...], fp32 or bf16."""
     width = cache[0].numel()
     scatter = kernel("store", width, cache.dtype is torch.bfloat16)
-    call(scatter, x.numel() * 8, *(t.data_ptr() for t in (x, cache, slots)), x.stride(0), len(slots))
+    scatter(x.numel() * 8, x, cache, slots, x.stride(0), len(slots))

