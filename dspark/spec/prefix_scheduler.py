@@ -10,6 +10,7 @@ show for each is that the decision to stop looks no further. docs/losslessness.m
 Shapes: R requests, G slots, n = slots with a draft token of all requests together.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,7 +40,7 @@ class PrefixScheduler(Protocol):
 
 
 PATIENCE = 8  # how many times `retry_every` rounds a "no" holds at most, twice as long each time in a row
-OTHER_LOAD = 1 / 8  # change of the number of requests that the question is asked again for at once
+OTHER_LOAD = 1 / 8  # change of the number of requests that is a load of its own
 PAYS = 1.15  # times plain decoding that drafting must promise: 7 to 15 % less came of it where it was measured
 SHARES = 8  # parts of the running requests that drafting may be tried for
 PROBES = 4  # requests drafted for, now and then, while drafting does not pay
@@ -79,6 +80,17 @@ class Threshold:
         return torch.from_numpy((survival(confidence, lengths) >= self.threshold).sum(1))
 
 
+@dataclass
+class _Answer:
+    """For how many of `requests` drafting pays, 0: for none; asked again `interval` rounds later, in round `due`."""
+
+    requests: int
+    paying: int
+    interval: int
+    due: int
+    tried: bool = False  # where it pays for none: some were drafted for, so that there is news to ask by
+
+
 class _CostBased:
     """The frame of the three below: for whom to draft, the walk, what is remembered after the choice."""
 
@@ -87,8 +99,8 @@ class _CostBased:
         `retry_every` rounds, and longer where it was "for none" again and again."""
         self.costs, self.warm_up, self.retry_every = costs, warm_up, retry_every
         self.history = Survivals(decay)
-        self.count_asked = self.paying = self.rounds_asked = 0
-        self.interval = retry_every  # rounds that the last answer holds for
+        self.rounds = 0
+        self.answers: dict[int, _Answer] = {}  # by load, see `answer`
 
     def to_draft(self, load: Load) -> list[int]:
         """Those whose drafts survive best, as many as past rounds say give most tokens a second; often all or none.
@@ -98,30 +110,31 @@ class _CostBased:
         count = load.requests
         if self.history.samples < self.warm_up:
             return list(range(count))
-        moved = abs(count - self.count_asked) > OTHER_LOAD * self.count_asked
-        if moved or self.rounds_asked >= self.interval:
-            self.ask(load, moved)
-        self.rounds_asked += 1
-        if not self.paying:
-            if self.rounds_asked < self.interval:
+        self.rounds += 1
+        answer = self.answer(load)
+        if not answer.paying:
+            if self.rounds < answer.due:
                 return []
+            answer.tried = True
             return sorted(best_first(self.history.levels(load.ids)[1])[:PROBES].tolist())
-        if load.other_tokens and not self.pays(load):
+        if load.other_tokens and not self.pays(load, answer.paying):
             return []
-        if self.paying == self.count_asked or self.paying >= count:
+        if answer.paying == answer.requests or answer.paying >= count:
             return list(range(count))
         levels, idle = self.history.levels(load.ids)
         unknown = np.flatnonzero(idle >= self.retry_every)[:PROBES]
-        return sorted({*best_first(levels)[: self.paying].tolist(), *unknown.tolist()})
+        return sorted({*best_first(levels)[: answer.paying].tolist(), *unknown.tolist()})
 
-    def ask(self, load: Load, moved: bool) -> None:
-        """Whether, and for how many, drafting pays from here on; moved: at a load that was not asked for."""
-        again = not self.paying and not moved
-        self.count_asked, self.rounds_asked, self.paying = load.requests, 0, self.how_many(load)
-        if self.paying or not again:
-            self.interval = self.retry_every
-        else:
-            self.interval = min(2 * self.interval, PATIENCE * self.retry_every)
+    def answer(self, load: Load) -> "_Answer":
+        """For how many drafting pays at a load like this one, asked anew when that is due."""
+        like = round(math.log(load.requests) / OTHER_LOAD)
+        known = self.answers.get(like)
+        if known is None or (self.rounds >= known.due and (known.paying or known.tried)):
+            paying, interval = self.how_many(load), self.retry_every
+            if known is not None and not known.paying and not paying:
+                interval = min(2 * known.interval, PATIENCE * self.retry_every)
+            known = self.answers[like] = _Answer(load.requests, paying, interval, self.rounds + interval - 1)
+        return known
 
     def how_many(self, load: Load) -> int:
         """For how many of the requests, the best first, to draft in a step without prompts: 0 where it does not pay."""
@@ -131,9 +144,10 @@ class _CostBased:
         best = int(np.argmax(speeds))
         return counts[best] if speeds[best] > PAYS * self.plain_rate(load) else 0
 
-    def pays(self, load: Load) -> bool:
-        """Whether it pays beside the prompts of this step too: they take the cost curve to where it may be steeper."""
-        rounds = self.rounds_best_first(load)[:, : self.paying]
+    def pays(self, load: Load, count: int) -> bool:
+        """Whether it pays for so many beside the prompts of this step too: they take the cost curve to where it may be
+        steeper."""
+        rounds = self.rounds_best_first(load)[:, :count]
         return self.expected_rate(rounds, load) > PAYS * self.plain_rate(load)
 
     def rounds_best_first(self, load: Load) -> Floats:
