@@ -22,7 +22,7 @@ from dspark.engine.profile import ProfileConfig, cost_table, measure_costs, prof
 from dspark.eval import reliability
 from dspark.eval.bench import BenchConfig, compare, run_bench
 from dspark.eval.gain import PAYS, gains, verdict
-from dspark.eval.report import fit_table
+from dspark.eval.report import fit_table, print_report
 from dspark.machine import provenance
 from dspark.models.config import DecoderConfig
 from dspark.models.loader import load_target
@@ -248,7 +248,4 @@ def run_and_report(config: FitConfig, price_per_hour: float | None, show_table: 
     use = f"    dspark generate --model {config.model} --drafter {config.drafter} --dtype {config.dtype} 'A question'"
     parts = (f"# A drafter for {config.model}", report["verdict"], text.getvalue().strip(), notes, use)
     (config.out / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    if show_table:
-        Console().print(fit_table(found))
-        print(f"{report['verdict']}\n{notes}\n{use.strip()}")
-    print(json.dumps(report))
+    print_report(report, show_table, fit_table(found), f"{report['verdict']}\n{notes}\n{use.strip()}")

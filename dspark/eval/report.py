@@ -15,14 +15,14 @@ from dspark.spec.cost_table import CostTable
 
 
 def print_report(result: dict, show: bool, *parts: Table | str) -> None:
-    """Tables and sentences, if they are to be shown; last, the result and its provenance as a JSON line."""
+    """Tables and sentences, if they are to be shown; last, the result as a JSON line, with its provenance or ours."""
     console = Console(width=None if sys.stdout.isatty() else 170)
     for part in parts if show else ():
         if isinstance(part, str):
             print(part)  # as it is: a path must not be wrapped
         else:
             console.print(part)
-    print(json.dumps(result | provenance()))
+    print(json.dumps(provenance() | result))
 
 
 def make_table(title: str | None, columns: Sequence[str], rows: Iterable[dict], style: Box = HEAVY_HEAD) -> Table:
