@@ -17,7 +17,8 @@ def _axes(columns: int, width: float, height: float, **options: Any) -> list[Any
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    _, axes = pyplot.subplots(1, columns, figsize=(width * columns, height), squeeze=False, **options)
+    size = width * columns, height
+    _, axes = pyplot.subplots(1, columns, figsize=size, squeeze=False, layout="constrained", **options)
     for axis in axes[0]:
         axis.grid(alpha=0.3)
     return list(axes[0])
@@ -31,6 +32,11 @@ def _save(axis: Any, path: Path) -> Path:
     axis.figure.savefig(path, dpi=150, bbox_inches="tight")
     pyplot.close(axis.figure)
     return path
+
+
+def _legend_beside(axis: Any) -> None:
+    """To the right of the axis, where many policies hide no curve."""
+    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
 
 
 def _numbers(values: Sequence[float | None]) -> list[float]:
@@ -63,7 +69,7 @@ def throughput_against_user_speed(rows: Sequence[dict], path: Path) -> Path:
     (axis,) = _axes(1, 7, 5)
     _curves(axis, rows, "streams", "stream_tokens_per_s_p50", "tokens_per_s")
     axis.set(xlabel="tokens/s of a user (median)", ylabel="tokens/s of all users", title="up and right is better")
-    axis.legend()
+    _legend_beside(axis)
     return _save(axis, path)
 
 
@@ -78,7 +84,7 @@ def throughput_against_load(rows: Sequence[dict], path: Path) -> Path:
         axis.set_xlabel("concurrent requests")
     speed.set_ylabel("tokens/s of all users")
     budget.set_ylabel("draft tokens verified a request and round")
-    speed.legend()
+    _legend_beside(budget)
     return _save(speed, path)
 
 
@@ -89,7 +95,7 @@ def latency_against_rate(rows: Sequence[dict], path: Path) -> Path:
     _curves(wait, rows, "rate", "rate", "first_token_s_p95")
     speed.set(xlabel="requests a second (Poisson)", ylabel="tokens/s of a user (median)")
     wait.set(xlabel="requests a second (Poisson)", ylabel="seconds to the first token (p95)", yscale="log")
-    speed.legend()
+    _legend_beside(wait)
     return _save(speed, path)
 
 
