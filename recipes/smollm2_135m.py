@@ -2,7 +2,7 @@
 
 `dspark` gives in ten minutes what `longer` goes on from. The shipped one is older than these defaults: 80 minutes at
 block 4 without a copy head, 55 more with block 6 and a copy head, three runs like `whole_blocks`, 72 minutes in two
-processes, and then `short_blocks` and `whole_blocks` as they stand (docs/results.md has the curves).
+processes, and then the last two below (docs/results.md has the curves, and what differed).
 
 dspark data --prompts train.jsonl --out runs/answers.jsonl
 dspark data --self-written 2000 --out runs/self-written.jsonl
@@ -69,8 +69,8 @@ def longer() -> TrainRun:
 def short_blocks() -> TrainRun:
     """From a drafter that is good already: fresh answers, Muon, a loss nearer to acceptance, blocks of half length.
 
-    Steps cost half as much, and the first slots are what holds the others back. The shipped one's was interrupted after
-    the fourth evaluation, 38 minutes, when the learning rate had come down to a quarter.
+    Such a block costs less than half, and the first slots are what holds the others back. The shipped drafter's run was
+    interrupted after the fourth evaluation, 38 minutes, when the learning rate had come down to a quarter.
     """
     return TrainRun(
         data=DATA,

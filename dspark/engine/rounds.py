@@ -29,6 +29,7 @@ class Rounds:
 
     @classmethod
     def together(cls, parts: Iterable["Rounds"]) -> "Rounds":
+        """Those of several runs, one after the other."""
         return cls(*(torch.cat(tensors) for tensors in zip(*((r.signals, r.accepted) for r in parts))))
 
 

@@ -63,7 +63,8 @@ class CalibrateConfig(Setting):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        assert self.settings
+        if not self.settings:
+            raise ValueError("give at least one sampling setting")
 
     @property
     def settings(self) -> dict[str, SamplingParams]:

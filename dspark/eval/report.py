@@ -15,7 +15,10 @@ from dspark.spec.cost_table import CostTable
 
 
 def print_report(result: dict, show: bool, *parts: Table | str) -> None:
-    """Tables and sentences, if they are to be shown; last, the result as a JSON line, with its provenance or ours."""
+    """Tables and sentences, if they are to be shown; last, the result as a JSON line.
+
+    Where it does not say what it was measured on, that is this machine, now.
+    """
     console = Console(width=None if sys.stdout.isatty() else 170)
     for part in parts if show else ():
         if isinstance(part, str):

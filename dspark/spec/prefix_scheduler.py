@@ -99,7 +99,7 @@ class _CostBased:
         `retry_every` rounds, and longer where it was "for none" again and again."""
         self.costs, self.warm_up, self.retry_every = costs, warm_up, retry_every
         self.history = Survivals(decay)
-        self.rounds = 0
+        self.rounds = 0  # since the warm-up
         self.answers: dict[int, _Answer] = {}  # by load, see `answer`
 
     def to_draft(self, load: Load) -> list[int]:
@@ -125,7 +125,7 @@ class _CostBased:
         unknown = np.flatnonzero(idle >= self.retry_every)[:PROBES]
         return sorted({*best_first(levels)[: answer.paying].tolist(), *unknown.tolist()})
 
-    def answer(self, load: Load) -> "_Answer":
+    def answer(self, load: Load) -> _Answer:
         """For how many drafting pays at a load like this one, asked anew when that is due."""
         like = round(math.log(load.requests) / OTHER_LOAD)
         known = self.answers.get(like)

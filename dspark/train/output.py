@@ -25,13 +25,16 @@ def only_writer(path: Path, command: str = "dspark data") -> Iterator[None]:
 def written_rows(path: Path) -> Iterator[tuple[str, dict]]:
     """(place, row) of each line of an unfinished file, none if it does not exist.
 
-    A torn last line is cut off when the others were taken: who refuses one of them leaves the file as it was.
+    A torn last line is cut off when the others were taken: who refuses one of them leaves the file as it was. One that
+    does not begin as ours do is read like the others. Raises ValueError for a line that is no object.
     """
     raw = path.read_bytes() if path.exists() else b""
     size = raw.rfind(b"\n") + 1
     with suppress(ValueError):
         json.loads(raw[size:])
         size = len(raw)  # the last line lacks nothing but its end
+    if not raw.startswith(b"{", size):
+        size = len(raw)
     if raw:
         yield from read_jsonl(path, size)
     if size < len(raw):

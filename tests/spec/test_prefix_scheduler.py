@@ -168,6 +168,22 @@ def test_drafting_stops_where_it_does_not_pay(make: Callable[..., PrefixSchedule
             assert np.diff(np.flatnonzero(decisions[3:])).tolist() == [10, 20, 40]
 
 
+@pytest.mark.parametrize("confidence", [0.2, 0.9])
+def test_loads_that_come_back_are_not_asked_anew(confidence: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request more or less, again and again: one question for each number until its answer is due."""
+    scheduler, asked = ThroughputGreedy(cost_table([1.0] * 9, draft_seconds=1.0), warm_up=1, retry_every=50), []
+    how_many = scheduler.how_many
+    monkeypatch.setattr(scheduler, "how_many", lambda step: asked.append(step.requests) or how_many(step))
+    choose(scheduler, [[confidence] * 2])
+    for i in range(45):
+        scheduler.to_draft(load(3 + i % 2))
+    assert asked == [3, 4]
+    for i in range(30):
+        if len(drafted := scheduler.to_draft(load(3 + i % 2))):
+            choose(scheduler, [[confidence] * 2] * len(drafted))
+    assert asked == [3, 4, 3, 4]
+
+
 def test_load_decides_whether_drafting_pays() -> None:
     costs = cost_table([1.0, 1.0, 1.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0], draft_seconds=0.2)
     scheduler = Foresight(costs, warm_up=1)

@@ -202,6 +202,14 @@ def test_a_torn_line_is_cut_off(tmp_path: Path):
         assert rows == list(range(whole[: size + 1].count(b"\n"))) and path.read_bytes() == whole[: 26 * len(rows)]
 
 
+def test_a_file_of_one_line_that_is_no_json_is_left_alone(tmp_path: Path):
+    path = tmp_path / "notes.txt"
+    path.write_text("not ours")
+    with pytest.raises(ValueError, match=r"notes\.txt' line 1"):
+        list(written_rows(path))
+    assert path.read_text() == "not ours"
+
+
 @pytest.mark.parametrize("text", ['{"prompt": "a"}\n', '{"prompt": "a"}', '{"prompt": "a"}\n{"prompt": "b"}'])
 def test_a_file_of_something_else_is_left_alone(prompts: Path, model: Path, text: str):
     """The last line of one that did not end in a line break was once cut off before the file was refused."""
