@@ -232,8 +232,7 @@ class OracleDrafter:
         draft_probs = torch.stack(rows).unflatten(0, shape)  # [R, G, V]
         support = torch.arange(draft_probs.shape[-1]).expand(draft_probs.shape)
         lengths = torch.full((len(requests),), self.block_size)
-        logits, evidence = torch.zeros(shape), torch.zeros(*shape, 0)
-        return Draft(torch.tensor(tokens).view(shape), support, draft_probs, logits, lengths, evidence)
+        return Draft(torch.tensor(tokens).view(shape), support, draft_probs, lengths, torch.zeros(*shape, 1))
 
 
 class AdversarialDrafter(OracleDrafter):

@@ -1,6 +1,6 @@
 """What trained drafters share when they serve: their target, per-token storage, and the drawing of slots.
 
-Shapes: R requests, G slots, M candidates, E evidence, V' draft vocabulary.
+Shapes: R requests, G slots, M candidates, S signals, V' draft vocabulary.
 """
 
 import math
@@ -124,11 +124,9 @@ class BoundDrafter(ABC):
         return torch.from_numpy(draws).to(self.d2t.device)
 
 
-def whole_draft(slots: list[Slot], confidence: Tensor | None = None, evidence: Tensor | None = None) -> Draft:
-    """All slots of a round; confidence logits [R, G], without which they say nothing, and evidence [R, G, E]."""
+def whole_draft(slots: list[Slot], signals: Tensor | None = None) -> Draft:
+    """All slots of a round, and their signals [R, G, S], without which they say nothing."""
     tokens, support, draft_probs = (torch.stack(column, 1) for column in zip(*slots, strict=True))
-    if confidence is None:
-        confidence = torch.zeros(tokens.shape, device=tokens.device)
-    if evidence is None:
-        evidence = confidence.new_zeros(*tokens.shape, 0)
-    return Draft(tokens, support, draft_probs, confidence, torch.full((len(tokens),), len(slots)), evidence)
+    if signals is None:
+        signals = torch.zeros(*tokens.shape, 1, device=tokens.device)
+    return Draft(tokens, support, draft_probs, torch.full((len(tokens),), len(slots)), signals)

@@ -72,7 +72,7 @@ class ChainDrafter(BoundDrafter):
         super().__init__(model, target, [(2, c.num_kv_heads, c.head_dim), (c.hidden_size,)])
         self.decoder = c
         weights = {name: self.place(model.layer.get_parameter(name)) for name in layer_shapes(c)}
-        self.layer = DecoderLayer(c, weights, target.dtype)
+        self.layer = DecoderLayer(c, weights, target.rotary, target.dtype)
         self.norm = self.place(model.norm.weight)
 
     @abstractmethod
@@ -89,7 +89,7 @@ class ChainDrafter(BoundDrafter):
         features.index_copy_(0, slots, self.fuse(taps).to(features.dtype))
         known = self.features_before(features, before(positions, slots))
         _, inputs = self.pair(self.target.embed(tokens), known)
-        store(self.layer.qkv(inputs, *self.target.rotary(positions))[1], kv, slots)
+        store(self.layer.qkv(inputs, positions)[1], kv, slots)
 
     @torch.inference_mode()
     def propose(self, requests: list[DraftRequest]) -> Draft:
@@ -102,7 +102,7 @@ class ChainDrafter(BoundDrafter):
         drawn: list[Slot] = []
         for k in range(self.block_size):
             residual, inputs = self.pair(self.target.embed(token), feature)
-            q, kv = self.layer.qkv(inputs, *self.target.rotary(positions + k))
+            q, kv = self.layer.qkv(inputs, positions + k)
             segments = [self.segment(r, 1, k + 1) for r in requests]
             attention = CachedAttention(self._storage[:1], slots + k, segments, self.decoder.group_size)
             x = residual + self.layer.o_proj(attention(0, q, kv))

@@ -5,7 +5,6 @@ Shapes: R requests, G slots, N committed or block tokens, C width, V' draft voca
 
 import copy
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,8 +37,8 @@ class DSparkDrafter(BoundDrafter):
             {name: place(layer.get_parameter(name)) for name in layer_shapes(c)}  # pyright: ignore
             for layer in model.layers
         ]
-        self.layers = [DecoderLayer(c, w, target.dtype) for w in weights]
-        self._stack = LayerStack(self.layers)
+        self.layers = [DecoderLayer(c, w, target.rotary, target.dtype) for w in weights]
+        self._stack = LayerStack(self.layers, place(model.norm.weight))
         # The context is the same for every layer, so one product gives the K and V of all of them.
         context_kv = torch.cat([w[f"self_attn.{n}_proj.weight"] for w in weights for n in ("k", "v")])
         self.context_kv = linear_map(context_kv, target.dtype)
@@ -53,7 +52,8 @@ class DSparkDrafter(BoundDrafter):
         self.context_program = None
         maps = self.fc, self.context_kv
         if all(isinstance(m, CompiledLinear) and m.dense for m in maps) and not (c.qkv_bias or c.qk_norm):
-            self.context_program = ContextProgram(self.fc, self.hidden_norm, self.context_kv, c)  # pyright: ignore
+            parts = self.fc, self.hidden_norm, self.context_kv, target.rotary, c
+            self.context_program = ContextProgram(*parts)  # pyright: ignore
         self.input_program = None
         if self.config.feature_input:
             self.input_proj = linear_map(place(model.input_proj.weight), target.dtype)
@@ -64,7 +64,6 @@ class DSparkDrafter(BoundDrafter):
                 weights = self.feature_norm, self.token_norm, self.mask
                 parts = target.embedding, weights, self.input_proj
                 self.input_program = BlockInputs(*parts, c.rms_norm_eps, self.config.num_slots)
-        self.norm = place(model.norm.weight)
         self.copies = None
         if model.copy_head is not None:
             self.copies = CopyBias(model.copy_head, model.t2d.to(target.device))
@@ -109,9 +108,8 @@ class DSparkDrafter(BoundDrafter):
         c = self.config.decoder
         if self.copies is not None:
             self._history.index_copy_(0, slots, tokens)
-        cos, sin = self.target.rotary(positions)
         if self.context_program is not None and compiled_cache(self._storage[0]):
-            self.context_program(taps, cos, sin, slots, self._caches, self._features)
+            self.context_program(taps, positions, slots, self._caches, self._features)
             return
         fused = self.fc(torch.cat(taps, -1))
         if self._features is not None:
@@ -125,7 +123,7 @@ class DSparkDrafter(BoundDrafter):
             keys = kv[:, :, 0]
             keys.copy_(F.rms_norm(keys, (c.head_dim,), eps=c.rms_norm_eps) * self.context_norm)
         for storage, layer_kv in zip(self._caches, kv.unbind(1), strict=True):
-            rotate_(layer_kv.flatten(1, 2), c.num_kv_heads, cos, sin)
+            rotate_(layer_kv.flatten(1, 2), c.num_kv_heads, self.target.rotary, positions)
             store(layer_kv, storage, slots)
 
     @torch.inference_mode()
@@ -135,19 +133,17 @@ class DSparkDrafter(BoundDrafter):
     def backbone(self, requests: list[DraftRequest]) -> Tensor:
         """One parallel pass over all blocks -> hidden states [R, G, C]."""
         g, device = self.config.num_slots, self.target.device
-        anchors, first_slots = np.array([(len(r.token_ids) - 1, r.first_slot) for r in requests]).T
-        block, own = np.arange(g), anchors + first_slots
-        places = np.stack([anchors[:, None] + block, own[:, None] + block]).reshape(2, -1)
-        positions, slots = torch.from_numpy(places).to(device)
-        tokens = torch.tensor([r.token_ids[-1] for r in requests], device=device)
-        before = torch.from_numpy(np.where(anchors > 0, own - 1, -1)).to(device)
-        x, (cos, sin) = self.block_inputs(tokens, before), self.target.rotary(positions)
+        anchors = [len(r.token_ids) - 1 for r in requests]
+        own = [r.first_slot + anchor for r, anchor in zip(requests, anchors, strict=True)]
+        block = [[start + k for start in starts for k in range(g)] for starts in (anchors, own)]
+        positions, slots = torch.tensor(block, device=device)
+        before = [slot - 1 if anchor else -1 for slot, anchor in zip(own, anchors, strict=True)]
+        tokens, before = torch.tensor([[r.token_ids[-1] for r in requests], before], device=device)
 
         segments = [self.segment(r, g, g) for r in requests]
         attention = CachedAttention(self._caches, slots, segments, self.config.decoder.group_size)
-        x, _ = self._stack(x, cos, sin, attention)
-        hidden = rms_norm(x, self.norm, self.config.decoder.rms_norm_eps).view(len(requests), g, -1)
-        return hidden[:, -self.block_size :]
+        hidden, _ = self._stack(self.block_inputs(tokens, before), positions, attention)
+        return hidden.view(len(requests), g, -1)[:, -self.block_size :]
 
     def block_inputs(self, tokens: Tensor, before: Tensor) -> Tensor:
         """What the first layer gets [R*G, C], as the trained model's: anchors [R], the slots before theirs, or -1."""
@@ -173,8 +169,7 @@ class DSparkDrafter(BoundDrafter):
         spans = None if self.copies is None else self.copies.spans(requests)
         if self.greedy_markov is not None and all(q.params.greedy for q in requests):
             tokens, *seen = self.greedy_markov(previous, logits, self._history, spans)
-            confidence, evidence = self.signals(requests, hidden, *seen)
-            return Draft.unsampled(tokens, confidence, torch.full((r,), g), evidence)
+            return Draft.unsampled(tokens, torch.full((r,), g), self.signals(requests, hidden, *seen))
         draw = self.sampler(requests)
         slots: list[Slot] = []
         rank = self.config.markov_rank
@@ -191,23 +186,22 @@ class DSparkDrafter(BoundDrafter):
             slots.append(draw(k, logits[:, k]))
             previous = slots[-1].token
         largest = logits.softmax(-1).amax(-1)
-        return whole_draft(slots, *self.signals(requests, hidden, embeddings, largest, lengths))
+        return whole_draft(slots, self.signals(requests, hidden, embeddings, largest, lengths))
 
     def signals(
         self, requests: list[DraftRequest], hidden: Tensor, embeddings: Tensor, largest: Tensor, lengths: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """What tells whether slots are accepted: confidence logits [R, G], zeros without that head; evidence [R, G, 5].
+    ) -> Tensor:
+        """What tells whether slots are accepted [R, G, 6]: confidence logits, zeros without that head, and evidence.
 
         hidden [R, G, C], W1 of the token before each slot [R, G, r] -> the logits. Evidence is each slot's largest
         probability [R, G] at temperature 1 and its log-odds, how long a match the copy head saw [R, G], the request's
         temperature, and its product with that probability: how much it tells depends on how the token is drawn.
         """
         temperatures = largest.new_tensor([[min(q.params.temperature, 1.0)] for q in requests]).expand_as(largest)
+        logits = torch.zeros_like(largest)
+        if self.confidence_head is not None:
+            of_hidden, of_embedding, bias = self.confidence_head
+            logits = torch.addmv(bias.expand(largest.numel()), embeddings.flatten(0, 1), of_embedding)
+            logits = torch.addmv(logits, hidden.flatten(0, 1), of_hidden).view(largest.shape).float()
         odds = largest.logit(ODDS_EPS)
-        evidence = torch.stack([largest, odds, lengths, temperatures, temperatures * largest], -1)
-        if self.confidence_head is None:
-            return torch.zeros_like(largest), evidence
-        of_hidden, of_embedding, bias = self.confidence_head
-        logits = torch.addmv(bias.expand(largest.numel()), embeddings.flatten(0, 1), of_embedding)
-        logits = torch.addmv(logits, hidden.flatten(0, 1), of_hidden)
-        return logits.view(largest.shape).float(), evidence
+        return torch.stack([logits, largest, odds, lengths, temperatures, temperatures * largest], -1)

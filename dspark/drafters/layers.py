@@ -174,17 +174,15 @@ class DraftModel(nn.Module, Generic[Config]):
 
     config: Config
     d2t: Tensor
-    _cos: Tensor
-    _sin: Tensor
+    _rotary: Tensor
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
         c = config.decoder
         self.register_buffer("d2t", torch.arange(config.draft_vocab_size))
-        cos, sin = rotary_table(c.max_position_embeddings, c.head_dim, c.rope_theta, torch.device("cpu"))
-        self.register_buffer("_cos", cos, persistent=False)
-        self.register_buffer("_sin", sin, persistent=False)
+        table = rotary_table(c.max_position_embeddings, c.head_dim, c.rope_theta, torch.device("cpu"))
+        self.register_buffer("_rotary", table, persistent=False)
 
     @abstractmethod
     def forward(self, taps: Tensor, tokens: Tensor, anchors: Tensor, embedding: Tensor) -> SlotOutputs:
@@ -212,7 +210,8 @@ class DraftModel(nn.Module, Generic[Config]):
 
     def rotary(self, positions: Tensor) -> Rotary:
         """cos and sin [..., 1, D] of positions [...]."""
-        return self._cos[positions][..., None, :], self._sin[positions][..., None, :]
+        cos, sin = self._rotary[positions].unbind(-2)
+        return cos[..., None, :], sin[..., None, :]
 
     def context_mask(self, anchors: Tensor, length: int) -> Tensor:
         """Which of `length` positions a block sees, [S, A, T]: those before its anchor, in the window."""

@@ -32,7 +32,7 @@ class NgramDrafter:
         found = [self.lookup(r.token_ids) for r in requests]
         lengths = torch.tensor([len(f) for f in found])
         tokens = torch.tensor([f + [0] * (self.block_size - len(f)) for f in found])
-        return Draft.unsampled(tokens, torch.zeros(tokens.shape), lengths)
+        return Draft.unsampled(tokens, lengths, torch.zeros(*tokens.shape, 1))
 
     def lookup(self, token_ids: list[int]) -> list[int]:
         """The tokens that followed the match, at most block_size; empty without one."""

@@ -6,7 +6,6 @@ vocabulary, r head rank.
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,21 +19,23 @@ from dspark.models.cpu_program import Program, Programs
 class ContextProgram:
     """Callable: taps of committed tokens to what is kept of them: layers' keys and values, fused taps if asked."""
 
-    def __init__(self, fc: CompiledLinear, norm: Tensor, context_kv: CompiledLinear, config: DecoderConfig):
-        """fc [N, taps*C] -> [N, C], norm [C], context_kv [N, C] -> [N, L*2*K*D]."""
-        self.fc, self.norm, self.context_kv, self.config = fc, norm, context_kv, config
+    def __init__(
+        self, fc: CompiledLinear, norm: Tensor, context_kv: CompiledLinear, rotary: Tensor, config: DecoderConfig
+    ):
+        """fc [N, taps*C] -> [N, C], norm [C], context_kv [N, C] -> [N, L*2*K*D]; rotary: see `rotary_table`."""
+        self.fc, self.norm, self.context_kv, self.rotary, self.config = fc, norm, context_kv, rotary, config
         widths = {"taps": fc.inputs, "mixed": fc.outputs, "normed": fc.outputs, "product": context_kv.outputs}
         self._programs = Programs(self._build, widths, max(fc.inputs, context_kv.inputs))
 
     def __call__(
-        self, taps: list[Tensor], cos: Tensor, sin: Tensor, slots: Tensor, caches: list[Tensor], fused: Tensor | None
+        self, taps: list[Tensor], positions: Tensor, slots: Tensor, caches: list[Tensor], fused: Tensor | None
     ) -> None:
-        """taps [N, C] each; cos, sin [N, 1, D]; slots [N]; caches [slots, 2, K, D] a layer; fused [slots, C]."""
+        """taps [N, C] each; positions, slots [N]; caches [slots, 2, K, D] a layer; fused [slots, C]."""
         program = self._programs.get(len(slots), caches[0].dtype is torch.bfloat16, fused is not None)
         torch.cat(taps, -1, out=self._programs.buffers["taps"][: len(slots)])
-        cache = np.array([layer.data_ptr() for layer in caches])
+        cache = [layer.data_ptr() for layer in caches]
         kept = {} if fused is None else {"fused": fused}
-        program.run(cos=cos, sin=sin, slots=slots, cache=cache, **kept)
+        program.run(positions=positions, slots=slots, cache=cache, **kept)
 
     def _build(self, rows: int, in_bf16: bool, keep_fused: bool) -> Program:
         c, at, scratch = self.config, self._programs.buffers, self._programs.scratch
@@ -49,7 +50,7 @@ class ContextProgram:
         program.add(norm, at["mixed"], self.norm, at["normed"], rows)
         program.add_linear(self.context_kv, at["normed"], at["product"], scratch, rows)
         for own in at["product"].split(2 * c.kv_size, -1):
-            program.add(rotary, own, "cos", "sin", self.context_kv.outputs, rows)
+            program.add(rotary, own, self.rotary, "positions", self.context_kv.outputs, rows)
             program.add(store, own, "cache", "slots", self.context_kv.outputs, rows)
         return program
 
@@ -120,7 +121,7 @@ class GreedyMarkov:
         program, tokens, block = self._programs.get(r, g)
         tokens[:, 0] = previous
         logits = logits.contiguous()
-        of_slots = logits.data_ptr() + logits.itemsize * vocab * np.arange(g)
+        of_slots = [logits.data_ptr() + logits.itemsize * vocab * k for k in range(g)]
         copied = {} if self.copies is None or history is None or spans is None else {"history": history, "spans": spans}
         program.run(logits=of_slots, **copied)
         return block._replace(tokens=tokens[:, 1:].clone())

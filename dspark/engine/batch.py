@@ -50,10 +50,10 @@ class Batch:
         segments = [Segment(s.count, s.chunk.sequence.first_slot, s.position + s.count) for s in self.spans]
         return CachedAttention(cache.storage, self.slots, segments, group_size)
 
-    def logit_rows(self) -> Tensor:
+    def logit_rows(self) -> list[int]:
+        """Those that the target's distribution is asked for, ascending."""
         ends = [(s.first_row + s.count, s.verify_length + 1) for s in self.sampled]
-        rows = [row for end, wanted in ends for row in range(end - wanted, end)]
-        return torch.tensor(rows, dtype=torch.int64, device=self.tokens.device)
+        return [row for end, wanted in ends for row in range(end - wanted, end)]
 
 
 def build_batch(plan: StepPlan, draft_tokens: list[list[int]], device: torch.device) -> Batch:

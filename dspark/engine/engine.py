@@ -191,7 +191,7 @@ class Engine:
         self.times.sample += outcome.sample_seconds
         self.times.other += (planned - started) + (committed - verified)
         self.times.rounds += bool(plan.decoding)
-        self.times.verified += int(verify_lengths.sum())
+        self.times.verified += sum(span.verify_length for span in outcome.batch.spans)
         return new_tokens
 
     def to_draft(self, plan: StepPlan) -> list[int]:
@@ -211,7 +211,7 @@ class Engine:
         if draft is None:
             return torch.zeros(len(plan.decoding), dtype=torch.int64)
         remaining = [c.sequence.remaining - 1 for c in plan.decoding]  # the target's own token is one of them
-        lengths = draft.lengths.minimum(torch.tensor(remaining))
+        lengths = torch.tensor([*map(min, draft.lengths.tolist(), remaining)])
         confidence = self.calibration.confidence(draft.signals)
         return self.prefix_scheduler.choose(confidence, lengths, plan.load)
 

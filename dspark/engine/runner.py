@@ -56,10 +56,11 @@ class Runner:
         attention = batch.attention(self.cache, self.target.config.group_size)
         output = self.target.forward(batch.tokens, batch.positions, attention, self.tap_layers)
         rows = batch.logit_rows()
-        if not len(rows):
+        if not rows:
             empty = torch.empty(0, dtype=torch.int64)
             return Outcome(batch, Verdict(empty, empty), []), output
-        logits = self.target.logits(output.hidden[rows]).float()
+        hidden = output.hidden if len(rows) == len(output.hidden) else output.hidden[rows]
+        logits = self.target.logits(hidden).float()
         sequences = [s.chunk.sequence for s in batch.sampled]
         started = time.perf_counter()
         adjusted = adjusted_logits(logits, row_prefixes(batch))
@@ -74,7 +75,9 @@ class Runner:
         greedy one. So its text depends on its seed alone: not on the drafter, the verify lengths or the company. Other
         sequences accept more, by rejection sampling, but which draw gives a token depends on what was verified.
         """
-        lengths = torch.nn.functional.pad(verify_lengths, (0, len(sequences) - len(verify_lengths)))
+        lengths = verify_lengths
+        if len(sequences) > len(lengths):  # prompts that end in this step
+            lengths = torch.nn.functional.pad(lengths, (0, len(sequences) - len(lengths)))
         if all(s.params.greedy for s in sequences):
             return verify_greedy(self.target.likeliest(logits), draft.tokens, lengths)
         request = torch.arange(len(sequences)).repeat_interleave(lengths + 1)
@@ -112,9 +115,9 @@ class Runner:
     def padded(self, draft: Draft | None, plan: StepPlan, sequences: list[Sequence]) -> Draft:
         """The draft extended by empty rows for prompts that end in this step."""
         if draft is None:
-            shape = (len(sequences), 0)
-            tokens = torch.empty(shape, dtype=torch.int64)
-            return Draft.unsampled(tokens, torch.empty(shape), torch.zeros(len(sequences), dtype=torch.int64))
+            tokens = torch.empty(len(sequences), 0, dtype=torch.int64)
+            lengths = torch.zeros(len(sequences), dtype=torch.int64)
+            return Draft.unsampled(tokens, lengths, torch.empty(*tokens.shape, 1))
         return draft.placed(list(range(len(draft.lengths))), len(sequences))
 
 

@@ -5,6 +5,7 @@ Shapes: N rows, H query heads, KV key-value heads, D head width.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +18,7 @@ CHUNK_ROWS = 8  # rows that share the turning of their keys; scores of a chunk s
 LANES = 16  # of the widest vector
 
 
-@dataclass(frozen=True)
-class AttentionShape:
+class AttentionShape(NamedTuple):
     """Heads that attention is over: `group` queries share a KV head."""
 
     kv_heads: int

@@ -68,22 +68,22 @@ def add_rms_norm_kernel(machine: Machine, width: int, eps: float) -> ir.Module:
 def rotary_kernel(machine: Machine, heads: int, head_dim: int) -> ir.Module:
     """Rotate the first `heads` heads of each row in place.
 
-    Fields: x (row stride given), cos, sin [N, head_dim], row stride; items: rows.
+    Fields: x (row stride given), table of cos and sin [positions, 2, head_dim], positions [N], row stride; items: rows.
     """
     half = head_dim // 2
-    e = Emitter("fffii", machine, lanes_for(half, machine))
+    e = Emitter("ffqii", machine, lanes_for(half, machine))
     b = e.b
-    x, cos, sin, stride, _ = e.fields
+    x, table, positions, stride, _ = e.fields
     with e.loop(e.first, e.last) as row:
-        angle = b.mul(row, I64(head_dim))
+        cos = b.gep(table, [b.mul(b.load(b.gep(positions, [row])), I64(2 * head_dim))])
+        sin = b.gep(cos, [I64(head_dim)])
         with e.loop(I64(0), I64(heads)) as head:
             start = b.add(b.mul(row, stride), b.mul(head, I64(head_dim)))
             with e.loop(I64(0), I64(half), e.lanes) as i:
                 places = [b.add(i, I64(0)), b.add(i, I64(half))]
                 values = [e.load(x, b.add(start, p)) for p in places]
                 for p, own, other in zip(places, values, reversed(values)):
-                    at = b.add(angle, p)
-                    rotated = e.fma(other, e.load(sin, at), b.fmul(own, e.load(cos, at)))
+                    rotated = e.fma(other, e.load(sin, p), b.fmul(own, e.load(cos, p)))
                     e.store(rotated, x, b.add(start, p))
     b.ret_void()
     return e.module

@@ -220,10 +220,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return y
 
 
-def rotate_(heads: Tensor, count: int, cos: Tensor, sin: Tensor) -> None:
-    """Rotate the first `count` heads of heads [N, >= count, D] in place by cos, sin [N, 1, D] (see `rotary_table`)."""
+def rotate_(heads: Tensor, count: int, table: Tensor, positions: Tensor) -> None:
+    """Rotate the first `count` heads of heads [N, >= count, D] in place, positions [N] by their rows of the table."""
     rows, _, head_dim = heads.shape
-    kernel("rotary", count, head_dim)(rows * count * head_dim * 4, heads, cos, sin, heads.stride(0), rows)
+    kernel("rotary", count, head_dim)(rows * count * head_dim * 4, heads, table, positions, heads.stride(0), rows)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

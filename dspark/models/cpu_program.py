@@ -41,7 +41,7 @@ class Program:
         """See `CompiledLinear.fields`."""
         self.add(linear.kernel, *linear.fields(x, y, scratch, rows))
 
-    def run(self, **values: Field | np.ndarray) -> None:
+    def run(self, **values: Field | np.ndarray | list[int]) -> None:
         """Give all fields of a name its value, or each its own; one that is not given keeps what it had."""
         if not len(self._table):
             self._table = np.array(self._rows, dtype=np.int64).reshape(-1)

@@ -30,15 +30,20 @@ class DecoderLayer:
     """One pre-norm layer of the Llama, Mistral or Qwen family: fused QKV and gate/up, weights packed for inference."""
 
     def __init__(
-        self, config: DecoderConfig, weights: dict[str, Tensor], dtype: torch.dtype, deterministic: bool = False
+        self,
+        config: DecoderConfig,
+        weights: dict[str, Tensor],
+        rotary: Tensor,
+        dtype: torch.dtype,
+        deterministic: bool = False,
     ):
-        """weights: Hugging Face names below `model.layers.N.`, already on the device in the compute dtype; dtype: the
-        model's precision."""
+        """weights: Hugging Face names below `model.layers.N.`, already on the device in the compute dtype; rotary: see
+        `rotary_table`; dtype: the model's precision."""
 
         def linear(*names: str) -> Callable[[Tensor], Tensor]:
             return linear_map(torch.cat([weights[f"{n}.weight"] for n in names]), dtype, deterministic)
 
-        self.config = config
+        self.config, self.rotary = config, rotary
         self.qkv_proj = linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         self.o_proj = linear("self_attn.o_proj")
         self.gate_up_proj = linear("mlp.gate_proj", "mlp.up_proj")
@@ -49,8 +54,8 @@ class DecoderLayer:
         self.input_norm = weights["input_layernorm.weight"]
         self.post_attention_norm = weights["post_attention_layernorm.weight"]
 
-    def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Normed input [N, C] -> rotated q [N, H, D] and kv [N, 2, K, D], views of one product."""
+    def qkv(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Normed input [N, C] of positions [N] -> rotated q [N, H, D] and kv [N, 2, K, D], views of one product."""
         c = self.config
         product = self.qkv_proj(x) if self.qkv_bias is None else self.qkv_proj(x) + self.qkv_bias
         heads = product.view(-1, c.num_heads + 2 * c.num_kv_heads, c.head_dim)
@@ -58,7 +63,7 @@ class DecoderLayer:
             parts = heads[:, : c.num_heads], heads[:, c.num_heads : c.num_heads + c.num_kv_heads]
             for part, weight in zip(parts, self.qk_norms, strict=True):
                 part.copy_(rms_norm(part.reshape(-1, c.head_dim), weight, c.rms_norm_eps).view(part.shape))
-        rotate_(heads, c.num_heads + c.num_kv_heads, cos, sin)
+        rotate_(heads, c.num_heads + c.num_kv_heads, self.rotary, positions)
         kv = heads[:, c.num_heads :].view(-1, 2, c.num_kv_heads, c.head_dim)
         return heads[:, : c.num_heads], kv
 
@@ -67,15 +72,15 @@ class DecoderLayer:
             silu_mul(self.gate_up_proj(rms_norm(x, self.post_attention_norm, self.config.rms_norm_eps)))
         )
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attention: Attention) -> Tensor:
-        q, kv = self.qkv(rms_norm(x, self.input_norm, self.config.rms_norm_eps), cos, sin)
+    def __call__(self, x: Tensor, positions: Tensor, layer: int, attention: Attention) -> Tensor:
+        q, kv = self.qkv(rms_norm(x, self.input_norm, self.config.rms_norm_eps), positions)
         x = x + self.o_proj(attention(layer, q, kv))
         return x + self.mlp(x)
 
 
 @dataclass
 class DecoderOutput:
-    """hidden [N, C]: input of the final norm; taps: outputs [N, C] of the layers asked for, in their order."""
+    """hidden [N, C]: output of the final norm; taps: outputs [N, C] of the layers asked for, in their order."""
 
     hidden: Tensor
     taps: list[Tensor]
@@ -116,26 +121,18 @@ class Decoder:
         self.lm_head = linear_map(self.lm_head_weight, dtype, deterministic)
         self._logits = cpu_ops.ReusedMemory()
         self.final_norm = place("model.norm.weight")
-        self.layers = [
-            DecoderLayer(
-                config, {n: place(f"model.layers.{i}.{n}") for n in layer_shapes(config)}, dtype, deterministic
-            )
-            for i in range(config.num_layers)
-        ]
-        self._stack = LayerStack(self.layers)
-        self._cos, self._sin = rotary_table(
-            config.max_position_embeddings, config.head_dim, config.rope_theta, self.device
-        )
+        self.rotary = rotary_table(config.max_position_embeddings, config.head_dim, config.rope_theta, self.device)
+        self.layers = []
+        for i in range(config.num_layers):
+            weights = {n: place(f"model.layers.{i}.{n}") for n in layer_shapes(config)}
+            self.layers.append(DecoderLayer(config, weights, self.rotary, dtype, deterministic))
+        self._stack = LayerStack(self.layers, self.final_norm)
 
     @property
     def kv_dtype(self) -> torch.dtype:
         """What keys and values are cached in; the compiled attention reads those of a bf16 model in bf16."""
         in_bf16 = self.dtype is torch.bfloat16 and self.device.type == "cpu" and cpu_ops.available()
         return torch.bfloat16 if in_bf16 else self.compute_dtype
-
-    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos, sin [N, 1, D] of positions [N]."""
-        return self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens [N] -> [N, C]."""
@@ -146,9 +143,8 @@ class Decoder:
         self, tokens: Tensor, positions: Tensor, attention: Attention, tap_layers: Iterable[int] = ()
     ) -> DecoderOutput:
         """tokens, positions [N] int64 -> hidden states of all N tokens; `logits` turns rows of them into scores."""
-        cos, sin = self.rotary(positions)
         tap_layers = tuple(tap_layers)
-        hidden, taps = self._stack(self.embed(tokens), cos, sin, attention, tap_layers)
+        hidden, taps = self._stack(self.embed(tokens), positions, attention, tap_layers)
         return DecoderOutput(hidden, [taps[i] for i in tap_layers])
 
     def likeliest(self, logits: Tensor) -> Tensor:
@@ -158,15 +154,10 @@ class Decoder:
         return first_maximum(logits)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [N, C] (before the final norm) -> logits [N, V], valid until the next call."""
-        normed = self.final_hidden(hidden)
+        """hidden [N, C] -> logits [N, V], valid until the next call."""
         if isinstance(self.lm_head, cpu_ops.CompiledLinear):
-            return self.lm_head(normed, self._logits)
-        return self.lm_head(normed)
-
-    def final_hidden(self, hidden: Tensor) -> Tensor:
-        """The final norm [N, C] -> [N, C]."""
-        return rms_norm(hidden, self.final_norm, self.config.rms_norm_eps)
+            return self.lm_head(hidden, self._logits)
+        return self.lm_head(hidden)
 
 
 def layer_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:

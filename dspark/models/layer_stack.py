@@ -15,29 +15,31 @@ from dspark.models.attention import CachedAttention
 from dspark.models.cpu_chunks import AttentionShape
 from dspark.models.cpu_ops import CompiledLinear
 from dspark.models.cpu_program import Program, Programs
+from dspark.models.layers import rms_norm
 
 if TYPE_CHECKING:
     from dspark.models.decoder import Attention, DecoderLayer
 
 
 class LayerStack:
-    """Callable: x [N, C], cos, sin [N, 1, D] -> the last layer's output and those of the layers asked for."""
+    """Callable: x [N, C], positions [N] -> the norm of the last layer's output, and the outputs of layers asked for."""
 
-    def __init__(self, layers: "list[DecoderLayer]"):
-        self.layers = layers
-        self._program = LayerProgram(layers) if all(map(is_compiled, layers)) else None
+    def __init__(self, layers: "list[DecoderLayer]", norm: Tensor):
+        """norm [C]: weight of the norm after the last layer."""
+        self.layers, self.norm = layers, norm
+        self._program = LayerProgram(layers, norm) if all(map(is_compiled, layers)) else None
 
     def __call__(
-        self, x: Tensor, cos: Tensor, sin: Tensor, attention: "Attention", tap_layers: Collection[int] = ()
+        self, x: Tensor, positions: Tensor, attention: "Attention", tap_layers: Collection[int] = ()
     ) -> tuple[Tensor, dict[int, Tensor]]:
         if self._program is not None and isinstance(attention, CachedAttention) and attention.chunks is not None:
-            return self._program(x, cos, sin, attention, tap_layers)
+            return self._program(x, positions, attention, tap_layers)
         taps = {}
         for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, i, attention)
+            x = layer(x, positions, i, attention)
             if i in tap_layers:
                 taps[i] = x
-        return x, taps
+        return rms_norm(x, self.norm, self.layers[0].config.rms_norm_eps), taps
 
 
 def is_compiled(layer: "DecoderLayer") -> bool:
@@ -53,8 +55,8 @@ def is_compiled(layer: "DecoderLayer") -> bool:
 class LayerProgram:
     """The programs of a stack, one for each number of rows, layers to tap and shape of attention seen so far."""
 
-    def __init__(self, layers: "list[DecoderLayer]"):
-        self.layers = layers
+    def __init__(self, layers: "list[DecoderLayer]", norm: Tensor):
+        self.layers, self.norm = layers, norm
         c = layers[0].config
         widths = {
             "x": c.hidden_size,
@@ -68,18 +70,19 @@ class LayerProgram:
         self._programs = Programs(self._build, widths, max(c.hidden_size, c.intermediate_size, c.q_size))
 
     def __call__(
-        self, x: Tensor, cos: Tensor, sin: Tensor, attention: CachedAttention, tap_layers: Collection[int]
+        self, x: Tensor, positions: Tensor, attention: CachedAttention, tap_layers: Collection[int]
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        rows, last, chunks = len(x), len(self.layers) - 1, attention.chunks
+        chunks = attention.chunks
         assert chunks is not None
-        tapped = tuple(sorted({i for i in tap_layers if i < last}))
-        program = self._programs.get(rows, tapped, chunks.shape)
+        tapped = tuple(sorted(set(tap_layers)))
+        program = self._programs.get(len(x), tapped, chunks.shape)
         span, room = chunks.shape.scratch(chunks.longest)
-        taps = {i: torch.empty(x.shape) for i in tapped}
+        output = torch.empty(x.shape)
+        taps = dict(zip(tapped, torch.empty(len(tapped), *x.shape), strict=True))
         program.run(
             input=x.contiguous(),
-            cos=cos.contiguous(),
-            sin=sin.contiguous(),
+            output=output,
+            positions=positions,
             slots=attention.slots,
             cache=np.repeat([storage.data_ptr() for storage in attention.storage], 2),  # written, then read
             chunks=chunks.chunks,
@@ -89,10 +92,6 @@ class LayerProgram:
             items=chunks.items,
             **{f"tap{i}": tap for i, tap in taps.items()},
         )
-        buffers = self._programs.buffers
-        output = buffers["x"][:rows] + buffers["delta"][:rows]
-        if last in tap_layers:
-            taps[last] = output
         return output, taps
 
     def _build(self, rows: int, tapped: tuple[int, ...], shape: AttentionShape) -> Program:
@@ -108,14 +107,11 @@ class LayerProgram:
             program.add_linear(linear_map, at[source], at[target], self._programs.scratch, rows)
 
         x = "input"  # of a layer: the caller's, a tap of the layer before, or a buffer
+        program.add(norm, x, self.layers[0].input_norm, at["normed"], rows)
+        next_norms = [*(layer.input_norm for layer in self.layers[1:]), self.norm]
         for i, layer in enumerate(self.layers):
-            if i == 0:
-                program.add(norm, x, layer.input_norm, at["normed"], rows)
-            else:
-                x = f"tap{i - 1}" if i - 1 in tapped else at["x"]
-                program.add(add_and_norm, at["x"], at["delta"], layer.input_norm, x, at["normed"], rows)
             linear(layer.qkv_proj, "normed", "qkv")  # pyright: ignore
-            program.add(rotary, at["qkv"], "cos", "sin", stride, rows)
+            program.add(rotary, at["qkv"], layer.rotary, "positions", stride, rows)
             program.add(store, at["qkv"][:, c.q_size :], "cache", "slots", stride, rows)
             attended = at["qkv"], "cache", at["attended"], "scores", "chunks", stride, "room", "span", "items"
             program.add(shape.kernel, *attended)
@@ -124,4 +120,7 @@ class LayerProgram:
             linear(layer.gate_up_proj, "normed", "gate_up")  # pyright: ignore
             program.add(silu_mul, at["gate_up"], at["active"], rows)
             linear(layer.down_proj, "active", "delta")  # pyright: ignore
+            x = f"tap{i}" if i in tapped else at["x"]
+            normed = at["normed"] if i + 1 < len(self.layers) else "output"
+            program.add(add_and_norm, at["x"], at["delta"], next_norms[i], x, normed, rows)
         return program

@@ -82,15 +82,15 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def rotary_table(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin [length, D] fp32 in the half-rotated layout of Llama; sin carries the sign of the rotation.
+def rotary_table(length: int, head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """cos and sin [length, 2, D] fp32 in the half-rotated layout of Llama; sin carries the sign of the rotation.
 
     The angles are rounded to fp32 as Transformers rounds them: at position 1000 that alone moves logits by 1e-4.
     """
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
     angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies)
     cos, sin = angles.cos(), angles.sin()
-    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)], 1)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -99,9 +99,10 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(half, -1), sin).to(x.dtype)
 
 
-def rotate_(heads: Tensor, count: int, cos: Tensor, sin: Tensor) -> None:
-    """Rotate the first `count` heads of heads [N, >= count, D] in place by cos, sin [N, 1, D]."""
+def rotate_(heads: Tensor, count: int, rotary: Tensor, positions: Tensor) -> None:
+    """Rotate the first `count` heads of heads [N, >= count, D] in place, positions [N] by their rows of the table."""
     if compiled(heads):
-        cpu_ops.rotate_(heads, count, cos, sin)
+        cpu_ops.rotate_(heads, count, rotary, positions)
     else:
+        cos, sin = rotary[positions].unsqueeze(2).unbind(1)
         heads[:, :count] = apply_rotary(heads[:, :count], cos, sin)

@@ -1,11 +1,10 @@
 """What a drafter proposes in one round: the only thing that drafters, prefix schedulers and `verify` share.
 
 Shapes: R = requests, G = slots of a block (gamma), M = token ids the draft distribution speaks of,
-E = evidence of a slot.
+S = signals of a slot.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,32 +22,22 @@ class Draft:
     # truncation and pruning; one-hot if they were not sampled. Entries of probability 0 are padding and may
     # repeat an id, positive ones may not.
     draft_probs: Tensor
-    confidence_logits: Tensor  # [R, G] float: logit of P(token k is accepted, given that all before it were)
     lengths: Tensor  # [R] int64: valid slots, 0..G
-    # [R, G, E] float: what else tells whether token k is accepted. Like the logit it may depend on the tokens before
-    # slot k and on the distribution that k is drawn from, never on what is drawn.
-    evidence: Tensor
+    # [R, G, S] float: what tells whether token k is accepted, given that all before it were. First its logit by the
+    # drafter's confidence head (0 without one), then evidence. They may depend on the tokens before slot k and on the
+    # distribution that k is drawn from, never on what is drawn.
+    signals: Tensor
 
     @classmethod
-    def unsampled(
-        cls, tokens: Tensor, confidence_logits: Tensor, lengths: Tensor, evidence: Tensor | None = None
-    ) -> "Draft":
+    def unsampled(cls, tokens: Tensor, lengths: Tensor, signals: Tensor) -> "Draft":
         """A draft chosen without randomness, greedily or by n-gram lookup: each distribution is a one-hot."""
         support = tokens[..., None]
-        one_hot = torch.ones_like(support, dtype=torch.float32)
-        if evidence is None:
-            evidence = confidence_logits.new_zeros(*tokens.shape, 0)
-        return cls(tokens, support, one_hot, confidence_logits, lengths, evidence)
-
-    @cached_property
-    def signals(self) -> Tensor:
-        """All that confidence is made of: the logit, then the evidence, [R, G, 1 + E]."""
-        return torch.cat([self.confidence_logits[..., None], self.evidence], -1)
+        return cls(tokens, support, torch.ones_like(support, dtype=torch.float32), lengths, signals)
 
     def placed(self, rows: list[int], requests: int) -> "Draft":
         """The same as the given rows, ascending, of a draft for so many requests; the other rows are empty."""
         if len(rows) == requests:
             return self
         index = torch.tensor(rows, device=self.tokens.device)
-        fields = (self.tokens, self.support, self.draft_probs, self.confidence_logits, self.lengths, self.evidence)
+        fields = (self.tokens, self.support, self.draft_probs, self.lengths, self.signals)
         return Draft(*(t.new_zeros(requests, *t.shape[1:]).index_copy_(0, index, t) for t in fields))

@@ -84,10 +84,17 @@ def verify_greedy(target_argmax: Tensor, tokens: Tensor, verify_lengths: Tensor)
 
     A draft token passes if it is the target's argmax; the next token is the argmax where the round ends.
     """
-    first_row, request, slot = _ragged_index(verify_lengths, len(target_argmax))
-    passed = target_argmax == pad(tokens, (0, 1))[request, slot]  # [B]
-    accepted = _count_accepted(passed, request, slot, verify_lengths, tokens.shape[1])
-    return Verdict(accepted, target_argmax[first_row + accepted])
+    argmax, lengths = target_argmax.tolist(), verify_lengths.tolist()
+    assert len(argmax) == len(lengths) + sum(lengths), "the target must have 1 + verify length rows for each request"
+    accepted, next_token, row = [], [], 0
+    for draft, length in zip(tokens.tolist(), lengths, strict=True):
+        kept = 0
+        while kept < length and draft[kept] == argmax[row + kept]:
+            kept += 1
+        accepted.append(kept)
+        next_token.append(argmax[row + kept])
+        row += 1 + length
+    return Verdict(*torch.tensor([accepted, next_token], device=target_argmax.device))
 
 
 def _ragged_index(verify_lengths: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:

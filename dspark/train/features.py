@@ -108,7 +108,7 @@ class FeatureSource:
         attention = packed_attention(lengths, self.target.config, self.target.kv_dtype, device)
         output = self.target.forward(tokens, positions, attention, self.tap_layers)
         features = []
-        by_example = (t.split(lengths) for t in (self.target.final_hidden(output.hidden), *output.taps))
+        by_example = (t.split(lengths) for t in (output.hidden, *output.taps))
         for example, hidden, *taps in zip(examples, *by_example, strict=True):
             answer = hidden[len(example.first_prompt) : -1]
             inputs = torch.cat([t[:-2] for t in taps], -1).to(torch.bfloat16)

@@ -109,11 +109,10 @@ def test_heads_equal_the_trained_ones(
             lengths = matches(text, copy_length)[0][0, anchor:-1].float()
             assert bias.any() and lengths.any()
             logits += torch.where(model.d2t == copied[0, 0, :, None], bias[0, 0, :, None], 0.0)
-    torch.testing.assert_close(draft.confidence_logits[0], confidence, atol=1e-4, rtol=0)
     largest = logits.softmax(-1).amax(-1)
     warmth = torch.full_like(largest, temperature)
-    evidence = torch.stack([largest, largest.logit(1e-4), lengths, warmth, temperature * largest], -1)
-    torch.testing.assert_close(draft.evidence[0], evidence, atol=1e-4, rtol=0)
+    evidence = largest, largest.logit(1e-4), lengths, warmth, temperature * largest
+    torch.testing.assert_close(draft.signals[0], torch.stack([confidence, *evidence], -1), atol=1e-4, rtol=0)
     assert draft.lengths.tolist() == [model.config.block_size]
     if temperature == 0:
         assert tokens.tolist() == model.d2t[logits.argmax(-1)].tolist()

@@ -73,20 +73,20 @@ def test_context_equals_its_operations_one_by_one(dtype: torch.dtype, keeps_fuse
     fc = CompiledLinear(torch.randn(c.hidden_size, 3 * c.hidden_size).to(dtype))
     context_kv = CompiledLinear(torch.randn(layers * 2 * c.kv_size, c.hidden_size).to(dtype))
     norm = torch.rand(c.hidden_size)
-    context = ContextProgram(fc, norm, context_kv, c)
     table = rotary_table(slots, c.head_dim, c.rope_theta, torch.device("cpu"))
+    context = ContextProgram(fc, norm, context_kv, table, c)
     for rows in (1, 5, 33, 2):
         taps = [torch.randn(rows, c.hidden_size) for _ in range(3)]
-        cos, sin = (t[torch.arange(rows) + 3][:, None] for t in table)
+        positions = torch.arange(rows) + 3
         where = torch.randperm(slots)[:rows]
         ours, expected = ([torch.zeros(shape, dtype=dtype) for _ in range(layers)] for _ in range(2))
         kept = torch.zeros(slots, c.hidden_size, dtype=dtype) if keeps_fused else None
-        context(taps, cos, sin, where, ours, kept)
+        context(taps, positions, where, ours, kept)
         fused = fc(torch.cat(taps, -1))
         if kept is not None:
             assert torch.equal(kept[where], fused.to(dtype)) and kept.count_nonzero() == fused.count_nonzero()
         product = context_kv(rms_norm(fused, norm, c.rms_norm_eps))
         for storage, kv in zip(expected, product.view(rows, layers, 2, c.num_kv_heads, c.head_dim).unbind(1)):
-            rotate_(kv.flatten(1, 2), c.num_kv_heads, cos, sin)
+            rotate_(kv.flatten(1, 2), c.num_kv_heads, table, positions)
             store(kv, storage, where)
         assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))

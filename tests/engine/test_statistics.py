@@ -133,7 +133,7 @@ class Revealing(OracleDrafter):
         anchors = torch.tensor([[r.token_ids[-1]] for r in requests])
         block = torch.cat([anchors, draft.tokens], 1)  # [R, G + 1]
         seen = block[:, 1:] if self.shift == 0 else block[:, :-1]
-        draft.confidence_logits = torch.where(seen % 2 == 0, 5.0, -5.0)
+        draft.signals = torch.where(seen % 2 == 0, 5.0, -5.0)[..., None]
         return draft
 
 
@@ -190,7 +190,7 @@ class Telling(DSparkDrafter):
     def decode_block(self, requests: list[DraftRequest], hidden: Tensor) -> Draft:
         draft = super().decode_block(requests, hidden)
         own = draft.draft_probs * (draft.support == draft.tokens[..., None])
-        draft.evidence[..., 0] = own.sum(-1)
+        draft.signals[..., 1] = own.sum(-1)
         return draft
 
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not available(), reason="needs an x86 CPU with F
 def test_program_equals_layers_one_by_one(dtype: torch.dtype):
     config = tiny_config()
     target = Decoder(config, tiny_state_dict(config), dtype=dtype, deterministic=True)
-    stack, one_by_one = LayerStack(target.layers), LayerStack(target.layers)
+    stack, one_by_one = (LayerStack(target.layers, target.final_norm) for _ in range(2))
     assert stack._program is not None
     one_by_one._program = None
     shape = (200, 2, config.num_kv_heads, config.head_dim)
@@ -32,7 +32,7 @@ def test_program_equals_layers_one_by_one(dtype: torch.dtype):
         results = []
         for storage, run in zip(caches, (stack, one_by_one)):
             attention = CachedAttention(storage, positions, segments, config.group_size)
-            results.append(run(x, *target.rotary(positions), attention, taps))
+            results.append(run(x, positions, attention, taps))
         (output, tapped), (expected, expected_taps) = results
         assert torch.equal(output, expected) and tapped.keys() == expected_taps.keys() == set(taps)
         for layer, tap in tapped.items():
@@ -45,13 +45,13 @@ def test_program_equals_layers_one_by_one(dtype: torch.dtype):
 def test_a_result_outlives_the_next_call():
     config = tiny_config()
     target = Decoder(config, tiny_state_dict(config), deterministic=True)
-    stack = LayerStack(target.layers)
+    stack = LayerStack(target.layers, target.final_norm)
     storage = [torch.zeros(8, 2, config.num_kv_heads, config.head_dim, dtype=target.kv_dtype) for _ in target.layers]
 
     def run(x: torch.Tensor):
         positions = torch.zeros(1, dtype=torch.int64)
         attention = CachedAttention(storage, positions, [Segment(1, 0, 1)], config.group_size)
-        return stack(x, *target.rotary(positions), attention, (0, 3))
+        return stack(x, positions, attention, (0, 3))
 
     output, taps = run(torch.randn(1, config.hidden_size))
     kept = [output.clone(), *(t.clone() for t in taps.values())]

@@ -211,9 +211,8 @@ def decode(num_requests: int, num_tokens: int, sharpening: float = 1.0) -> Tenso
             tokens=block[:, 1:],
             support=torch.arange(VOCAB).expand(num_requests, G, VOCAB),
             draft_probs=DRAFT_TABLE[torch.arange(G), block[:, :G]],
-            confidence_logits=torch.zeros(num_requests, G),
             lengths=torch.full((num_requests,), G),
-            evidence=torch.zeros(num_requests, G, 0),
+            signals=torch.zeros(num_requests, G, 1),
         )
 
         lengths = torch.from_numpy(lengths_generator.integers(0, G + 1, num_requests))

@@ -56,7 +56,7 @@ class Unreliable(AdversarialDrafter):
         draft = super().propose(requests)
         self.round += 1
         slots = torch.arange(draft.tokens.numel()).view(draft.tokens.shape) + self.round
-        draft.confidence_logits = torch.tensor(self.values)[slots % len(self.values)]
+        draft.signals = torch.tensor(self.values)[slots % len(self.values)][..., None]
         return draft
 
 

@@ -45,9 +45,8 @@ def rounds(draw: st.DrawFn) -> tuple[Tensor, Draft, Tensor, Tensor, Tensor]:
         tokens=support.gather(-1, chosen[..., None]).squeeze(-1),
         support=support,
         draft_probs=draft_probs,
-        confidence_logits=torch.zeros(requests, gamma),
         lengths=torch.tensor(lengths),
-        evidence=torch.zeros(requests, gamma, 0),
+        signals=torch.zeros(requests, gamma, 1),
     )
     return (
         random_probs(generator, (sum(verify_lengths) + requests, vocab), zeros),
@@ -92,7 +91,7 @@ def test_greedy_equals_one_hot_rows(arguments: tuple[Tensor, Draft, Tensor, Tens
 
 def unsampled_draft(tokens: list[list[int]]) -> Draft:
     requests, gamma = len(tokens), len(tokens[0])
-    return Draft.unsampled(torch.tensor(tokens), torch.zeros(requests, gamma), torch.full((requests,), gamma))
+    return Draft.unsampled(torch.tensor(tokens), torch.full((requests,), gamma), torch.zeros(requests, gamma, 1))
 
 
 def test_greedy_by_hand() -> None:

@@ -25,7 +25,7 @@ def test_features_equal_a_direct_computation(monkeypatch):
         output = TARGET.forward(tokens, torch.arange(len(tokens)), PlainAttention(2), (0, 2))
         direct, answer = torch.cat(output.taps, -1), slice(len(example.prompt_ids), len(tokens) - 1)
         torch.testing.assert_close(features.taps.float(), direct[:-2], atol=2e-2, rtol=2**-7)
-        hidden = TARGET.final_hidden(output.hidden)[answer]
+        hidden = output.hidden[answer]
         torch.testing.assert_close(features.hidden.float(), hidden, atol=2e-2, rtol=2**-7)
         expected = plain_logits(TARGET, example.token_ids).logsumexp(-1)[answer]
         torch.testing.assert_close(features.logsumexp, expected, atol=1e-4, rtol=0)
