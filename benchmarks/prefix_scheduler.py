@@ -41,14 +41,15 @@ def jagged_costs() -> CostTable:
 def median_microseconds(scheduler: PrefixScheduler, requests: int) -> tuple[float, float]:
     """(to_draft, choose), each on other confidences of a drafter that is mostly right."""
     generator = np.random.default_rng(0)
-    load, lengths = Load(tuple(range(requests))), torch.full((requests,), SLOTS)
+    load = Load(tuple(range(requests)))
     asking, choosing = [], []
     for _ in range(ROUNDS):
         confidence = torch.from_numpy(generator.beta(8, 1.5, (requests, SLOTS)))
         started = time.perf_counter()
         scheduler.to_draft(load)
+        slots = min(scheduler.slots_to_draft(load), SLOTS)
         asked = time.perf_counter()
-        scheduler.choose(confidence, lengths, load)
+        scheduler.choose(confidence[:, :slots], torch.full((requests,), slots), load)
         asking.append(asked - started)
         choosing.append(time.perf_counter() - asked)
     return statistics.median(asking) * 1e6, statistics.median(choosing) * 1e6

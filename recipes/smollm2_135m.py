@@ -116,5 +116,27 @@ def whole_blocks() -> TrainRun:
     )
 
 
+def refresh() -> TrainRun:
+    """The shipped drafter further, on answers that it has not seen, half of them at temperature 1."""
+    return TrainRun(
+        data=DATA,
+        out=Path("runs/smollm2-135m-fresh"),
+        initial=Path("checkpoints/smollm2-135m"),
+        max_length=448,
+        heldout=48,
+        train=TrainConfig(
+            minutes=50,
+            learning_rate=6e-4,
+            optimizer="muon",
+            sequences_per_step=12,
+            compile=True,
+            feature_cache="runs/features",
+            evaluations=4,
+            loss=LossWeights(distillation=0.1),
+            seed=41,
+        ),
+    )
+
+
 if __name__ == "__main__":
-    train({f.__name__: f for f in (dspark, longer, short_blocks, whole_blocks)}[sys.argv[1]]())
+    train({f.__name__: f for f in (dspark, longer, short_blocks, whole_blocks, refresh)}[sys.argv[1]]())

@@ -216,22 +216,22 @@ class OracleDrafter:
         """What slot `slot` after position `anchor` is drafted from, [V]."""
         return target_probs
 
-    def propose(self, requests: list[DraftRequest]) -> Draft:
+    def propose(self, requests: list[DraftRequest], slots: int) -> Draft:
         rows: list[Tensor] = []
         tokens: list[int] = []
         for request in requests:
             prefix = list(request.token_ids)
             anchor = len(prefix) - 1
-            for slot in range(self.block_size):
+            for slot in range(slots):
                 rows.append(self.distribution(self.plain.probs(prefix, request.params), anchor, slot))
                 purpose, index = (Purpose.TARGET, 0) if request.coupled else (Purpose.DRAFT, slot)
                 draw = torch.tensor([uniform(request.seed, len(prefix), purpose, index)])
                 prefix.append(int(categorical(rows[-1][None], draw)))
             tokens += prefix[anchor + 1 :]
-        shape = (len(requests), self.block_size)
+        shape = (len(requests), slots)
         draft_probs = torch.stack(rows).unflatten(0, shape)  # [R, G, V]
         support = torch.arange(draft_probs.shape[-1]).expand(draft_probs.shape)
-        lengths = torch.full((len(requests),), self.block_size)
+        lengths = torch.full((len(requests),), slots)
         return Draft(torch.tensor(tokens).view(shape), support, draft_probs, lengths, torch.zeros(*shape, 1))
 
 

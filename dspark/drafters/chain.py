@@ -92,19 +92,19 @@ class ChainDrafter(BoundDrafter):
         store(self.layer.qkv(inputs, positions)[1], kv, slots)
 
     @torch.inference_mode()
-    def propose(self, requests: list[DraftRequest]) -> Draft:
+    def propose(self, requests: list[DraftRequest], slots: int) -> Draft:
         device = self.target.device
         positions = torch.tensor([len(r.token_ids) - 1 for r in requests], device=device)
-        slots = torch.tensor([r.first_slot for r in requests], device=device) + positions
+        own = torch.tensor([r.first_slot for r in requests], device=device) + positions
         token = torch.tensor([r.token_ids[-1] for r in requests], device=device)
-        feature = self.features_before(self._storage[1], before(positions, slots))
+        feature = self.features_before(self._storage[1], before(positions, own))
         draw = self.sampler(requests)
         drawn: list[Slot] = []
-        for k in range(self.block_size):
+        for k in range(slots):
             residual, inputs = self.pair(self.target.embed(token), feature)
             q, kv = self.layer.qkv(inputs, positions + k)
             segments = [self.segment(r, 1, k + 1) for r in requests]
-            attention = CachedAttention(self._storage[:1], slots + k, segments, self.decoder.group_size)
+            attention = CachedAttention(self._storage[:1], own + k, segments, self.decoder.group_size)
             x = residual + self.layer.o_proj(attention(0, q, kv))
             feature = x + self.layer.mlp(x)
             logits = self.head(rms_norm(feature, self.norm, self.decoder.rms_norm_eps)).float()

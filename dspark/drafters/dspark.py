@@ -62,8 +62,7 @@ class DSparkDrafter(BoundDrafter):
             self.mask = rms_norm(mask, self.token_norm, c.rms_norm_eps)  # [1, C]
             if isinstance(self.input_proj, CompiledLinear) and self.input_proj.dense:
                 weights = self.feature_norm, self.token_norm, self.mask
-                parts = target.embedding, weights, self.input_proj
-                self.input_program = BlockInputs(*parts, c.rms_norm_eps, self.config.num_slots)
+                self.input_program = BlockInputs(target.embedding, weights, self.input_proj, c.rms_norm_eps)
         self.copies = None
         if model.copy_head is not None:
             self.copies = CopyBias(model.copy_head, model.t2d.to(target.device))
@@ -127,33 +126,33 @@ class DSparkDrafter(BoundDrafter):
             store(layer_kv, storage, slots)
 
     @torch.inference_mode()
-    def propose(self, requests: list[DraftRequest]) -> Draft:
-        return self.decode_block(requests, self.backbone(requests))
+    def propose(self, requests: list[DraftRequest], slots: int) -> Draft:
+        return self.decode_block(requests, self.backbone(requests, slots))
 
-    def backbone(self, requests: list[DraftRequest]) -> Tensor:
-        """One parallel pass over all blocks -> hidden states [R, G, C]."""
-        g, device = self.config.num_slots, self.target.device
+    def backbone(self, requests: list[DraftRequest], slots: int) -> Tensor:
+        """One parallel pass over all blocks of so many slots -> hidden states [R, G, C]."""
+        g, device = slots + self.config.num_slots - self.block_size, self.target.device
         anchors = [len(r.token_ids) - 1 for r in requests]
         own = [r.first_slot + anchor for r, anchor in zip(requests, anchors, strict=True)]
         block = [[start + k for start in starts for k in range(g)] for starts in (anchors, own)]
-        positions, slots = torch.tensor(block, device=device)
+        positions, places = torch.tensor(block, device=device)
         before = [slot - 1 if anchor else -1 for slot, anchor in zip(own, anchors, strict=True)]
         tokens, before = torch.tensor([[r.token_ids[-1] for r in requests], before], device=device)
 
         segments = [self.segment(r, g, g) for r in requests]
-        attention = CachedAttention(self._caches, slots, segments, self.config.decoder.group_size)
-        hidden, _ = self._stack(self.block_inputs(tokens, before), positions, attention)
-        return hidden.view(len(requests), g, -1)[:, -self.block_size :]
+        attention = CachedAttention(self._caches, places, segments, self.config.decoder.group_size)
+        hidden, _ = self._stack(self.block_inputs(tokens, before, g), positions, attention)
+        return hidden.view(len(requests), g, -1)[:, -slots:]
 
-    def block_inputs(self, tokens: Tensor, before: Tensor) -> Tensor:
-        """What the first layer gets [R*G, C], as the trained model's: anchors [R], the slots before theirs, or -1."""
-        r, slots = len(tokens), self.config.num_slots
+    def block_inputs(self, tokens: Tensor, before: Tensor, slots: int) -> Tensor:
+        """What the first layer gets [R*slots, C], as in training: anchors [R], the places before theirs, or -1."""
+        r = len(tokens)
         if self._features is None:
             rows = tokens.new_full((r, slots), self.config.mask_token_id)
             rows[:, 0] = tokens
             return self.target.embed(rows.flatten())
         if self.input_program is not None:
-            return self.input_program(self._features, before, tokens)
+            return self.input_program(self._features, before, tokens, slots)
         eps = self.config.decoder.rms_norm_eps
         feature = rms_norm(self.features_before(self._features, before), self.feature_norm, eps)
         token = rms_norm(self.target.embed(tokens), self.token_norm, eps)

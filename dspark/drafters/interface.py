@@ -70,8 +70,9 @@ class Drafter(Protocol):
         """Copy what is stored for `count` slots to slots that may overlap them; the tokens' positions stay the same."""
         ...
 
-    def propose(self, requests: list[DraftRequest]) -> Draft:
-        """Draft for R >= 1 requests whose tokens before the anchor were all taken in by `extend`.
+    def propose(self, requests: list[DraftRequest], slots: int) -> Draft:
+        """Draft blocks of 1..block_size slots for R >= 1 requests whose tokens before the anchor were all taken in by
+        `extend`.
 
         May write storage at the anchor and the block_size positions after it, nowhere else.
         """

@@ -28,10 +28,10 @@ class NgramDrafter:
     def copy(self, source_slot: int, target_slot: int, count: int) -> None:
         pass
 
-    def propose(self, requests: list[DraftRequest]) -> Draft:
-        found = [self.lookup(r.token_ids) for r in requests]
+    def propose(self, requests: list[DraftRequest], slots: int) -> Draft:
+        found = [self.lookup(r.token_ids)[:slots] for r in requests]
         lengths = torch.tensor([len(f) for f in found])
-        tokens = torch.tensor([f + [0] * (self.block_size - len(f)) for f in found])
+        tokens = torch.tensor([f + [0] * (slots - len(f)) for f in found])
         return Draft.unsampled(tokens, lengths, torch.zeros(*tokens.shape, 1))
 
     def lookup(self, token_ids: list[int]) -> list[int]:

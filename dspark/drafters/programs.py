@@ -64,31 +64,27 @@ class BlockInputs:
         weights: tuple[Tensor, Tensor, Tensor],
         proj: CompiledLinear,
         eps: float,
-        num_slots: int,
     ):
         """embedding [V, C]; weights [C] of the feature's norm and the token's, and the mask's embedding after its norm;
-        proj [N, 2C] -> [N, C]; num_slots of a block."""
+        proj [N, 2C] -> [N, C]."""
         self.embedding, self.weights, self.proj, self.eps = embedding, weights, proj, eps
-        self.num_slots = num_slots
         # A block has two rows: its first slot's, and that of all others.
-        widths = {"pairs": 2 * proj.inputs, "y": 2 * proj.outputs, "x": num_slots * proj.outputs}
+        widths = {"pairs": 2 * proj.inputs, "y": 2 * proj.outputs}
         self._programs = Programs(self._build, widths, 2 * proj.inputs)
 
-    def __call__(self, features: Tensor, slots: Tensor, tokens: Tensor) -> Tensor:
-        """features [slots, C]; of each anchor the slot before its own (-1: none) and its token [R] -> [R*slots, C].
-
-        The result is valid until the next call.
-        """
+    def __call__(self, features: Tensor, before: Tensor, tokens: Tensor, slots: int) -> Tensor:
+        """features [slots, C]; of each anchor the slot before its own (-1: none) and its token [R] -> [R*slots, C]."""
         program = self._programs.get(len(tokens), features.dtype is torch.bfloat16)
-        program.run(features=features, slots=slots, tokens=tokens)
-        return self._programs.buffers["x"][: len(tokens)].view(-1, self.proj.outputs)
+        x = torch.empty(len(tokens) * slots, self.proj.outputs)
+        program.run(features=features, slots=before, tokens=tokens, x=x, count=slots)
+        return x
 
     def _build(self, r: int, in_bf16: bool) -> Program:
         width, program, at = self.proj.outputs, Program(), self._programs.buffers
         read = "features", "slots", "tokens", self.embedding, *self.weights
         program.add(cpu_ops.kernel("draft_input", width, self.eps, in_bf16), *read, at["pairs"], r)
         program.add_linear(self.proj, at["pairs"], at["y"], self._programs.scratch, 2 * r)
-        program.add(cpu_ops.kernel("block_rows", width), at["y"], at["x"], self.num_slots, r)
+        program.add(cpu_ops.kernel("block_rows", width), at["y"], "x", "count", r)
         return program
 
 

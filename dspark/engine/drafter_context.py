@@ -101,6 +101,6 @@ class DrafterContext:
     def copy(self, source_slot: int, target_slot: int, count: int) -> None:
         self.drafter.copy(source_slot, target_slot, count)
 
-    def propose(self, sequences: list[Sequence]) -> Draft:
+    def propose(self, sequences: list[Sequence], slots: int) -> Draft:
         self.take_in(s.kv for s in sequences)
-        return self.drafter.propose([*sequences])
+        return self.drafter.propose([*sequences], slots)

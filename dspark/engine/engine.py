@@ -53,6 +53,7 @@ class StepTimes:
     sample: float = 0.0  # from the target's logits to verdicts
     other: float = 0.0  # admission and bookkeeping
     rounds: int = 0  # steps in which at least one sequence decoded
+    drafted: int = 0  # slots of the drafts made
     verified: int = 0  # draft tokens sent to the target
 
     @property
@@ -203,7 +204,9 @@ class Engine:
     def draft(self, plan: StepPlan, wanted: list[int]) -> Draft:
         """Proposals for these of the decoding sequences, empty ones for the others."""
         assert self.context is not None
-        draft = self.context.propose([plan.decoding[i].sequence for i in wanted])
+        slots = min(self.prefix_scheduler.slots_to_draft(plan.load), self.block_size)
+        self.times.drafted += slots * len(wanted)
+        draft = self.context.propose([plan.decoding[i].sequence for i in wanted], slots)
         return draft.placed(wanted, len(plan.decoding))
 
     def choose(self, plan: StepPlan, draft: Draft | None) -> torch.Tensor:

@@ -25,7 +25,9 @@ from dspark.models.attention import CachedAttention, Segment
 from dspark.models.download import cache_folder
 from dspark.models.loader import Target
 from dspark.sampling import SamplingParams
+from dspark.spec.calibration import Calibration
 from dspark.spec.cost_table import CostTable
+from dspark.spec.walk import survival, walk
 
 BATCH_TOKENS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 13, 16, 20, 24, 25, 32, 40, 48, 64, 80, 96, 128, 192, 256, 320)
 QUICK_BATCH_TOKENS = (1, 2, 4, 8, 12, 16, 24, 32, 64, 128, 256)
@@ -46,6 +48,7 @@ class ProfileConfig:
 QUICK = ProfileConfig(QUICK_BATCH_TOKENS, QUICK_REQUESTS, repeats=5)
 MOST_REQUESTS = 64  # with a context of their own; more tokens than that are timed as several of each
 STEP_SECONDS = 3e-4  # planning, committing and Python around a step, measured at one stream
+TAKEN_IN = 3  # committed tokens of a request that its drafter takes in before it drafts
 
 
 @dataclass
@@ -64,9 +67,10 @@ def measure_costs(
 ) -> CostTable:
     """Median seconds by size, forced monotone. The drafter must not be serving: its storage is made anew.
 
-    A target forward of B tokens is timed as B requests of one token, with its logits, their argmax and the
-    drafter's taking in of the taps. Past MOST_REQUESTS requests have several tokens, and the contexts that as many
-    requests more would read are added: another forward, with whole blocks, tells what reading one costs.
+    A target forward of B tokens is timed as B requests of one token, with its logits and their argmax; a draft pass
+    with the taking in of committed tokens before it and the confidence of its tokens after it. Past MOST_REQUESTS
+    requests have several tokens, and the contexts that as many requests more would read are added: another forward,
+    with whole blocks, tells what reading one costs.
     """
     decoder = target.decoder
     most = max(config.batch_tokens[-1], config.requests[-1])
@@ -76,7 +80,9 @@ def measure_costs(
     cache = KVCache(decoder.config, regions * room, decoder.kv_dtype, decoder.device)
     for storage in cache.storage:
         storage.normal_()
-    taps = drafter.tap_layers if drafter is not None else ()
+    tap_layers = drafter.tap_layers if drafter is not None else ()
+    calibration = Calibration.identity(gamma)
+    taps = torch.randn(regions * config.context, decoder.config.hidden_size, device=decoder.device)
     if drafter is not None:
         drafter.allocate(regions * room)
 
@@ -89,19 +95,27 @@ def measure_costs(
         slots = positions + firsts.to(decoder.device)
         attention = CachedAttention(cache.storage, slots, segments, decoder.config.group_size)
         tokens = torch.ones_like(positions)
-        output = decoder.forward(tokens, positions, attention, taps)
+        output = decoder.forward(tokens, positions, attention, tap_layers)
         decoder.likeliest(decoder.logits(output.hidden)).tolist()
-        if drafter is not None and taps:
-            drafter.extend(output.taps, tokens, positions, slots)
 
-    def propose(requests: int) -> None:
+    def take_in(requests: int, count: int) -> None:
+        """The last `count` tokens of so many contexts."""
+        if drafter is not None and tap_layers:
+            positions = torch.arange(config.context - count, config.context).repeat(requests)
+            slots = positions + torch.arange(0, requests * room, room).repeat_interleave(count)
+            tokens, positions, slots = (t.to(decoder.device) for t in (torch.ones_like(slots), positions, slots))
+            drafter.extend([taps[: len(slots)]] * len(tap_layers), tokens, positions, slots)
+
+    def draft(requests: int, slots: int) -> None:
         assert drafter is not None
+        take_in(min(requests, regions), min(TAKEN_IN, config.context))
         tokens = [1] * (config.context + 1)
-        drafter.propose([ProbeRequest(tokens, i % regions * room) for i in range(requests)])
+        drafted = drafter.propose([ProbeRequest(tokens, i % regions * room) for i in range(requests)], slots)
+        walk(survival(calibration.confidence(drafted.signals), drafted.lengths), drafted.lengths)
 
-    if drafter is not None:
-        forward(1, 1)  # the drafter's context must hold finite numbers
+    take_in(regions, config.context)  # the drafter's context must hold finite numbers
     requests = config.requests if drafter is not None else ()
+    short = -(-gamma // 4)  # slots of the blocks that tell what a draft costs by its length
     few = max(1, regions // (1 + gamma))
     many = few * (1 + gamma)
     apart = min(many, regions)
@@ -110,7 +124,10 @@ def measure_costs(
     jobs: dict[tuple[str, int], Callable[[], None]] = {}
     for n in sorted({*config.batch_tokens, *requests}):
         jobs["before", n] = partial(forward, n, min(n, regions))
-        jobs |= {("draft", n): partial(propose, n)} if n in requests else {}
+        if n in requests:
+            jobs["draft", n] = partial(draft, n, gamma)
+            if short < gamma:
+                jobs |= {("between", n): jobs["before", n], ("short draft", n): partial(draft, n, short)}
         jobs |= {("target", n): jobs["before", n]} if n in config.batch_tokens else {}
     # As many tokens of fewer requests: what is saved was spent on reading contexts.
     for name, count in (("apart", apart), ("together", few)):
@@ -128,6 +145,9 @@ def measure_costs(
         [seconds["draft", n] for n in requests],
         step_seconds=STEP_SECONDS,
         context_seconds=context_seconds,
+        slots=max(1, gamma),
+        short_slots=max(1, short),
+        short_draft_seconds=[seconds["short draft", n] for n in requests if short < gamma],
     )
 
 

@@ -77,6 +77,7 @@ class Tally:
             "first_token_s_p50": percentile(self.first_token_seconds, 50),
             "first_token_s_p95": percentile(self.first_token_seconds, 95),
             "accepted_length": sum(s.tokens for s in streams) / rounds if rounds else None,
+            "draft_length": times.drafted / rounds if rounds else None,
             "verify_length": times.verified / rounds if rounds else None,
             "rounds": times.rounds,
             "ms_per_round": 1e3 * times.total / times.rounds if times.rounds else None,

@@ -63,8 +63,8 @@ def load_table(rows: list[dict]) -> Table:
     columns = (
         "load:< policy:< tokens/s:> stream_p50=stream_tokens_per_s_p50:.1f p95=stream_tokens_per_s_p95:.1f "
         "first_token_p50=first_token_s_p50:.3f p95=first_token_s_p95:.3f accepted=accepted_length:.2f "
-        "verified=verify_length:.2f ms/round=ms_per_round:.1f draft=draft_share:.1% schedule=schedule_share:.1% "
-        "verify=verify_share:.1% sample=sample_share:.1% other=other_share:.1%"
+        "drafted=draft_length:.2f verified=verify_length:.2f ms/round=ms_per_round:.1f draft=draft_share:.1% "
+        "schedule=schedule_share:.1% verify=verify_share:.1% sample=sample_share:.1% other=other_share:.1%"
     )
     shown = []
     for row in rows:
@@ -144,10 +144,14 @@ def fit_table(gains: list[dict], style: Box = HEAVY_HEAD) -> Table:
 def cost_tables(costs: CostTable) -> list[Table]:
     """Milliseconds of a target forward by batch tokens and of a draft pass by requests."""
     tables = []
-    for title, size, sizes, seconds in (
+    curves = [
         ("target forward", "batch_tokens", costs.batch_tokens, costs.target_seconds),
-        ("draft pass", "requests", costs.requests, costs.draft_seconds),
-    ):
+        (f"draft pass, blocks of {costs.slots}", "requests", costs.requests, costs.draft_seconds),
+    ]
+    if costs.short_draft_seconds:
+        short = f"draft pass, blocks of {costs.short_slots}", "requests", costs.requests, costs.short_draft_seconds
+        curves.append(short)
+    for title, size, sizes, seconds in curves:
         rows = [{size: n, "ms": 1e3 * s, "ms_each": 1e3 * s / n} for n, s in zip(sizes, seconds, strict=True)]
         tables.append(make_table(title, (f"{size}:d", "ms:.2f", "ms_each:.2f"), rows))
     return tables

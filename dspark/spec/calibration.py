@@ -84,12 +84,12 @@ class Calibration:
         return weights / np.array(self.temperatures)[:, None], shifts
 
     def scaled(self, signals: Tensor) -> Floats:
-        """z_k / T_k + b_k, [R, G]. Raises ValueError for signals of another drafter."""
+        """z_k / T_k + b_k, [R, G], G at most the calibrated. Raises ValueError for signals of another drafter."""
         ours, theirs = len(self.temperatures), signals.shape[1]
-        if ours != theirs:
+        if ours < theirs:
             raise ValueError(f"the calibration is for {ours} draft tokens a round, the drafter makes {theirs}")
         weights, shifts = self._scale
-        return weighed(signals, weights) + shifts
+        return weighed(signals, weights[:theirs]) + shifts[:theirs]
 
     def confidence(self, signals: Tensor) -> Tensor:
         """c_k = sigmoid(z_k / T_k + b_k), float64 on the CPU; a score that is NaN gives 0."""
@@ -136,20 +136,25 @@ class OnlineCalibration:
         self.shift, self.information, self.count, self.accepted = np.zeros((4, len(self.base.temperatures)))
 
     def confidence(self, signals: Tensor) -> Tensor:
-        return torch.from_numpy(_sigmoid(self.base.scaled(signals) + self.shift))
+        return torch.from_numpy(_sigmoid(self.base.scaled(signals) + self.shift[: signals.shape[1]]))
 
     def observe(self, signals: Tensor, verify_lengths: Tensor, accepted: Tensor) -> None:
-        slots = np.arange(signals.shape[1])
+        slots, unseen = np.arange(signals.shape[1]), (0, len(self.shift) - signals.shape[1])
         confidence = self.confidence(signals).numpy()  # [R, G]
         stayed = accepted.numpy(force=True)[:, None]  # [R, 1]
         seen = slots < np.minimum(verify_lengths.numpy(force=True)[:, None], stayed + 1)
         seen &= np.isfinite(self.base.scaled(signals))
         outcome = seen & (slots < stayed)  # [R, G]
-        forget = self.decay ** seen.sum(0)
-        self.count = self.count * forget + seen.sum(0)
-        self.accepted = self.accepted * forget + outcome.sum(0)
-        self.information = self.information * forget + (confidence * (1 - confidence) * seen).sum(0)
-        self.shift = self.shift + ((outcome - confidence) * seen).sum(0) / (self.information + self.prior)
+
+        def by_slot(values: NDArray) -> Floats:
+            """Summed over requests, [G]: 0 where nothing was drafted."""
+            return np.pad(values.sum(0), unseen)
+
+        forget = self.decay ** by_slot(seen)
+        self.count = self.count * forget + by_slot(seen)
+        self.accepted = self.accepted * forget + by_slot(outcome)
+        self.information = self.information * forget + by_slot(confidence * (1 - confidence) * seen)
+        self.shift = self.shift + by_slot((outcome - confidence) * seen) / (self.information + self.prior)
 
 
 # ---- fitting

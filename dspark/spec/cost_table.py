@@ -44,9 +44,12 @@ class CostTable:
     batch_tokens: tuple[int, ...]
     target_seconds: tuple[float, ...]  # of a target forward on that many tokens, each of a request of its own
     requests: tuple[int, ...]
-    draft_seconds: tuple[float, ...]  # of a draft pass for that many requests
+    draft_seconds: tuple[float, ...]  # of a draft pass for that many requests, blocks of `slots` slots
     step_seconds: float  # what each step costs besides
     context_seconds: float = 0.0  # part of target_seconds that grows with requests, not with tokens: for each of them
+    slots: int = 1
+    short_slots: int = 1
+    short_draft_seconds: tuple[float, ...] = ()  # of a draft pass with blocks of `short_slots`; none: the same
 
     def __hash__(self) -> int:
         return self._hash
@@ -54,12 +57,18 @@ class CostTable:
     @cached_property
     def _hash(self) -> int:
         """Once: caches ask for it at every step."""
-        return hash((self.batch_tokens, self.target_seconds, self.requests, self.draft_seconds))
+        return hash(tuple(vars(self).values()))
 
     def __post_init__(self) -> None:
         _check_curve("batch_tokens", self.batch_tokens, "target_seconds", self.target_seconds)
         if self.requests or self.draft_seconds:
             _check_curve("requests", self.requests, "draft_seconds", self.draft_seconds)
+        if self.short_draft_seconds:
+            _check_curve("requests", self.requests, "short_draft_seconds", self.short_draft_seconds)
+            if not 1 <= self.short_slots < self.slots:
+                raise ValueError(f"short_slots must be 1 or more and below slots, got {self.short_slots}, {self.slots}")
+            if any(short > whole for short, whole in zip(self.short_draft_seconds, self.draft_seconds)):
+                raise ValueError("short_draft_seconds must not be above draft_seconds")
         if not 0 <= self.step_seconds < math.inf:
             raise ValueError(f"step_seconds must be finite and at least 0, got {self.step_seconds}")
         if not 0 <= self.context_seconds < math.inf:
@@ -77,6 +86,9 @@ class CostTable:
         draft_seconds: Sequence[float],
         step_seconds: float,
         context_seconds: float = 0.0,
+        slots: int = 1,
+        short_slots: int = 1,
+        short_draft_seconds: Sequence[float] = (),
     ) -> "CostTable":
         """From raw medians, forced monotone: noise must not make more work look cheaper."""
 
@@ -84,7 +96,9 @@ class CostTable:
             return tuple(float(value) for value in np.maximum.accumulate(np.asarray(seconds, dtype=np.float64)))
 
         curves = tuple(batch_tokens), rising(target_seconds), tuple(requests), rising(draft_seconds)
-        return cls(model, dtype, machine, *curves, float(step_seconds), max(0.0, float(context_seconds)))
+        short = tuple(map(min, rising(short_draft_seconds), curves[3]))
+        besides = float(step_seconds), max(0.0, float(context_seconds))
+        return cls(model, dtype, machine, *curves, *besides, slots, short_slots, short)
 
     def check(self, model: str, dtype: str, machine: str) -> None:
         """Raise ValueError unless the table was measured for exactly this."""
@@ -103,8 +117,10 @@ class CostTable:
         return _Curve(self.batch_tokens, np.maximum.accumulate(seconds).tolist())
 
     @cached_property
-    def _draft(self) -> _Curve:
-        return _Curve(self.requests, self.draft_seconds)
+    def _draft(self) -> tuple[_Curve, _Curve]:
+        """Of whole blocks and of short ones."""
+        whole = _Curve(self.requests, self.draft_seconds)
+        return whole, _Curve(self.requests, self.short_draft_seconds) if self.short_draft_seconds else whole
 
     def target(self, batch_tokens: ArrayLike, requests: ArrayLike) -> Floats:
         """Seconds of a target forward on the tokens of so many requests, elementwise.
@@ -113,15 +129,20 @@ class CostTable:
         """
         return self._tokens(batch_tokens) + self.context_seconds * np.asarray(requests)
 
-    def draft(self, requests: ArrayLike) -> Floats:
-        """Seconds of a draft pass, elementwise; drafting for nobody costs nothing."""
+    def draft(self, requests: ArrayLike, slots: int | None = None) -> Floats:
+        """Seconds of a draft pass, elementwise, with blocks of so many slots, None: whole ones; for nobody it is 0."""
         if not self.requests:
             return np.zeros(np.shape(requests))
-        return np.where(np.asarray(requests) > 0, self._draft(requests), 0.0)
+        whole, short = (curve(requests) for curve in self._draft)
+        missing = 0.0 if slots is None or self.slots == self.short_slots else self.slots - slots
+        seconds = whole - (whole - short) * (missing / max(1, self.slots - self.short_slots))
+        return np.where(np.asarray(requests) > 0, np.maximum(seconds, 0.0), 0.0)
 
-    def seconds(self, batch_tokens: ArrayLike, requests: ArrayLike, requests_drafted: ArrayLike = 0) -> Floats:
-        """Seconds of a whole step, elementwise: 1 / SPS(B), drafting included."""
-        return self.step_seconds + self.target(batch_tokens, requests) + self.draft(requests_drafted)
+    def seconds(
+        self, batch_tokens: ArrayLike, requests: ArrayLike, drafted: ArrayLike = 0, slots: int | None = None
+    ) -> Floats:
+        """Seconds of a whole step, elementwise: 1 / SPS(B); drafted, slots: requests drafted for, see `draft`."""
+        return self.step_seconds + self.target(batch_tokens, requests) + self.draft(drafted, slots)
 
 
 def _check_curve(sizes_name: str, sizes: Sequence[int], seconds_name: str, seconds: Sequence[float]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dspark.spec.cost_table import CostTable
 from dspark.spec.survivals import Floats, Ints, Survivals
-from dspark.spec.walk import Load, Walk, algorithm_1, best_budget, foresight, step_seconds, survival, walk
+from dspark.spec.walk import Drafted, Load, Walk, algorithm_1, best_budget, foresight, step_seconds, survival, walk
 
 
 class PrefixScheduler(Protocol):
@@ -28,6 +28,10 @@ class PrefixScheduler(Protocol):
 
     def to_draft(self, load: Load) -> list[int]:
         """For which of the load's requests to draft this round, by index, ascending; asked before drafting."""
+        ...
+
+    def slots_to_draft(self, load: Load) -> int:
+        """How long blocks are to be, if the drafter can make them so long; asked after `to_draft` named some."""
         ...
 
     def choose(self, confidence: Tensor, lengths: Tensor, load: Load) -> Tensor:
@@ -41,8 +45,10 @@ class PrefixScheduler(Protocol):
 
 PATIENCE = 8  # how many times `retry_every` rounds a "no" holds at most, twice as long each time in a row
 OTHER_LOAD = 1 / 8  # change of the number of requests that is a load of its own
-PAYS = 1.15  # times plain decoding that drafting must promise: 7 to 15 % less came of it where it was measured
+PAYS = 1.05  # times plain decoding that drafting must promise: a promise is kept to within a few percent
 SHARES = 8  # parts of the running requests that drafting may be tried for
+LENGTHS = 4  # parts of a block that may be drafted alone
+WHOLE = 1 << 16  # slots, more than any block has
 PROBES = 4  # requests drafted for, now and then, while drafting does not pay
 
 
@@ -58,6 +64,9 @@ class FixedLength:
 
     def to_draft(self, load: Load) -> list[int]:
         return list(range(load.requests)) if self.length else []
+
+    def slots_to_draft(self, load: Load) -> int:
+        return self.length
 
     def choose(self, confidence: Tensor, lengths: Tensor, load: Load) -> Tensor:
         return torch.clamp(lengths, max=self.length)
@@ -76,16 +85,21 @@ class Threshold:
     def to_draft(self, load: Load) -> list[int]:
         return list(range(load.requests))
 
+    def slots_to_draft(self, load: Load) -> int:
+        return WHOLE
+
     def choose(self, confidence: Tensor, lengths: Tensor, load: Load) -> Tensor:
         return torch.from_numpy((survival(confidence, lengths) >= self.threshold).sum(1))
 
 
 @dataclass
 class _Answer:
-    """For how many of `requests` drafting pays, 0: for none; asked again `interval` rounds later, in round `due`."""
+    """For how many of `requests` drafting pays, 0: for none, and blocks of how many slots; asked again `interval`
+    rounds later, in round `due`."""
 
     requests: int
     paying: int
+    slots: int
     interval: int
     due: int
     tried: bool = False  # where it pays for none: some were drafted for, so that there is news to ask by
@@ -101,13 +115,15 @@ class _CostBased:
         self.history = Survivals(decay)
         self.rounds = 0  # since the warm-up
         self.answers: dict[int, _Answer] = {}  # by load, see `answer`
+        self.slots = WHOLE  # of this round's blocks
 
     def to_draft(self, load: Load) -> list[int]:
         """Those whose drafts survive best, as many as past rounds say give most tokens a second; often all or none.
 
         Where none, a few before the question is asked again; where some, a few of which nothing was heard for long.
+        Blocks are as long as pays, but whole where there is to be news of all slots: before it is asked again.
         """
-        count = load.requests
+        count, self.slots = load.requests, WHOLE
         if self.history.samples < self.warm_up:
             return list(range(count))
         self.rounds += 1
@@ -117,37 +133,43 @@ class _CostBased:
                 return []
             answer.tried = True
             return sorted(best_first(self.history.levels(load.ids)[1])[:PROBES].tolist())
-        if load.other_tokens and not self.pays(load, answer.paying):
+        if load.other_tokens and not self.pays(load, answer):
             return []
+        if self.rounds + 1 < answer.due:
+            self.slots = answer.slots
         if answer.paying == answer.requests or answer.paying >= count:
             return list(range(count))
         levels, idle = self.history.levels(load.ids)
         unknown = np.flatnonzero(idle >= self.retry_every)[:PROBES]
         return sorted({*best_first(levels)[: answer.paying].tolist(), *unknown.tolist()})
 
+    def slots_to_draft(self, load: Load) -> int:
+        return self.slots
+
     def answer(self, load: Load) -> _Answer:
         """For how many drafting pays at a load like this one, asked anew when that is due."""
         like = round(math.log(load.requests) / OTHER_LOAD)
         known = self.answers.get(like)
         if known is None or (self.rounds >= known.due and (known.paying or known.tried)):
-            paying, interval = self.how_many(load), self.retry_every
+            paying, slots = self.how_many(load)
+            interval = self.retry_every
             if known is not None and not known.paying and not paying:
                 interval = min(2 * known.interval, PATIENCE * self.retry_every)
-            known = self.answers[like] = _Answer(load.requests, paying, interval, self.rounds + interval - 1)
+            known = self.answers[like] = _Answer(load.requests, paying, slots, interval, self.rounds + interval - 1)
         return known
 
-    def how_many(self, load: Load) -> int:
-        """For how many of the requests, the best first, to draft in a step without prompts: 0 where it does not pay."""
+    def how_many(self, load: Load) -> tuple[int, int]:
+        """For how many of the requests, the best first, to draft in a step without prompts, 0 where it does not pay;
+        and how many slots."""
         plain, rounds = Load(load.ids), self.rounds_best_first(load)
-        counts = sorted({-(-load.requests * part // SHARES) for part in range(1, SHARES + 1)})
-        speeds = [self.expected_rate(rounds[:, :count], plain) for count in counts]
-        best = int(np.argmax(speeds))
-        return counts[best] if speeds[best] > PAYS * self.plain_rate(load) else 0
+        counts, lengths = parts(load.requests, SHARES), parts(rounds.shape[2], LENGTHS)
+        speeds = {(n, g): self.expected_rate(rounds[:, :n, :g], plain) for g in reversed(lengths) for n in counts}
+        best, slots = max(speeds, key=speeds.__getitem__)
+        return best if speeds[best, slots] > PAYS * self.plain_rate(load) else 0, slots
 
-    def pays(self, load: Load, count: int) -> bool:
-        """Whether it pays for so many beside the prompts of this step too: they take the cost curve to where it may be
-        steeper."""
-        rounds = self.rounds_best_first(load)[:, :count]
+    def pays(self, load: Load, answer: _Answer) -> bool:
+        """Whether it pays beside the prompts of this step too: they take the cost curve to where it may be steeper."""
+        rounds = self.rounds_best_first(load)[:, : answer.paying, : answer.slots]
         return self.expected_rate(rounds, load) > PAYS * self.plain_rate(load)
 
     def rounds_best_first(self, load: Load) -> Floats:
@@ -162,19 +184,19 @@ class _CostBased:
         best budget."""
         values = -np.sort(-rounds.reshape(len(rounds), -1), axis=1)  # [rounds, n]
         tau = load.requests + np.cumsum(np.pad(values, ((0, 0), (1, 0))), axis=1)  # [rounds, n + 1]
-        seconds = step_seconds(self.costs, load.requests, load.other_tokens, rounds.shape[1], values.shape[1])
+        seconds = step_seconds(self.costs, load.requests, load.other_tokens, *rounds.shape[1:], values.shape[1])
         best = (tau / seconds).argmax(1)
         return float(tau[np.arange(len(tau)), best].sum() / seconds[best].sum())
 
     def choose(self, confidence: Tensor, lengths: Tensor, load: Load) -> Tensor:
         today = survival(confidence, lengths)  # [R, G]
         order = walk(today, lengths)
-        drafted = int(torch.count_nonzero(lengths))
+        drafted = Drafted(int(np.count_nonzero(lengths.numpy(force=True))), confidence.shape[1])
         verify_lengths = order.lengths(self.count(today, order, lengths, load, drafted), len(lengths))
         self.remember(today, order, lengths, load)  # after the choice: it must not see today
         return verify_lengths
 
-    def count(self, today: Floats, order: Walk, lengths: Tensor, load: Load, drafted: int) -> int:
+    def count(self, today: Floats, order: Walk, lengths: Tensor, load: Load, drafted: Drafted) -> int:
         """How many slots of the walk are verified."""
         raise NotImplementedError
 
@@ -186,10 +208,15 @@ def best_first(levels: Floats | Ints) -> Ints:
     return np.argsort(-levels, kind="stable")
 
 
+def parts(whole: int, count: int) -> list[int]:
+    """1/count, 2/count, ... of it, rounded up, each once."""
+    return sorted({-(-whole * part // count) for part in range(1, count + 1)})
+
+
 class ThroughputGreedy(_CostBased):
     """DSpark, Algorithm 1. The stop at the first slot that does not raise the rate is what makes it lossless."""
 
-    def count(self, today: Floats, order: Walk, lengths: Tensor, load: Load, drafted: int) -> int:
+    def count(self, today: Floats, order: Walk, lengths: Tensor, load: Load, drafted: Drafted) -> int:
         return algorithm_1(order.survival, self.costs, load, drafted)
 
 
@@ -203,7 +230,7 @@ class StaleBudget(_CostBased):
         super().__init__(costs, decay, warm_up, retry_every)
         self.past: tuple[Floats, ...] = ()  # survivals of the last two rounds, as walked, the latest first
 
-    def count(self, today: Floats, order: Walk, lengths: Tensor, load: Load, drafted: int) -> int:
+    def count(self, today: Floats, order: Walk, lengths: Tensor, load: Load, drafted: Drafted) -> int:
         if len(self.past) < 2:
             return algorithm_1(order.survival, self.costs, load, drafted)
         return best_budget(self.past[1], self.costs, load, drafted)
@@ -221,7 +248,7 @@ class Foresight(_CostBased):
     Before there was any round it is Algorithm 1.
     """
 
-    def count(self, today: Floats, order: Walk, lengths: Tensor, load: Load, drafted: int) -> int:
+    def count(self, today: Floats, order: Walk, lengths: Tensor, load: Load, drafted: Drafted) -> int:
         budget = 0
         if self.history.samples:
             predicted = walk(self.history.predict(today[:, 0]), lengths).survival

@@ -34,7 +34,7 @@ class Survivals:
         """decay: how much less a round weighs than the one after it in the means of all requests."""
         self.decay = decay
         self.samples = 0  # requests drafted for, over all rounds
-        self.pending: list[tuple[Floats, Ints, Sequence[int]]] = []  # rounds that `settle` takes in
+        self.pending: list[tuple[Floats, Ints, NDArray[np.bool_], Sequence[int]]] = []  # rounds that `settle` takes in
         self.rounds = 0  # taken in
         self.recent: Floats = np.zeros((0, 0))  # [<= KEPT_ROWS, G]: the last whole blocks
         self.totals: Floats = np.zeros(0)  # [G]
@@ -50,35 +50,44 @@ class Survivals:
 
     def observe(self, values: Floats, lengths: Tensor, ids: Sequence[int]) -> None:
         """Note a round: survival [R, G], draft lengths [R] and ids [R]. The first ones are taken in soon, later ones
-        SETTLED_ROUNDS at once, which takes numpy hardly longer than one if they are of the same requests."""
+        SETTLED_ROUNDS at once, which takes numpy hardly longer than one if they are of the same requests.
+
+        Blocks may be shorter than the first round's: their last survival goes on as the means fall off."""
         drafted = lengths.numpy(force=True)
+        whole = drafted == values.shape[1]
+        if (slots := values.shape[1]) < len(self.means):
+            last = self.means[slots - 1]
+            further = self.means[slots:] / last if last > 0 else np.zeros(len(self.means) - slots)
+            values = np.concatenate([values, values[:, -1:] * further], axis=1)
         self.samples += int(np.count_nonzero(drafted))
-        self.pending.append((values, drafted, ids))
+        self.pending.append((values, drafted, whole, ids))
         if len(self.pending) >= min(self.rounds + 1, SETTLED_ROUNDS):
             self.settle()
 
     def settle(self) -> None:
         """Take in what is pending."""
-        for ids, rounds in groupby(self.pending, key=lambda observed: observed[2]):
-            values, drafted, _ = zip(*rounds)
-            self.take_in(np.stack(values), np.stack(drafted), ids)
+        for ids, rounds in groupby(self.pending, key=lambda observed: observed[-1]):
+            values, drafted, whole, _ = zip(*rounds)
+            self.take_in(np.stack(values), np.stack(drafted), np.stack(whole), ids)
         self.pending = []
 
-    def take_in(self, values: Floats, drafted: Ints, ids: Sequence[int]) -> None:
-        """Rounds of the same requests: survival [rounds, R, G], draft lengths [rounds, R]."""
+    def take_in(self, values: Floats, drafted: Ints, whole: NDArray[np.bool_], ids: Sequence[int]) -> None:
+        """Rounds of the same requests: survival [rounds, R, G], draft lengths [rounds, R], blocks not cut short."""
         rounds, _, slots = values.shape
         if not len(self.totals):
             self.totals, self.counts = np.zeros((2, slots))
             self.recent, self.own = np.zeros((0, slots)), np.zeros((0, KEPT_OWN, slots))
-        fading = self.decay ** np.arange(rounds)[::-1]
-        there = (np.arange(slots) < drafted[..., None]).sum(1)  # [rounds, G]
-        self.totals = self.decay**rounds * self.totals + fading @ values.sum(1)
-        self.counts = self.decay**rounds * self.counts + fading @ there
+        there = np.arange(slots) < drafted[..., None]  # [rounds, R, G]
+        of_slot = there.any(1).cumsum(0)  # rounds that drafted it, up to each one: others do not make it fade
+        weights = self.decay ** (of_slot[-1] - of_slot)  # [rounds, G]
+        kept = self.decay ** of_slot[-1]
+        self.totals = kept * self.totals + (weights * (values * there).sum(1)).sum(0)
+        self.counts = kept * self.counts + (weights * there.sum(1)).sum(0)
         means = np.divide(self.totals, self.counts, out=np.zeros_like(self.totals), where=self.counts > 0)
         self.means = np.minimum.accumulate(means)
         self.falloff = self.means / self.means[0] if self.means[0] > 0 else np.zeros_like(means)
 
-        at, whole = self.at(ids), drafted == slots  # [R], [rounds, R]
+        at = self.at(ids)
         of_request = whole.cumsum(0)  # whole blocks up to each round
         number, blocks = self.number[at] + of_request, of_request[-1]
         # Where some are chosen for surviving well, only those that were not known yet stand for all.

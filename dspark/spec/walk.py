@@ -29,6 +29,13 @@ class Load:
         return len(self.ids)
 
 
+class Drafted(NamedTuple):
+    """What was drafted in a step: for how many requests, blocks of how many slots."""
+
+    requests: int
+    slots: int
+
+
 class Walk(NamedTuple):
     """All draft tokens in the order in which they may be verified."""
 
@@ -60,30 +67,29 @@ def walk(values: Floats, lengths: Tensor) -> Walk:
 
 
 @lru_cache(maxsize=4096)
-def step_seconds(costs: CostTable, requests: int, other_tokens: int, drafted: int, slots: int) -> Floats:
-    """Seconds of a step that verifies 0..slots draft tokens, less what its prompts cost on top of plain decoding.
+def step_seconds(costs: CostTable, requests: int, other_tokens: int, drafted: int, slots: int, tokens: int) -> Floats:
+    """Seconds of a step that verifies 0..tokens draft tokens, less what its prompts cost on top of plain decoding.
 
     Prompts must be computed whatever is drafted. Counted in, they make a step look so slow that draft tokens pay
-    which cost more than the tokens of an ordinary step. drafted: requests that are drafted for.
+    which cost more than the tokens of an ordinary step. drafted: requests that are drafted for, with blocks of `slots`.
     """
-    tokens = requests + other_tokens
-    prompts = costs.target(tokens, requests) - costs.target(requests, requests)
-    seconds = costs.seconds(tokens + np.arange(slots + 1), requests, drafted) - prompts
+    before = requests + other_tokens
+    prompts = costs.target(before, requests) - costs.target(requests, requests)
+    seconds = costs.seconds(before + np.arange(tokens + 1), requests, drafted, slots) - prompts
     seconds.setflags(write=False)  # it is shared
     return seconds
 
 
-def rates(values: Floats, costs: CostTable, load: Load, drafted: int) -> Floats:
+def rates(values: Floats, costs: CostTable, load: Load, drafted: Drafted) -> Floats:
     """tau·SPS(B), expected tokens a second, if the first 0..n slots are verified: survival [n] -> [n + 1].
 
-    Entry i depends on the first i values only. SPS counts the time of drafting for `drafted` requests, not that of
-    prompts.
+    Entry i depends on the first i values only. SPS counts the time of drafting, not that of prompts.
     """
     tau = np.empty(len(values) + 1)
     tau[0] = load.requests  # a request without draft tokens still gets one token
     np.cumsum(values, out=tau[1:])
     tau[1:] += load.requests
-    return tau / step_seconds(costs, load.requests, load.other_tokens, drafted, len(values))
+    return tau / step_seconds(costs, load.requests, load.other_tokens, *drafted, len(values))
 
 
 def first_false(go_on: NDArray[np.bool_]) -> int:
@@ -92,18 +98,18 @@ def first_false(go_on: NDArray[np.bool_]) -> int:
     return first if len(go_on) and not go_on[first] else len(go_on)
 
 
-def algorithm_1(values: Floats, costs: CostTable, load: Load, drafted: int) -> int:
+def algorithm_1(values: Floats, costs: CostTable, load: Load, drafted: Drafted) -> int:
     """DSpark, Algorithm 1: admit while the rate strictly rises, stop at the first slot that does not raise it."""
     rate = rates(values, costs, load, drafted)
     return first_false(rate[1:] > rate[:-1])
 
 
-def best_budget(values: Floats, costs: CostTable, load: Load, drafted: int) -> int:
+def best_budget(values: Floats, costs: CostTable, load: Load, drafted: Drafted) -> int:
     """The best number of slots over all, the least of equals. NOT lossless on the survivals of today's walk."""
     return int(rates(values, costs, load, drafted).argmax())
 
 
-def foresight(values: Floats, budget: int, costs: CostTable, load: Load, drafted: int) -> int:
+def foresight(values: Floats, budget: int, costs: CostTable, load: Load, drafted: Drafted) -> int:
     """Verify `budget` slots, fixed beforehand: fewer where nothing can be gained any more, more by Algorithm 1.
 
     values [n] is today's walk. At step i it looks at the first i + 1 of it. No later slot survives more surely than
@@ -114,7 +120,7 @@ def foresight(values: Floats, budget: int, costs: CostTable, load: Load, drafted
     go_on = rate[1:] > rate[:-1]  # past the budget
     ahead = min(budget, len(values))
     if first_false(go_on) < ahead:  # while the rate rises, its bound is higher too
-        seconds = step_seconds(costs, load.requests, load.other_tokens, drafted, len(values))
+        seconds = step_seconds(costs, load.requests, load.other_tokens, *drafted, len(values))
         counts = measured_counts(costs, load.requests + load.other_tokens, len(values))  # [P]
         tau = rate[:ahead] * seconds[:ahead]
         more = counts - np.arange(ahead)[:, None]  # m [ahead, P]

@@ -61,13 +61,13 @@ def trained_hidden(model: DSparkModel, anchors: tuple[int, ...]) -> Tensor:
 
 
 def propose(model: DSparkModel, *requests: Request) -> Draft:
-    return extended(model).propose(list(requests))
+    return extended(model).propose(list(requests), model.config.block_size)
 
 
 def test_backbone_equals_the_trained_module():
     model = tiny_model(TARGET.config)
     for anchor, hidden in zip(ANCHORS, trained_hidden(model, ANCHORS)):
-        ours = extended(model).backbone([Request(TOKENS[: anchor + 1])])[0]
+        ours = extended(model).backbone([Request(TOKENS[: anchor + 1])], model.config.block_size)[0]
         torch.testing.assert_close(ours, hidden, atol=1e-4, rtol=0)
 
 
@@ -101,6 +101,7 @@ def test_heads_equal_the_trained_ones(
     hidden = trained_hidden(model, (anchor,))[0]
     with torch.no_grad():
         features, confidence = model.heads(hidden, previous)
+        assert confidence is not None
         logits = hidden @ TARGET.lm_head_weight[model.d2t].T + features @ model.w2.T  # [G, V']
         lengths = torch.zeros(len(logits))
         if model.copy_head is not None:
@@ -128,7 +129,7 @@ def test_what_a_slot_signals_does_not_depend_on_its_own_token():
     """Draws of many seeds: slots after the same tokens signal the same, whatever was drawn in them."""
     drafter = extended(tiny_model(TARGET.config))
     requests = [Request(TOKENS[:14], SamplingParams(temperature=1.0), seed) for seed in range(300)]
-    draft = drafter.propose([*requests, Request(TOKENS[:14])])
+    draft = drafter.propose([*requests, Request(TOKENS[:14])], drafter.block_size)
     blocks, signals = draft.tokens.tolist(), draft.signals[:-1]
     for k in range(drafter.block_size):
         by_prefix: dict[tuple[int, ...], list[int]] = {}
@@ -137,7 +138,7 @@ def test_what_a_slot_signals_does_not_depend_on_its_own_token():
         same = max(by_prefix.values(), key=len)
         assert len({blocks[i][k] for i in same}) > 1
         torch.testing.assert_close(signals[same, k], signals[same[:1], k].expand(len(same), -1), atol=1e-5, rtol=0)
-    alone = drafter.propose([Request(TOKENS[:14])])
+    alone = drafter.propose([Request(TOKENS[:14])], drafter.block_size)
     torch.testing.assert_close(draft.signals[-1], alone.signals[0], atol=1e-5, rtol=0)
 
 

@@ -17,6 +17,7 @@ from dspark.drafters.layers import DraftModel
 from dspark.drafters.load import bind, make_drafter
 from dspark.models.decoder import layer_shapes
 from dspark.sampling import SamplingParams
+from dspark.train.setup import with_block_size
 from tests.drafters.test_dspark import TARGET, TOKENS, Request, extended, taps_of
 from tests.tiny import VARIANTS, tiny_state_dict, tiny_target, tiny_variant
 
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.parametrize("variant", VARIANTS)
 
 def proposal(drafter: BoundDrafter, *requests: Request) -> tuple[list[list[int]], Tensor]:
     """Tokens and the distributions they were drawn from, [R, G, V]."""
-    draft = drafter.propose(list(requests))
+    draft = drafter.propose(list(requests), drafter.block_size)
     probs = torch.zeros(*draft.tokens.shape, 64).scatter_add_(2, draft.support, draft.draft_probs)
     return draft.tokens.tolist(), probs
 
@@ -53,6 +54,18 @@ def test_training_says_what_is_sampled_from(variant: str, window: int, draft_voc
     (drafted,), probs = proposal(extended(model), Request(TOKENS[: anchor + 1], WARM))
     known = TOKENS[: anchor + 1] + drafted + [9, 9, 9]
     torch.testing.assert_close(trained_probs(model, known, anchor), probs[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("params", [WARM, SamplingParams(temperature=0.0)], ids=["sampled", "greedy"])
+def test_a_short_block_is_one_of_a_drafter_with_short_blocks(variant: str, slots: int, params: SamplingParams):
+    model = tiny_variant(variant, TARGET)
+    requests = [Request(TOKENS, params), Request(TOKENS[:15], params)]
+    short = extended(model).propose(list(requests), slots)
+    expected = extended(with_block_size(model, slots)).propose(list(requests), slots)
+    assert torch.equal(short.tokens, expected.tokens) and short.tokens.shape == (2, slots)
+    torch.testing.assert_close(short.draft_probs, expected.draft_probs)
+    torch.testing.assert_close(short.signals, expected.signals)
 
 
 def test_a_window_hides_what_lies_before_it(variant: str):

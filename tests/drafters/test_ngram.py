@@ -40,7 +40,7 @@ def test_what_is_proposed_stood_behind_the_longest_match(token_ids: list[int], b
 
 def test_a_batch_of_requests_with_and_without_a_match():
     """Lengths say how much of each row is a proposal; a proposal is certain, so its probability is one."""
-    draft = NgramDrafter(3).propose([Request([1, 2, 3, 4, 1, 2]), Request([1, 2]), Request([6, 6, 6])])
+    draft = NgramDrafter(3).propose([Request([1, 2, 3, 4, 1, 2]), Request([1, 2]), Request([6, 6, 6])], 3)
     assert draft.lengths.tolist() == [3, 0, 1]
     assert draft.tokens[0].tolist() == [3, 4, 1]
     assert draft.tokens[2, 0] == 6

@@ -150,10 +150,10 @@ def test_two_cached_rounds(variant: str):
         drafter.extend(list(taps[done:start].split(64, -1)), tokens[done:start], positions, positions)
         done = start
         request = Request(tokens[: start + 1].tolist())
-        hidden = drafter.backbone([request])
+        hidden = drafter.backbone([request], drafter.block_size)
         close(hidden, rounds[f"{name}.hidden"])
         close(drafter.head(hidden[0])[None], rounds[f"{name}.base_logits"])
-        draft = drafter.propose([request])
+        draft = drafter.propose([request], drafter.block_size)
         assert torch.equal(draft.tokens, rounds[f"{name}.tokens"])
         if variant != "dflash":
             close(draft.signals[..., 0], rounds[f"{name}.confidence_logits"])

@@ -45,7 +45,7 @@ def test_block_inputs_equal_their_operations_one_by_one(dtype: torch.dtype):
     features[0] = torch.nan  # the slot of no position
     norms, mask = [torch.rand(width) for _ in range(2)], torch.randn(1, width)
     proj = CompiledLinear(torch.randn(width, 2 * width).to(dtype))
-    inputs = BlockInputs(embedding, (norms[0], norms[1], mask), proj, 1e-5, num_slots)
+    inputs = BlockInputs(embedding, (norms[0], norms[1], mask), proj, 1e-5)
     for r in (1, 7, 20, 2):
         slots, tokens = torch.randint(1, 20, (r,)), torch.randint(0, 50, (r,))
         slots[0] = -1
@@ -53,7 +53,7 @@ def test_block_inputs_equal_their_operations_one_by_one(dtype: torch.dtype):
         feature, token = rms_norm(feature, norms[0], 1e-5), rms_norm(embedding[tokens], norms[1], 1e-5)
         first, masks = (proj(torch.cat([feature, t.expand(r, -1)], 1)) for t in (token, mask))
         expected = torch.stack([first, masks, masks], 1).flatten(0, 1)
-        assert torch.equal(inputs(features, slots, tokens), expected)
+        assert torch.equal(inputs(features, slots, tokens, num_slots), expected)
 
 
 def test_nan_logits_give_a_token_of_the_vocabulary():

@@ -41,7 +41,7 @@ def test_it_knows_all_committed_tokens(variant: str, slots: int, most_bytes: int
     engine = Engine(TARGET, drafter, Sometimes(2), config=config)
     asked = 0
 
-    def propose(requests: list[DraftRequest], propose=drafter.propose) -> Draft:
+    def propose(requests: list[DraftRequest], slots: int, propose=drafter.propose) -> Draft:
         nonlocal asked
         for request in requests:
             tokens = torch.tensor(request.token_ids[:-1])
@@ -54,7 +54,7 @@ def test_it_knows_all_committed_tokens(variant: str, slots: int, most_bytes: int
                 known = ours[request.first_slot : request.first_slot + len(tokens)]
                 torch.testing.assert_close(known, theirs, atol=1e-4, rtol=1e-4)
             asked += 1
-        return propose(requests)
+        return propose(requests, slots)
 
     monkeypatch.setattr(drafter, "propose", propose)
     sequences = [engine.add(prompt, SamplingParams(max_new_tokens=90)) for prompt in PROMPTS]

@@ -81,8 +81,8 @@ def test_the_drafters_storage_is_copied_too(drafter: str, monkeypatch: pytest.Mo
             storage.zero_()  # so that a forgotten copy leaves numbers there
         propose = engine.drafter.propose
 
-        def watched(requests: list[DraftRequest]) -> Draft:
-            seen.extend((draft := propose(requests)).tokens.tolist())
+        def watched(requests: list[DraftRequest], slots: int) -> Draft:
+            seen.extend((draft := propose(requests, slots)).tokens.tolist())
             return draft
 
         monkeypatch.setattr(engine.drafter, "propose", watched)

@@ -128,8 +128,8 @@ class Revealing(OracleDrafter):
         super().__init__(TARGET, block_size=2)
         self.plain, self.shift = PLAIN, shift  # PLAIN knows the penalties
 
-    def propose(self, requests: list[DraftRequest]) -> Draft:
-        draft = super().propose(requests)
+    def propose(self, requests: list[DraftRequest], slots: int) -> Draft:
+        draft = super().propose(requests, slots)
         anchors = torch.tensor([[r.token_ids[-1]] for r in requests])
         block = torch.cat([anchors, draft.tokens], 1)  # [R, G + 1]
         seen = block[:, 1:] if self.shift == 0 else block[:, :-1]

@@ -306,7 +306,8 @@ def scheduled(
         drafted = state.scheduler.to_draft(load)
         if not drafted:
             return (0,) * len(confidences)
-        confidence = torch.tensor(confidences, dtype=torch.float64)
+        slots = state.scheduler.slots_to_draft(load)
+        confidence = torch.tensor(confidences, dtype=torch.float64)[:, :slots]
         signals = confidence.logit()[..., None]
         if state.calibrator is not None:
             confidence = state.calibrator.confidence(signals)

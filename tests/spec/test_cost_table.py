@@ -21,6 +21,16 @@ def test_between_and_past_the_measured_sizes() -> None:
     assert TABLE.seconds(3, 3) == pytest.approx(2.1)  # nothing is drafted
 
 
+def test_shorter_blocks_lie_between_and_past_the_two_measured_lengths() -> None:
+    table = replace(TABLE, slots=8, short_slots=2, short_draft_seconds=(0.08, 0.16))
+    np.testing.assert_allclose([table.draft(1, n) for n in (8, 5, 2, 1)], [0.2, 0.14, 0.08, 0.06])
+    np.testing.assert_allclose(table.draft(np.array([0, 2, 3]), 2), [0, 0.12, 0.16])
+    assert table.draft(3) == table.draft(3, 8) == 0.4 and TABLE.draft(3, 2) == 0.4
+    assert table.seconds(3, 1, 1, 2) == pytest.approx(2.18)
+    measured = CostTable.measured("m", "bf16", "here", (1,), (1.0,), (1, 2), (0.2, 0.3), 0.0, 0.0, 8, 2, (0.25, 0.1))
+    assert measured.short_draft_seconds == (0.2, 0.25)  # rising, and never above whole blocks
+
+
 def test_below_the_first_size_it_costs_as_much() -> None:
     table = CostTable.measured("m", "bf16", "here", (4, 8), (1.0, 2.0), (2,), (0.5,), 0.0)
     assert table.target(1, 1) == 1.0
@@ -70,6 +80,9 @@ def test_a_file_gives_back_what_was_written(tmp_path: Path) -> None:
         ({"target_seconds": (1.0, 3.0, 2.0, 3.5)}, "must not fall"),
         ({"draft_seconds": (0.4, 0.2)}, "must not fall"),
         ({"draft_seconds": (0.0, 0.2)}, "above 0"),
+        ({"short_draft_seconds": (0.1,), "slots": 4}, "holes"),
+        ({"short_draft_seconds": (0.1, 0.1)}, "short_slots"),
+        ({"short_draft_seconds": (0.1, 0.5), "slots": 4}, "above draft_seconds"),
         ({"step_seconds": -0.1}, "step_seconds"),
         ({"step_seconds": math.nan}, "step_seconds"),
     ],

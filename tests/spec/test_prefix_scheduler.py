@@ -7,6 +7,7 @@ Shapes: R requests, G slots.
 import math
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from dspark.spec.prefix_scheduler import (
     ThroughputGreedy,
 )
 from dspark.spec.survivals import Survivals
-from dspark.spec.walk import Load, algorithm_1, best_budget, foresight, rates, survival, walk
+from dspark.spec.walk import Drafted, Load, algorithm_1, best_budget, foresight, rates, survival, walk
 
 
 def cost_table(target_seconds: list[float], draft_seconds: float = 1e-9, step_seconds: float = 0.0) -> CostTable:
@@ -89,16 +90,16 @@ def test_walk_breaks_ties_by_request_and_position() -> None:
 
 def test_rates_count_drafting_and_not_what_prompts_add() -> None:
     costs = cost_table([1.0, 2.0, 5.0], draft_seconds=0.5, step_seconds=0.25)
-    np.testing.assert_allclose(rates(np.array([0.8]), costs, load(1), 1), [1 / 1.75, 1.8 / 2.75])
-    np.testing.assert_allclose(rates(np.array([0.8]), costs, load(1, 1), 1), [1 / 1.75, 1.8 / 4.75])
+    np.testing.assert_allclose(rates(np.array([0.8]), costs, load(1), Drafted(1, 3)), [1 / 1.75, 1.8 / 2.75])
+    np.testing.assert_allclose(rates(np.array([0.8]), costs, load(1, 1), Drafted(1, 3)), [1 / 1.75, 1.8 / 4.75])
 
 
 def test_algorithm_1_stops_at_the_first_slot_that_does_not_pay() -> None:
     costs = cost_table([1.0, 1.4, 2.2, 2.2])
-    assert algorithm_1(np.array([0.9, 0.9, 0.9]), costs, load(1), 1) == 1
-    assert best_budget(np.array([0.9, 0.9, 0.9]), costs, load(1), 1) == 3
-    assert algorithm_1(np.array([0.0, 0.0]), FLAT, load(1), 1) == 0  # equal does not raise
-    assert algorithm_1(np.array([]), costs, load(2), 2) == 0
+    assert algorithm_1(np.array([0.9, 0.9, 0.9]), costs, load(1), Drafted(1, 3)) == 1
+    assert best_budget(np.array([0.9, 0.9, 0.9]), costs, load(1), Drafted(1, 3)) == 3
+    assert algorithm_1(np.array([0.0, 0.0]), FLAT, load(1), Drafted(1, 3)) == 0  # equal does not raise
+    assert algorithm_1(np.array([]), costs, load(2), Drafted(2, 3)) == 0
 
 
 def test_greedy_gives_slots_to_the_surest_requests() -> None:
@@ -129,9 +130,20 @@ def test_foresight_stops_where_nothing_can_be_gained() -> None:
     """Its budget is 7, but after the second token no continuation pays: Algorithm 1's stop, without its blindness."""
     values = np.array([0.9, 0.8, 0.01, 0.01, 0.01, 0.01, 0.01])
     rising = cost_table([1.0, 1.3, 1.6, 1.9, 2.2, 2.5, 2.8, 3.1])
-    assert foresight(values, 7, rising, load(1), 1) == 2
-    assert foresight(values, 0, rising, load(1), 1) == algorithm_1(values, rising, load(1), 1) == 2
-    assert foresight(values, 7, FLAT, load(1), 1) == 7  # free tokens always pay
+    assert foresight(values, 7, rising, load(1), Drafted(1, 7)) == 2
+    assert (
+        foresight(values, 0, rising, load(1), Drafted(1, 7)) == algorithm_1(values, rising, load(1), Drafted(1, 3)) == 2
+    )
+    assert foresight(values, 7, FLAT, load(1), Drafted(1, 7)) == 7  # free tokens always pay
+
+
+def test_slots_that_are_not_drafted_for_long_are_still_known() -> None:
+    history, falling = Survivals(), np.array([0.9**k for k in range(1, 9)])
+    for slots in (8, 2):
+        for _ in range(20_000):
+            history.observe(falling[None, :slots], torch.tensor([slots]), [7])
+    np.testing.assert_allclose(history.means, falling, rtol=1e-6)
+    np.testing.assert_allclose(history.recent, np.tile(falling, (128, 1)), rtol=1e-6)
 
 
 def test_running_means() -> None:
@@ -209,6 +221,23 @@ def test_drafts_for_the_requests_whose_drafts_survive(make: Callable[..., Prefix
     assert drafted == [3, 8]
     # A request that nothing is known of is tried once, beside those that pay.
     assert scheduler.to_draft(Load((3, 8, 1, 2, 4, 5, 6, 7, 9, 77))) == [0, 1, 9]
+
+
+@pytest.mark.parametrize("make", [ThroughputGreedy, StaleBudget, Foresight])
+def test_drafts_as_many_slots_as_pay(make: Callable[..., PrefixScheduler]) -> None:
+    """A slot costs as much as half a step: short blocks pay where later slots hardly survive, whole ones elsewhere."""
+    costs = replace(
+        cost_table([1.0] * 9, draft_seconds=4.1), slots=8, short_slots=2, short_draft_seconds=(1.1,), requests=(1,)
+    )
+    for confidence, slots in (([0.9] * 2 + [0.1] * 6, 2), ([1.0] * 8, 8)):
+        scheduler = make(costs, warm_up=1, retry_every=4)
+        drafted = []
+        for _ in range(22):
+            assert scheduler.to_draft(load(1)) == [0]
+            drafted.append(min(8, scheduler.slots_to_draft(load(1))))
+            choose(scheduler, [confidence[: drafted[-1]]])
+        assert drafted == [8, *[slots, slots, 8] * 7]  # whole ones before it asks again
+    assert FixedLength(3).slots_to_draft(load(5)) == 3 and Threshold(0.5).slots_to_draft(load(5)) > 1000
 
 
 def test_a_request_s_own_level() -> None:
@@ -329,7 +358,7 @@ def test_foresight_is_the_plain_loop(arguments: tuple[Tensor, Tensor, CostTable,
         if best <= rate(tau, i) * (1 + 1e-12):
             break
         tau, count = tau + value, i + 1
-    found = foresight(values, budget, costs, step, step.requests)
+    found = foresight(values, budget, costs, step, Drafted(step.requests, confidence.shape[1]))
     if found != count:  # only where a continuation is exactly as good, up to rounding
         i = min(found, count)
         tau = step.requests + values[:i].sum()

@@ -52,11 +52,11 @@ class Unreliable(AdversarialDrafter):
         super().__init__(TARGET, BLOCK)
         self.values, self.round = values, 0
 
-    def propose(self, requests: list[DraftRequest]) -> Draft:
-        draft = super().propose(requests)
+    def propose(self, requests: list[DraftRequest], slots: int) -> Draft:
+        draft = super().propose(requests, slots)
         self.round += 1
-        slots = torch.arange(draft.tokens.numel()).view(draft.tokens.shape) + self.round
-        draft.signals = torch.tensor(self.values)[slots % len(self.values)][..., None]
+        index = torch.arange(draft.tokens.numel()).view(draft.tokens.shape) + self.round
+        draft.signals = torch.tensor(self.values)[index % len(self.values)][..., None]
         return draft
 
 
