@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import pad, threshold_
 
 __all__ = [
     "Purpose",
@@ -135,9 +135,11 @@ def truncated_probs(
     # Probability relative to the row's best token, whose weight is 1. Each filter is a floor for the weight.
     # In place from here: at this size memory costs more than arithmetic.
     greedy_rows = _rows(greedy)
-    best = _one_hot_argmax(logits[greedy_rows], dtype)
+    best = _one_hot_argmax(logits[greedy_rows], dtype) if len(greedy_rows) else None
     weights = logits.to(dtype, copy=not overwrite)  # [N, V]
-    weights.sub_(weights.amax(-1, keepdim=True)).div_(temperature.masked_fill(greedy, 1)[:, None]).exp_()
+    weights.sub_(weights.amax(-1, keepdim=True)).div_(temperature.masked_fill(greedy, 1)[:, None])
+    least = math.log(torch.finfo(dtype).tiny) + 16  # what is below gets 0: `exp` would be ten times as slow
+    threshold_(weights.clamp_(min=least).exp_(), math.exp(least + 1), 0.0)
 
     rows = _rows((top_k > 0) & (top_k < logits.shape[-1]) & ~greedy)
     if len(rows):
@@ -154,7 +156,7 @@ def truncated_probs(
         _drop_below(weights, floor)
 
     probs = weights.div_(weights.sum(-1, keepdim=True))
-    if len(greedy_rows):
+    if best is not None:
         probs[greedy_rows] = best
     return probs
 
@@ -181,25 +183,50 @@ def _nucleus_floor(weights: Tensor, top_p: Tensor) -> Tensor:
 
     A nucleus is nearly always small: some thousand tokens are ranked, the whole vocabulary only if need be.
     """
-    vocab = weights.shape[-1]
     wanted = (top_p * weights.sum(-1))[:, None]
-    ranked, inside = weights, torch.ones_like(weights, dtype=torch.bool)
-    for candidates in (min(4096, vocab), vocab):
-        ranked = _largest(weights, candidates)  # [N, C]
-        held = ranked.double().cumsum(-1)
-        inside = pad(held[:, :-1], (1, 0)) < wanted  # held by the tokens before this one
-        if not inside[:, -1].any():
+    floor, rows = torch.empty_like(top_p), torch.arange(len(weights), device=weights.device)
+    for likely in (_of_best_blocks, _largest, lambda some: (some, some.new_full(some.shape[:1], -1.0))):
+        candidates, others = likely(_take(weights, rows))
+        floor[rows] = found = _floor_of(candidates, wanted[rows])
+        rows = rows[found <= others]
+        if not len(rows):
             break
+    return floor
+
+
+NUCLEUS_BLOCKS = 16
+
+
+def _of_best_blocks(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The weights of the blocks that hold the largest ones [N, C], and what no other weight is above [N]."""
+    blocks = _blocks(rows, 0.0)
+    if blocks.shape[1] <= NUCLEUS_BLOCKS:
+        return rows, rows.new_full(rows.shape[:1], -1.0)
+    best, index = blocks.amax(-1).topk(NUCLEUS_BLOCKS + 1)
+    return blocks.gather(1, index[:, :-1, None].expand(-1, -1, BLOCK)).flatten(1), best[:, -1]
+
+
+def _largest(rows: Tensor, count: int = 4096) -> tuple[Tensor, Tensor]:
+    """The `count` largest of each row, and the least of them; NumPy partitions ten times as fast as `topk` ranks."""
+    if rows.shape[-1] <= count:
+        return rows, rows.new_full(rows.shape[:1], -1.0)
+    if rows.device.type == "cpu":
+        largest = torch.from_numpy(np.partition(rows.numpy(), rows.shape[-1] - count, -1)[:, -count:])
+    else:
+        largest = rows.topk(count).values
+    return largest, largest.amin(-1)
+
+
+def _floor_of(candidates: Tensor, wanted: Tensor) -> Tensor:
+    """The weight [N] at which the largest of each row together hold what is wanted [N, 1], or the least of all."""
+    if candidates.device.type == "cpu":  # NumPy sorts many times as fast
+        ranked = torch.from_numpy(np.sort(candidates.numpy(), -1)).flip(-1)
+    else:
+        ranked = candidates.sort(-1, descending=True).values
+    held = ranked.double().cumsum(-1)
+    inside = pad(held[:, :-1], (1, 0)) < wanted  # held by the tokens before this one
     last = inside.sum(-1, keepdim=True).clamp(min=1) - 1  # the best token stays even if top_p rounds to 0
     return ranked.gather(-1, last).squeeze(-1)
-
-
-def _largest(rows: Tensor, count: int) -> Tensor:
-    """The largest `count` of each row, descending; on a CPU NumPy partitions and sorts ten times as fast as `topk`."""
-    if rows.device.type != "cpu":
-        return rows.topk(count).values
-    largest = np.partition(rows.numpy(), rows.shape[-1] - count, -1)[:, -count:]
-    return torch.from_numpy(np.sort(largest, -1)).flip(-1)
 
 
 class TokenLogprobs(NamedTuple):

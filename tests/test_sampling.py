@@ -146,6 +146,26 @@ def test_rows_have_their_own_parameters() -> None:
         assert together[row : row + 1].equal(truncate(logits[row : row + 1], **setting))
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.5, 3.0, 30.0])
+def test_the_nucleus_of_a_large_vocabulary(spread: float) -> None:
+    """Narrow and wide ones, all in one place and everywhere, as a sort of the whole vocabulary finds them."""
+    vocab, top_p = 20_001, torch.tensor([0.1, 0.5, 0.9, 0.95, 0.99, 0.999])
+    logits = torch.randn(6, vocab, generator=torch.Generator().manual_seed(1)) * spread
+    logits[1, 300:500] += 20.0  # a block and a half
+    logits[2, ::500] += 20.0  # many blocks
+    logits[3, 7] += 60.0
+    logits[4, -3:] = logits[4].amax() + 1.0  # ties in a block that is not whole
+    ones, zeros = torch.ones(6), torch.zeros(6)
+    probs = truncated_probs(logits, ones, zeros.long(), top_p, zeros)
+    ranked, order = logits.softmax(-1).sort(-1, descending=True)
+    kept = (ranked.double().cumsum(-1) - ranked < top_p[:, None]).sum(-1, keepdim=True)
+    floor = logits.gather(-1, order).gather(-1, kept - 1)
+    edge = 2 if spread else vocab  # rounding of the sums may move the end by a token or two, where all are equal by all
+    assert ((probs > 0).sum(-1) - (logits >= floor).sum(-1)).abs().max() <= edge
+    assert bool((probs.amax(-1) > 0).all())
+    torch.testing.assert_close(probs.sum(-1), ones)
+
+
 def test_input_is_left_alone() -> None:
     logits = torch.randn(2, 50)
     before = logits.clone()

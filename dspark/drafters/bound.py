@@ -17,9 +17,10 @@ from dspark.drafters.layers import DraftModel, check_fit
 from dspark.models.attention import Segment, copy_slots
 from dspark.models.decoder import Decoder
 from dspark.models.layers import linear_map
-from dspark.sampling import Purpose, categorical, first_maximum, truncated_probs, uniforms
+from dspark.sampling import Purpose, categorical, first_maximum, uniforms
 from dspark.spec.draft import Draft
 
+LEAST = torch.finfo(torch.float32).min / 4  # a logit; differences of two are finite
 NUM_CANDIDATES = 64  # tokens a slot is sampled from: the likeliest, after a sequential head's bias if there is one
 
 
@@ -29,6 +30,39 @@ class Slot(NamedTuple):
     token: Tensor
     support: Tensor
     draft_probs: Tensor
+
+
+class Settings(NamedTuple):
+    """What requests are sampled by: temperature, top-k, top-p and min-p [R, 1] each; whether tokens are left out.
+
+    A greedy request is one of the likeliest token alone.
+    """
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    truncates: bool
+
+    @classmethod
+    def of(cls, requests: list[DraftRequest], device: torch.device) -> "Settings":
+        params = [q.params for q in requests]
+        rows = [
+            (1.0, 1, 1.0, 0.0) if p.greedy else (p.temperature, p.top_k or NUM_CANDIDATES, p.top_p, p.min_p)
+            for p in params
+        ]
+        columns = torch.tensor(rows, device=device).T[..., None]
+        return cls(*columns, any(p.greedy or p.truncates for p in params))
+
+    def probs(self, logits: Tensor) -> Tensor:
+        """Logits of candidates [R, M], descending -> their law. Not all tokens that tie with the last one kept need be
+        kept, as in `truncated_probs`: nothing depends on it, as long as this is what is drawn from."""
+        weights = ((logits - logits[:, :1]) / self.temperature).exp()
+        if self.truncates:
+            weights = weights * (torch.arange(weights.shape[1], device=weights.device) < self.top_k)
+            held = weights.cumsum(-1)
+            weights = weights * ((held - weights < self.top_p * held[:, -1:]) & (weights >= self.min_p))
+        return weights / weights.sum(-1, keepdim=True)
 
 
 class BoundDrafter(ABC):
@@ -86,31 +120,22 @@ class BoundDrafter(ABC):
         """What draws slot k of all blocks from its logits [R, V'], each by its request's parameters and seed."""
         if all(q.params.greedy for q in requests):
             return lambda k, logits: self.best(logits)
-        settings, draws = self._settings(requests), self._draws(requests)  # [R] each, [R, G]
-        if any(q.params.greedy or q.params.truncates for q in requests):
-            return lambda k, logits: self.sample(logits, lambda some: truncated_probs(some, *settings), draws[:, k])
-        temperature = settings[0][:, None]
-        return lambda k, logits: self.sample(logits, lambda some: (some / temperature).softmax(-1), draws[:, k])
+        settings, draws = Settings.of(requests, self.d2t.device), self._draws(requests)
+        return lambda k, logits: self.sample(logits, settings, draws[:, k])
 
     def best(self, logits: Tensor) -> Slot:
         """The likeliest token of each row [R, V'], no randomness."""
         token = self.d2t[first_maximum(logits)]
         return Slot(token, token[:, None], torch.ones_like(logits[:, :1]))
 
-    def sample(self, logits: Tensor, probs: Callable[[Tensor], Tensor], draws: Tensor) -> Slot:
-        """Logits [R, V'] -> one token a row, from its likeliest candidates; probs turns their logits into a law."""
+    def sample(self, logits: Tensor, settings: Settings, draws: Tensor) -> Slot:
+        """Logits [R, V'] and draws [R] -> one token a row, from its likeliest candidates."""
+        logits = logits.nan_to_num(nan=LEAST, posinf=-LEAST, neginf=LEAST)  # a broken drafter costs time, no more
         logits, candidates = logits.topk(min(NUM_CANDIDATES, logits.shape[-1]))
         candidates, order = candidates.sort(-1)  # in the target's order a shared draw lands in the same place, mostly
-        support = self.d2t[candidates]
-        draft_probs = probs(logits.gather(-1, order).nan_to_num())  # a broken drafter costs time, not the engine
+        support, draft_probs = self.d2t[candidates], settings.probs(logits).gather(-1, order)
         index = categorical(draft_probs, draws)[:, None]
         return Slot(support.gather(1, index).squeeze(1), support, draft_probs)
-
-    def _settings(self, requests: list[DraftRequest]) -> list[Tensor]:
-        """Temperature, top-k, top-p and min-p, [R] each."""
-        params = [q.params for q in requests]
-        values = zip(*((p.temperature, p.top_k, p.top_p, p.min_p) for p in params), strict=True)
-        return [torch.tensor(column, device=self.d2t.device) for column in values]
 
     def _draws(self, requests: list[DraftRequest]) -> Tensor:
         """The uniform [R, G] that samples each slot; the token of slot k lands at anchor position + 1 + k."""
