@@ -13,7 +13,7 @@ from dspark.drafters.bound import BoundDrafter, Slot, whole_draft
 from dspark.drafters.copying import CopyBias
 from dspark.drafters.interface import DraftRequest
 from dspark.drafters.model import DSparkModel
-from dspark.drafters.programs import BlockInputs, ContextProgram, GreedyMarkov
+from dspark.drafters.programs import BlockInputs, ContextProgram, MarkovProgram
 from dspark.models.attention import CachedAttention, compiled_cache, copy_slots, store
 from dspark.models.cpu_ops import CompiledLinear
 from dspark.models.decoder import Decoder, DecoderLayer, layer_shapes
@@ -66,12 +66,13 @@ class DSparkDrafter(BoundDrafter):
         self.copies = None
         if model.copy_head is not None:
             self.copies = CopyBias(model.copy_head, model.t2d.to(target.device))
-        self.markov = self.greedy_markov = None
+        self.markov = self.markov_program = None
         if model.markov_head is not None:
             self.markov = copy.deepcopy(model.markov_head).to(target.device, target.compute_dtype)
             self.w2 = linear_map(place(model.w2), target.dtype)  # [R, r] -> [R, V']
             if self.markov.kind == "vanilla" and isinstance(self.w2, CompiledLinear) and self.w2.dense:
-                self.greedy_markov = GreedyMarkov(self.markov.markov_w1.weight.detach(), self.w2, self.d2t, self.copies)
+                w1 = self.markov.markov_w1.weight.detach()
+                self.markov_program = MarkovProgram(w1, self.w2, self.d2t, self.copies)
         self.confidence_head, self.has_confidence = None, model.confidence_head is not None
         if model.confidence_head is not None:
             of_both, bias = (place(parameter) for parameter in model.confidence_head.proj.parameters())
@@ -166,22 +167,26 @@ class DSparkDrafter(BoundDrafter):
         logits = self.head(hidden.flatten(0, 1)).view(r, g, -1).float()  # [R, G, V'], without the head's bias
         previous = torch.tensor([q.token_ids[-1] for q in requests], device=hidden.device)
         spans = None if self.copies is None else self.copies.spans(requests)
-        if self.greedy_markov is not None and all(q.params.greedy for q in requests):
-            tokens, *seen = self.greedy_markov(previous, logits, self._history, spans)
+        if self.markov_program is not None and all(q.params.greedy for q in requests):
+            tokens, *seen = self.markov_program.greedy(previous, logits, self._history, spans)
             return Draft.unsampled(tokens, torch.full((r,), g), self.signals(requests, hidden, *seen))
         draw = self.sampler(requests)
         slots: list[Slot] = []
         rank = self.config.markov_rank
         embeddings, state = hidden.new_empty(r, g, rank), hidden.new_zeros(r, rank)
         lengths = torch.zeros(r, g, device=hidden.device)
+        # The Markov bias decides most later slots: candidates are picked after it, never before.
         for k in range(g):
-            if self.markov is not None:
-                embeddings[:, k] = self.markov.markov_w1(previous)
-                features, state = self.markov.step(embeddings[:, k], hidden[:, k], state)
-                # The Markov bias decides most later slots: candidates are picked after it, never before.
-                logits[:, k] += self.w2(features)
-            if self.copies is not None and spans is not None:
-                lengths[:, k] = self.copies.add_(logits[:, k], self._history, spans, previous, k)
+            if self.markov_program is not None:
+                seen = self.markov_program.add_(k, previous, logits, self._history, spans)
+                embeddings[:, k], lengths[:, k] = seen
+            else:
+                if self.markov is not None:
+                    embeddings[:, k] = self.markov.markov_w1(previous)
+                    features, state = self.markov.step(embeddings[:, k], hidden[:, k], state)
+                    logits[:, k] += self.w2(features)
+                if self.copies is not None and spans is not None:
+                    lengths[:, k] = self.copies.add_(logits[:, k], self._history, spans, previous, k)
             slots.append(draw(k, logits[:, k]))
             previous = slots[-1].token
         largest = logits.softmax(-1).amax(-1)

@@ -98,43 +98,76 @@ class GreedyBlock(NamedTuple):
     lengths: Tensor  # [R, G]
 
 
-class GreedyMarkov:
-    """Callable: previous tokens [R], logits [R, G, V'] without bias -> `GreedyBlock`.
+class MarkovProgram:
+    """The vanilla Markov head and the copy head, of a whole block drafted greedily or slot by slot.
 
-    Slot k is the likeliest token under its logits, the bias of the slot before it and that of the copy head.
+    Shapes: previous tokens [R], logits [R, G, V'] without bias; history [slots] and spans [2, R], see `CopyBias`: with
+    a copy head only.
     """
 
     def __init__(self, w1: Tensor, w2: CompiledLinear, d2t: Tensor, copies: CopyBias | None = None):
         """w1 [V, r] fp32, w2 [R, r] -> [R, V'], d2t [V'] the drafted ids."""
         self.w1, self.w2, self.d2t, self.copies = w1.contiguous(), w2, d2t.contiguous(), copies
-        self._programs = Programs(self._build, {"bias": len(d2t)}, w1.shape[1])
+        widths = {"bias": len(d2t)}
+        self._blocks = Programs(self._build_block, widths, w1.shape[1])
+        self._slots = Programs(self._build_slot, widths, w1.shape[1])
 
-    def __call__(
+    def greedy(
         self, previous: Tensor, logits: Tensor, history: Tensor | None = None, spans: Tensor | None = None
     ) -> GreedyBlock:
-        """history [slots] and spans [2, R], see `CopyBias`: with a copy head only."""
+        """Slot k is the likeliest token under its logits, the bias of the slot before it and that of the copy head."""
         r, g, vocab = logits.shape
-        program, tokens, block = self._programs.get(r, g)
+        program, tokens, block = self._blocks.get(r, g)
         tokens[:, 0] = previous
         logits = logits.contiguous()
         of_slots = [logits.data_ptr() + logits.itemsize * vocab * k for k in range(g)]
-        copied = {} if self.copies is None or history is None or spans is None else {"history": history, "spans": spans}
-        program.run(logits=of_slots, **copied)
+        program.run(logits=of_slots, **self._text(history, spans))
         return block._replace(tokens=tokens[:, 1:].clone())
 
-    def _build(self, r: int, g: int) -> tuple[Program, Tensor, GreedyBlock]:
+    def add_(
+        self, slot: int, previous: Tensor, logits: Tensor, history: Tensor | None = None, spans: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Add a slot's biases to its logits -> W1 of the token before it [R, r] and lengths of matches [R], both valid
+        until the next call."""
+        program, features, lengths = self._slots.get(len(previous), slot)
+        previous = previous.contiguous()
+        program.run(previous=previous, **self._text(history, spans))
+        logits[:, slot] += self._slots.buffers["bias"][: len(previous)]
+        return features, lengths
+
+    def _text(self, history: Tensor | None, spans: Tensor | None) -> dict[str, Tensor]:
+        return {} if self.copies is None or history is None or spans is None else {"history": history, "spans": spans}
+
+    def _build_block(self, r: int, g: int) -> tuple[Program, Tensor, GreedyBlock]:
         """The program for R blocks, the tokens [R, 1 + G] that it begins with and writes, and all that it writes."""
-        vocab, rank = len(self.d2t), self.w1.shape[1]
-        program, tokens, features = Program(), torch.zeros(r, g + 1, dtype=torch.int64), torch.empty(g, r, rank)
-        largest, lengths = torch.empty(g, r), torch.zeros(g, r)
-        bias = self._programs.buffers["bias"]
-        embed, likeliest = cpu_ops.kernel("embed", rank), cpu_ops.kernel("likeliest", vocab)
+        program, tokens = Program(), torch.zeros(r, g + 1, dtype=torch.int64)
+        features, largest, lengths = torch.empty(g, r, self.w1.shape[1]), torch.empty(g, r), torch.zeros(g, r)
+        vocab, likeliest = len(self.d2t), cpu_ops.kernel("likeliest", len(self.d2t))
         for k in range(g):
-            before, after = tokens[:, k], tokens[:, k + 1]
-            program.add(embed, before, self.w1, features[k], g + 1, r)
-            program.add_linear(self.w2, features[k], bias, self._programs.scratch, r)
-            if self.copies is not None:
-                read = "history", "spans", before, self.copies.ids, self.copies.weights[k]
-                program.add(self.copies.kernel, *read, bias, lengths[k], k, g + 1, vocab, r)
-            program.add(likeliest, "logits", bias, self.d2t, after, largest[k], g * vocab, g + 1, r)
+            self._add_bias(program, self._blocks, k, tokens[:, k], g + 1, features[k], lengths[k])
+            read = "logits", self._blocks.buffers["bias"], self.d2t
+            program.add(likeliest, *read, tokens[:, k + 1], largest[k], g * vocab, g + 1, r)
         return program, tokens, GreedyBlock(tokens[:, 1:], features.transpose(0, 1), largest.T, lengths.T)
+
+    def _build_slot(self, r: int, slot: int) -> tuple[Program, Tensor, Tensor]:
+        program, features, lengths = Program(), torch.empty(r, self.w1.shape[1]), torch.zeros(r)
+        self._add_bias(program, self._slots, slot, "previous", 1, features, lengths)
+        return program, features, lengths
+
+    def _add_bias(
+        self,
+        program: Program,
+        of: Programs,
+        slot: int,
+        previous: Tensor | str,
+        stride: int,
+        features: Tensor,
+        lengths: Tensor,
+    ) -> None:
+        """From the tokens before a slot, `stride` apart, to the bias of its logits in the buffer."""
+        r, bias = len(lengths), of.buffers["bias"]
+        program.add(cpu_ops.kernel("embed", self.w1.shape[1]), previous, self.w1, features, stride, r)
+        program.add_linear(self.w2, features, bias, of.scratch, r)
+        if self.copies is not None:
+            read = "history", "spans", previous, self.copies.ids, self.copies.weights[slot]
+            program.add(self.copies.kernel, *read, bias, lengths, slot, stride, len(self.d2t), r)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dspark.drafters.copying import CopyBias, CopyHead, latest_match, matches
 from dspark.drafters.interface import DraftRequest
-from dspark.drafters.programs import GreedyMarkov
+from dspark.drafters.programs import MarkovProgram
 from dspark.models import cpu_ops
 from dspark.models.cpu_ops import CompiledLinear, available
 from tests.drafters.test_dspark import Request
@@ -103,7 +103,12 @@ def test_the_program_of_a_block_copies_too():
     copies, w1, w2 = CopyBias(head, d2t), torch.randn(vocab, rank), CompiledLinear(torch.randn(vocab, rank))
     history, requests = placed(texts, slots)
     logits, previous = torch.randn(len(texts), slots, len(d2t)), torch.tensor([text[-1] for text in texts])
-    tokens, _, largest, lengths = GreedyMarkov(w1, w2, d2t, copies)(previous, logits, history, copies.spans(requests))
+    program, spans = MarkovProgram(w1, w2, d2t, copies), copies.spans(requests)
+    tokens, _, largest, lengths = program.greedy(previous, logits, history, spans)
+    alone = logits.clone()
+    for k in range(slots):
+        before = previous if k == 0 else tokens[:, k - 1]
+        assert torch.equal(program.add_(k, before, alone, history, spans)[1], lengths[:, k])
     for row, text in enumerate(texts):
         for k in range(slots):
             scores = logits[row, k] + w2(w1[text[-1:]])[0]
@@ -111,5 +116,6 @@ def test_the_program_of_a_block_copies_too():
             if length:
                 scores[follower] += length
             assert tokens[row, k] == scores.argmax() and lengths[row, k] == length
+            torch.testing.assert_close(alone[row, k], scores)
             torch.testing.assert_close(largest[row, k], scores.softmax(-1).max(), rtol=1e-5, atol=1e-6)
             text.append(int(tokens[row, k]))

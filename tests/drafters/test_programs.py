@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dspark.drafters.programs import BlockInputs, ContextProgram, GreedyMarkov
+from dspark.drafters.programs import BlockInputs, ContextProgram, MarkovProgram
 from dspark.models.attention import store
 from dspark.models.cpu_ops import CompiledLinear, available
 from dspark.models.layers import rms_norm, rotary_table, rotate_
@@ -19,15 +19,17 @@ def test_matches_argmax_slot_by_slot(dtype: torch.dtype):
     vocab, rank, g = 96, 32, 3
     w1, d2t = torch.randn(200, rank), torch.randperm(200)[:vocab].sort().values
     w2 = CompiledLinear(torch.randn(vocab, rank).to(dtype))
-    chain = GreedyMarkov(w1, w2, d2t)
+    chain = MarkovProgram(w1, w2, d2t)
     for r in (1, 5, 40, 2):
         logits, previous = torch.randn(r, g, vocab), torch.randint(0, 200, (r,))
         logits[0, 1, 7] = logits[0, 1, 70] = 1e30  # of equals the first
-        tokens, embeddings, largest, _ = chain(previous, logits)
+        tokens, embeddings, largest, _ = chain.greedy(previous, logits)
         assert tokens.shape == (r, g) and embeddings.shape == (r, g, rank)
         for k in range(g):
             assert torch.equal(embeddings[:, k], w1[previous])
-            biased = logits[:, k] + w2(w1[previous])
+            biased, alone = logits[:, k] + w2(w1[previous]), logits.clone()
+            assert torch.equal(chain.add_(k, previous, alone)[0], w1[previous])
+            assert torch.equal(alone[:, k], biased) and torch.equal(alone[:, k + 1 :], logits[:, k + 1 :])
             expected = d2t[biased.argmax(-1)]
             torch.testing.assert_close(largest[:, k], biased.softmax(-1).amax(-1), rtol=1e-5, atol=1e-6)
             if k == 1:
@@ -58,8 +60,8 @@ def test_block_inputs_equal_their_operations_one_by_one(dtype: torch.dtype):
 
 def test_nan_logits_give_a_token_of_the_vocabulary():
     d2t = torch.arange(0, 64, 2)
-    chain = GreedyMarkov(torch.randn(64, 16), CompiledLinear(torch.randn(32, 16)), d2t)
-    tokens, *_ = chain(torch.tensor([1, 2]), torch.full((2, 4, 32), torch.nan))
+    chain = MarkovProgram(torch.randn(64, 16), CompiledLinear(torch.randn(32, 16)), d2t)
+    tokens, *_ = chain.greedy(torch.tensor([1, 2]), torch.full((2, 4, 32), torch.nan))
     assert bool(torch.isin(tokens, d2t).all())
 
 
