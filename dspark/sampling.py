@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
-from torch.nn.functional import pad, threshold_
+from torch.nn.functional import pad
 
 __all__ = [
     "Purpose",
@@ -139,7 +139,7 @@ def truncated_probs(
     weights = logits.to(dtype, copy=not overwrite)  # [N, V]
     weights.sub_(weights.amax(-1, keepdim=True)).div_(temperature.masked_fill(greedy, 1)[:, None])
     least = math.log(torch.finfo(dtype).tiny) + 16  # what is below gets 0: `exp` would be ten times as slow
-    threshold_(weights.clamp_(min=least).exp_(), math.exp(least + 1), 0.0)
+    torch.threshold_(weights.clamp_(min=least).exp_(), math.exp(least + 1), 0.0)
 
     rows = _rows((top_k > 0) & (top_k < logits.shape[-1]) & ~greedy)
     if len(rows):

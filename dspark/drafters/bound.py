@@ -51,8 +51,8 @@ class Settings(NamedTuple):
             (1.0, 1, 1.0, 0.0) if p.greedy else (p.temperature, p.top_k or NUM_CANDIDATES, p.top_p, p.min_p)
             for p in params
         ]
-        columns = torch.tensor(rows, device=device).T[..., None]
-        return cls(*columns, any(p.greedy or p.truncates for p in params))
+        temperature, top_k, top_p, min_p = torch.tensor(rows, device=device).T[..., None]
+        return cls(temperature, top_k, top_p, min_p, any(p.greedy or p.truncates for p in params))
 
     def probs(self, logits: Tensor) -> Tensor:
         """Logits of candidates [R, M], descending -> their law. Not all tokens that tie with the last one kept need be

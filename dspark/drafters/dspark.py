@@ -189,17 +189,24 @@ class DSparkDrafter(BoundDrafter):
                     lengths[:, k] = self.copies.add_(logits[:, k], self._history, spans, previous, k)
             slots.append(draw(k, logits[:, k]))
             previous = slots[-1].token
-        largest = logits.softmax(-1).amax(-1)
-        return whole_draft(slots, self.signals(requests, hidden, embeddings, largest, lengths))
+        logprobs = logits.log_softmax(-1)
+        largest, entropy = logprobs.amax(-1).exp(), -(logprobs.exp() * logprobs).sum(-1)
+        return whole_draft(slots, self.signals(requests, hidden, embeddings, largest, entropy, lengths))
 
     def signals(
-        self, requests: list[DraftRequest], hidden: Tensor, embeddings: Tensor, largest: Tensor, lengths: Tensor
+        self,
+        requests: list[DraftRequest],
+        hidden: Tensor,
+        embeddings: Tensor,
+        largest: Tensor,
+        entropy: Tensor,
+        lengths: Tensor,
     ) -> Tensor:
         """What tells whether slots are accepted [R, G, 6]: confidence logits, zeros without that head, and evidence.
 
-        hidden [R, G, C], W1 of the token before each slot [R, G, r] -> the logits. Evidence is each slot's largest
-        probability [R, G] at temperature 1 and its log-odds, how long a match the copy head saw [R, G], the request's
-        temperature, and its product with that probability: how much it tells depends on how the token is drawn.
+        hidden [R, G, C], W1 of the token before each slot [R, G, r] -> the logits. Evidence, [R, G] each: the largest
+        probability of a slot at temperature 1, its log-odds, the entropy, how long a match the copy head saw, and the
+        request's temperature.
         """
         temperatures = largest.new_tensor([[min(q.params.temperature, 1.0)] for q in requests]).expand_as(largest)
         logits = torch.zeros_like(largest)
@@ -208,4 +215,4 @@ class DSparkDrafter(BoundDrafter):
             logits = torch.addmv(bias.expand(largest.numel()), embeddings.flatten(0, 1), of_embedding)
             logits = torch.addmv(logits, hidden.flatten(0, 1), of_hidden).view(largest.shape).float()
         odds = largest.logit(ODDS_EPS)
-        return torch.stack([logits, largest, odds, lengths, temperatures, temperatures * largest], -1)
+        return torch.stack([logits, largest, odds, entropy, lengths, temperatures], -1)

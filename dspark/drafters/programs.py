@@ -89,12 +89,13 @@ class BlockInputs:
 
 
 class GreedyBlock(NamedTuple):
-    """What was drafted, W1 of the token before each slot, each token's probability at temperature 1, and how long a
-    match the copy head saw."""
+    """What was drafted, W1 of the token before each slot; at temperature 1, each token's probability and the entropy of
+    its slot; and how long a match the copy head saw."""
 
     tokens: Tensor  # [R, G]
     embeddings: Tensor  # [R, G, r]
     largest: Tensor  # [R, G]
+    entropy: Tensor  # [R, G]
     lengths: Tensor  # [R, G]
 
 
@@ -122,7 +123,7 @@ class MarkovProgram:
         logits = logits.contiguous()
         of_slots = [logits.data_ptr() + logits.itemsize * vocab * k for k in range(g)]
         program.run(logits=of_slots, **self._text(history, spans))
-        return block._replace(tokens=tokens[:, 1:].clone())
+        return block._replace(tokens=tokens[:, 1:].clone(), entropy=block.entropy - block.largest.log())
 
     def add_(
         self, slot: int, previous: Tensor, logits: Tensor, history: Tensor | None = None, spans: Tensor | None = None
@@ -141,13 +142,13 @@ class MarkovProgram:
     def _build_block(self, r: int, g: int) -> tuple[Program, Tensor, GreedyBlock]:
         """The program for R blocks, the tokens [R, 1 + G] that it begins with and writes, and all that it writes."""
         program, tokens = Program(), torch.zeros(r, g + 1, dtype=torch.int64)
-        features, largest, lengths = torch.empty(g, r, self.w1.shape[1]), torch.empty(g, r), torch.zeros(g, r)
+        features, (largest, below, lengths) = torch.empty(g, r, self.w1.shape[1]), torch.zeros(3, g, r)
         vocab, likeliest = len(self.d2t), cpu_ops.kernel("likeliest", len(self.d2t))
         for k in range(g):
             self._add_bias(program, self._blocks, k, tokens[:, k], g + 1, features[k], lengths[k])
             read = "logits", self._blocks.buffers["bias"], self.d2t
-            program.add(likeliest, *read, tokens[:, k + 1], largest[k], g * vocab, g + 1, r)
-        return program, tokens, GreedyBlock(tokens[:, 1:], features.transpose(0, 1), largest.T, lengths.T)
+            program.add(likeliest, *read, tokens[:, k + 1], largest[k], below[k], g * vocab, g + 1, r)
+        return program, tokens, GreedyBlock(tokens[:, 1:], features.transpose(0, 1), largest.T, below.T, lengths.T)
 
     def _build_slot(self, r: int, slot: int) -> tuple[Program, Tensor, Tensor]:
         program, features, lengths = Program(), torch.empty(r, self.w1.shape[1]), torch.zeros(r)

@@ -177,14 +177,15 @@ def block_rows_kernel(machine: Machine, width: int) -> ir.Module:
 
 
 def likeliest_kernel(machine: Machine, vocab: int) -> ir.Module:
-    """The id of each row's first maximum of logits + bias, and the probability of that maximum under their softmax.
+    """The id of each row's first maximum of logits + bias; under their softmax, the probability of that maximum, and
+    how far below it logits are in the mean.
 
-    Fields: logits (row stride given), bias [N, vocab], ids [vocab], tokens (stride given), largest [N], row stride,
-    token stride; items: rows.
+    Fields: logits (row stride given), bias [N, vocab], ids [vocab], tokens (stride given), largest, below [N], row
+    stride, token stride; items: rows.
     """
-    e = Emitter("ffqqfiii", machine, lanes_for(vocab, machine))
+    e = Emitter("ffqqffiii", machine, lanes_for(vocab, machine))
     b = e.b
-    logits, bias, ids, tokens, largest, stride, token_stride, _ = e.fields
+    logits, bias, ids, tokens, largest, below, stride, token_stride, _ = e.fields
     with e.loop(e.first, e.last) as row:
         own, of_bias = b.mul(row, stride), b.mul(row, I64(vocab))
 
@@ -193,9 +194,13 @@ def likeliest_kernel(machine: Machine, vocab: int) -> ir.Module:
 
         index, highest = _first_maximum(e, at, vocab)
         b.store(b.load(b.gep(ids, [index])), b.gep(tokens, [b.mul(row, token_stride)]))
-        with e.sums(I64(0), I64(vocab), [e.constant(0.0)], e.lanes) as (i, carried, sums):
-            carried[0] = b.fadd(carried[0], e.exp(b.fsub(at(i), highest)))
-        b.store(b.fdiv(F32(1.0), e.total(sums[0])), b.gep(largest, [row]))
+        with e.sums(I64(0), I64(vocab), [e.constant(0.0)] * 2, e.lanes) as (i, carried, sums):
+            distance = b.fsub(highest, at(i))
+            weight = e.exp(b.fneg(distance))
+            carried[:] = [b.fadd(carried[0], weight), e.fma(weight, distance, carried[1])]
+        share = b.fdiv(F32(1.0), e.total(sums[0]))
+        b.store(share, b.gep(largest, [row]))
+        b.store(b.fmul(share, e.total(sums[1])), b.gep(below, [row]))
     b.ret_void()
     return e.module
 

@@ -10,7 +10,7 @@ prefix of k + 1 tokens.
 
 import math
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -57,7 +57,8 @@ class Calibration:
     ece_before: tuple[float, ...] = ()  # of each prefix' survival
     ece_after: tuple[float, ...] = ()
     shifts: tuple[float, ...] = ()  # added to z_k / T_k; none: 0
-    weights: tuple[tuple[float, ...], ...] = ()  # of signals; none: z_k is the head's logit
+    # Of signals, and of their products by two if there are so many (see `crossed`); none: z_k is the head's logit.
+    weights: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if not all(0 < t < math.inf for t in self.temperatures):  # written so that NaN is refused too
@@ -100,7 +101,8 @@ class Calibration:
 
 
 def weighed(signals: Tensor, weights: Floats) -> Floats:
-    """Scores z_k = w_k . s_k, [..., G, S] -> [..., G]; weights [G, 1]: of the head's logits alone.
+    """Scores z_k = w_k . s_k, [..., G, S] -> [..., G]; weights [G, 1]: of the head's logits alone; more than S: of the
+    products of signals too.
 
     Raises ValueError for weights of other signals.
     """
@@ -108,9 +110,23 @@ def weighed(signals: Tensor, weights: Floats) -> Floats:
     ours, theirs = weights.shape[1], numbers.shape[-1]
     if ours == 1:
         return numbers[..., 0] * weights[:, 0]
-    if ours != theirs:
+    if ours == theirs + theirs * (theirs + 1) // 2:
+        numbers = crossed(numbers)
+    elif ours != theirs:
         raise ValueError(f"the calibration weighs {ours} signals a slot, the drafter gives {theirs}")
     return np.einsum("...gs,gs->...g", numbers, weights)
+
+
+def crossed(signals: Floats) -> Floats:
+    """Signals [..., S] and their products by two, [..., S + S (S + 1) / 2]: what one tells may depend on another."""
+    first, second = _pairs(signals.shape[-1])
+    with np.errstate(invalid="ignore"):  # a broken drafter's inf and NaN
+        return np.concatenate([signals, signals[..., first] * signals[..., second]], -1)
+
+
+@cache
+def _pairs(count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    return np.triu_indices(count)
 
 
 @dataclass
@@ -168,7 +184,8 @@ class Fit(NamedTuple):
 
 
 def fit_weights(signals: Tensor, accepted: Tensor, steps: int = 300) -> tuple[tuple[float, ...], ...]:
-    """Logistic regression of "slot k's token was accepted" where all before it were: [N, G, S], [N] -> w [G][S].
+    """Logistic regression of "slot k's token was accepted" where all before it were: [N, G, S], [N] -> w of the signals
+    and, where there are several, of their products.
 
     Scale and constant are left to the temperature and shift that `fit` finds: the head's logit weighs 1 unless it is
     worthless. With little to go by nothing else weighs. The curvature is at most X'X / 4: steps that take it for that
@@ -176,6 +193,7 @@ def fit_weights(signals: Tensor, accepted: Tensor, steps: int = 300) -> tuple[tu
     """
     kept = accepted.numpy(force=True)
     every = signals.double().numpy(force=True)
+    every = crossed(every) if every.shape[-1] > 1 else every
     _, num_slots, num_signals = every.shape
     head = np.eye(num_signals + 1)[0]
     weights = []

@@ -104,7 +104,7 @@ def test_the_program_of_a_block_copies_too():
     history, requests = placed(texts, slots)
     logits, previous = torch.randn(len(texts), slots, len(d2t)), torch.tensor([text[-1] for text in texts])
     program, spans = MarkovProgram(w1, w2, d2t, copies), copies.spans(requests)
-    tokens, _, largest, lengths = program.greedy(previous, logits, history, spans)
+    tokens, _, largest, _, lengths = program.greedy(previous, logits, history, spans)
     alone = logits.clone()
     for k in range(slots):
         before = previous if k == 0 else tokens[:, k - 1]

@@ -112,7 +112,8 @@ def test_heads_equal_the_trained_ones(
             logits += torch.where(model.d2t == copied[0, 0, :, None], bias[0, 0, :, None], 0.0)
     largest = logits.softmax(-1).amax(-1)
     warmth = torch.full_like(largest, temperature)
-    evidence = largest, largest.logit(1e-4), lengths, warmth, temperature * largest
+    entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+    evidence = largest, largest.logit(1e-4), entropy, lengths, warmth
     torch.testing.assert_close(draft.signals[0], torch.stack([confidence, *evidence], -1), atol=1e-4, rtol=0)
     assert draft.lengths.tolist() == [model.config.block_size]
     if temperature == 0:

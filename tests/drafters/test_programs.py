@@ -23,7 +23,7 @@ def test_matches_argmax_slot_by_slot(dtype: torch.dtype):
     for r in (1, 5, 40, 2):
         logits, previous = torch.randn(r, g, vocab), torch.randint(0, 200, (r,))
         logits[0, 1, 7] = logits[0, 1, 70] = 1e30  # of equals the first
-        tokens, embeddings, largest, _ = chain.greedy(previous, logits)
+        tokens, embeddings, largest, entropy, _ = chain.greedy(previous, logits)
         assert tokens.shape == (r, g) and embeddings.shape == (r, g, rank)
         for k in range(g):
             assert torch.equal(embeddings[:, k], w1[previous])
@@ -32,6 +32,9 @@ def test_matches_argmax_slot_by_slot(dtype: torch.dtype):
             assert torch.equal(alone[:, k], biased) and torch.equal(alone[:, k + 1 :], logits[:, k + 1 :])
             expected = d2t[biased.argmax(-1)]
             torch.testing.assert_close(largest[:, k], biased.softmax(-1).amax(-1), rtol=1e-5, atol=1e-6)
+            if k != 1:  # where two logits were 1e30
+                expected_entropy = -(biased.softmax(-1) * biased.log_softmax(-1)).sum(-1)
+                torch.testing.assert_close(entropy[:, k], expected_entropy, rtol=1e-4, atol=1e-4)
             if k == 1:
                 expected[0] = d2t[7]
             assert torch.equal(tokens[:, k], expected)

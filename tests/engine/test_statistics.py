@@ -34,7 +34,7 @@ VOCAB, OUTPUT = 6, 4  # the prompt gives one token, a round of up to two draft t
 REQUESTS, STREAMS = 2048, 64
 PROMPT = (2, 5, 1)
 END = frozenset({4})
-LARGEST, MATCH_LENGTH = 1, 3  # places in a slot's signals
+LARGEST, MATCH_LENGTH = 1, 4  # places in a slot's signals
 TARGET = tiny_target(seed=3, vocab_size=VOCAB, num_layers=1)
 PLAIN = AdjustedTarget(TARGET, len(PROMPT), END)
 ALIVE = {"ignore_eos": True}  # answers of one length make one law

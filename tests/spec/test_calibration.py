@@ -64,7 +64,7 @@ def test_a_shift_makes_up_for_what_no_temperature_can() -> None:
 
 def test_known_weights_are_recovered() -> None:
     """Up to scale and constant, which temperature and shift make up for; the scores tell more than the head does."""
-    truth = np.array([[1.0, 4.0], [1.0, -0.5]])
+    truth = np.array([[1.0, 4.0, 0.5, -1.0, 0.0], [1.0, -0.5, 0.0, 0.0, 0.3]])  # of two signals, then of products
 
     def evident(seed: int) -> tuple[Tensor, Tensor]:
         generator = np.random.default_rng(seed)
@@ -75,7 +75,7 @@ def test_known_weights_are_recovered() -> None:
 
     signals, accepted = evident(0)
     weights = fit_weights(signals, accepted)
-    np.testing.assert_allclose(weights, truth, rtol=0.1)
+    np.testing.assert_allclose(weights, truth, rtol=0.15, atol=0.1)
     temperatures, shifts = fit(weighed(signals, np.array(weights)), accepted)
     fitted = Calibration(temperatures, shifts=shifts, weights=weights)
     held_out, kept = evident(1)
@@ -87,7 +87,7 @@ def test_known_weights_are_recovered() -> None:
 
 def test_with_nothing_to_go_by_the_head_is_taken_as_it_is() -> None:
     signals = torch.full((5, 2, 3), math.nan)
-    assert fit_weights(signals, torch.ones(5)) == ((1.0, 0.0, 0.0), (1.0, 0.0, 0.0))
+    assert fit_weights(signals, torch.ones(5)) == ((1.0,) + (0.0,) * 8,) * 2
 
 
 def test_fitting_takes_any_logits() -> None:
@@ -180,8 +180,8 @@ def test_impossible_weights_are_refused(weights: tuple[tuple[float, ...], ...]) 
 def test_a_calibration_of_another_drafter_is_refused() -> None:
     with pytest.raises(ValueError, match="for 1 draft tokens a round, the drafter makes 2"):
         Calibration((1.0,)).confidence(torch.zeros(3, 2, 1))
-    with pytest.raises(ValueError, match="weighs 2 signals a slot, the drafter gives 1"):
-        Calibration((1.0,), weights=((1.0, 0.5),)).confidence(torch.zeros(3, 1, 1))
+    with pytest.raises(ValueError, match="weighs 3 signals a slot, the drafter gives 1"):
+        Calibration((1.0,), weights=((1.0, 0.5, 0.1),)).confidence(torch.zeros(3, 1, 1))
 
 
 def test_metrics_by_hand() -> None:
