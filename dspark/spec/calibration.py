@@ -187,9 +187,9 @@ def fit_weights(signals: Tensor, accepted: Tensor, steps: int = 300) -> tuple[tu
     """Logistic regression of "slot k's token was accepted" where all before it were: [N, G, S], [N] -> w of the signals
     and, where there are several, of their products.
 
-    Scale and constant are left to the temperature and shift that `fit` finds: the head's logit weighs 1 unless it is
-    worthless. With little to go by nothing else weighs. The curvature is at most X'X / 4: steps that take it for that
-    always climb (Boehning and Lindsay 1988).
+    The constant is left to the shift that `fit` finds beside the temperature. With little to go by the head's logit
+    weighs 1 and nothing else does. The curvature is at most X'X / 4: steps that take it for that always climb (Boehning
+    and Lindsay 1988).
     """
     kept = accepted.numpy(force=True)
     every = signals.double().numpy(force=True)
@@ -204,7 +204,7 @@ def fit_weights(signals: Tensor, accepted: Tensor, steps: int = 300) -> tuple[tu
         w = head
         for _ in range(steps):
             w = w + bound @ (x.T @ (outcome - _sigmoid(x @ w)) - (w - head))
-        weights.append(tuple((w[:-1] / max(w[0], TEMPERATURES[0])).tolist()))
+        weights.append(tuple(w[:-1].tolist()))
     return tuple(weights)
 
 
