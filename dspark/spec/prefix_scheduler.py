@@ -44,6 +44,7 @@ class PrefixScheduler(Protocol):
 
 
 PATIENCE = 8  # how many times `retry_every` rounds a "no" holds at most, twice as long each time in a row
+OFTEN = 8  # rounds for each request that an answer other than "no" holds, if that is less than `retry_every`
 OTHER_LOAD = 1 / 8  # change of the number of requests that is a load of its own
 PAYS = 1.05  # times plain decoding that drafting must promise: a promise is kept to within a few percent
 SHARES = 8  # parts of the running requests that drafting may be tried for
@@ -110,7 +111,7 @@ class _CostBased:
 
     def __init__(self, costs: CostTable, decay: float = 0.98, warm_up: int = 16, retry_every: int = 64):
         """Drafts until about `warm_up` requests were seen; an answer to "for how many does it pay" holds for
-        `retry_every` rounds, and longer where it was "for none" again and again."""
+        `retry_every` rounds at most, and longer where it was "for none" again and again."""
         self.costs, self.warm_up, self.retry_every = costs, warm_up, retry_every
         self.history = Survivals(decay)
         self.rounds = 0  # since the warm-up
@@ -153,7 +154,9 @@ class _CostBased:
         if known is None or (self.rounds >= known.due and (known.paying or known.tried)):
             paying, slots = self.how_many(load)
             interval = self.retry_every
-            if known is not None and not known.paying and not paying:
+            if paying:  # for few requests it is news of these, not of all there are
+                interval = min(interval, OFTEN * load.requests)
+            elif known is not None and not known.paying:
                 interval = min(2 * known.interval, PATIENCE * self.retry_every)
             known = self.answers[like] = _Answer(load.requests, paying, slots, interval, self.rounds + interval - 1)
         return known

@@ -188,12 +188,12 @@ def test_loads_that_come_back_are_not_asked_anew(confidence: float, monkeypatch:
     monkeypatch.setattr(scheduler, "how_many", lambda step: asked.append(step.requests) or how_many(step))
     choose(scheduler, [[confidence] * 2])
     for i in range(45):
-        scheduler.to_draft(load(3 + i % 2))
-    assert asked == [3, 4]
+        scheduler.to_draft(load(7 + i % 2))
+    assert asked == [7, 8]
     for i in range(30):
-        if len(drafted := scheduler.to_draft(load(3 + i % 2))):
+        if len(drafted := scheduler.to_draft(load(7 + i % 2))):
             choose(scheduler, [[confidence] * 2] * len(drafted))
-    assert asked == [3, 4, 3, 4]
+    assert asked == [7, 8, 7, 8]
 
 
 def test_load_decides_whether_drafting_pays() -> None:
