@@ -2,7 +2,7 @@
 
 `dspark` gives in ten minutes what `longer` goes on from. The shipped one is older than these defaults: 80 minutes at
 block 4 without a copy head, 55 more with block 6 and a copy head, three runs like `whole_blocks`, 72 minutes in two
-processes, and then the last two below (docs/results.md has the curves, and what differed).
+processes, and then the last three below (docs/results.md has the curves, and what differed).
 
 dspark data --prompts train.jsonl --out runs/answers.jsonl
 dspark data --self-written 2000 --out runs/self-written.jsonl
@@ -10,6 +10,7 @@ OMP_NUM_THREADS=1 python recipes/smollm2_135m.py dspark
 OMP_NUM_THREADS=1 python recipes/smollm2_135m.py longer
 OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 recipes/smollm2_135m.py short_blocks
 OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 recipes/smollm2_135m.py whole_blocks
+OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 recipes/smollm2_135m.py refresh
 """
 
 import sys
