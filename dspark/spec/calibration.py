@@ -193,7 +193,9 @@ def fit_weights(signals: Tensor, accepted: Tensor, steps: int = 300) -> tuple[tu
     """
     kept = accepted.numpy(force=True)
     every = signals.double().numpy(force=True)
-    every = crossed(every) if every.shape[-1] > 1 else every
+    if every.shape[-1] == 1:
+        return ((1.0,),) * every.shape[1]  # what the temperature is for
+    every = crossed(every)
     _, num_slots, num_signals = every.shape
     head = np.eye(num_signals + 1)[0]
     weights = []

@@ -5,7 +5,7 @@ The prefix schedulers divide expected tokens by these seconds. The curve may be 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from itertools import pairwise
 
@@ -57,7 +57,7 @@ class CostTable:
     @cached_property
     def _hash(self) -> int:
         """Once: caches ask for it at every step."""
-        return hash(tuple(vars(self).values()))
+        return hash(astuple(self))
 
     def __post_init__(self) -> None:
         _check_curve("batch_tokens", self.batch_tokens, "target_seconds", self.target_seconds)
