@@ -11,7 +11,7 @@ Shapes: R requests, G slots, n = slots with a draft token of all requests togeth
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -104,6 +104,7 @@ class _Answer:
     interval: int
     due: int
     tried: bool = False  # where it pays for none: some were drafted for, so that there is news to ask by
+    beside: dict[int, bool] = field(default_factory=dict)  # whether it pays beside prompts, by the logarithm of tokens
 
 
 class _CostBased:
@@ -172,8 +173,11 @@ class _CostBased:
 
     def pays(self, load: Load, answer: _Answer) -> bool:
         """Whether it pays beside the prompts of this step too: they take the cost curve to where it may be steeper."""
-        rounds = self.rounds_best_first(load)[:, : answer.paying, : answer.slots]
-        return self.expected_rate(rounds, load) > PAYS * self.plain_rate(load)
+        like = round(2 * math.log(load.other_tokens))
+        if like not in answer.beside:
+            rounds = self.rounds_best_first(load)[:, : answer.paying, : answer.slots]
+            answer.beside[like] = self.expected_rate(rounds, load) > PAYS * self.plain_rate(load)
+        return answer.beside[like]
 
     def rounds_best_first(self, load: Load) -> Floats:
         """Rounds like the past ones [rounds, R, G], the requests that a draft serves best first."""
