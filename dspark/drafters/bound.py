@@ -52,6 +52,7 @@ class Settings(NamedTuple):
             for p in params
         ]
         temperature, top_k, top_p, min_p = torch.tensor(rows, device=device).T[..., None]
+        temperature = temperature.clamp(min=torch.finfo(temperature.dtype).tiny)  # it may have become 0
         return cls(temperature, top_k, top_p, min_p, any(p.greedy or p.truncates for p in params))
 
     def probs(self, logits: Tensor) -> Tensor:

@@ -91,6 +91,12 @@ def test_neither_pieces_nor_places_nor_company_matter(variant: str, pieces: tupl
         torch.testing.assert_close(row, probs[0], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("temperature", [1e-50, 1e-37, 1e30])
+def test_extreme_temperatures_give_a_distribution(variant: str, temperature: float):
+    _, probs = proposal(extended(tiny_variant(variant, TARGET)), Request(TOKENS, SamplingParams(temperature)))
+    torch.testing.assert_close(probs.sum(-1), torch.ones(probs.shape[:2]))
+
+
 def test_each_request_drafts_by_its_own_seed_and_temperature(variant: str):
     requests = [Request(TOKENS, SamplingParams(t), seed) for t, seed in ((0.0, 1), (1.0, 1), (1.0, 2), (1.0, 1))]
     model = tiny_variant(variant, TARGET)
