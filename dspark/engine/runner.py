@@ -73,7 +73,7 @@ class Runner:
 
         The token of a coupled sequence is drawn at each position as plain decoding draws it, and verified like a
         greedy one. So its text depends on its seed alone: not on the drafter, the verify lengths or the company. Other
-        sequences accept more, by rejection sampling, but which draw gives a token depends on what was verified.
+        sequences accept more, by block verification, but which draw gives a token depends on what was verified.
         """
         lengths = verify_lengths
         if len(sequences) > len(lengths):  # prompts that end in this step
@@ -109,7 +109,7 @@ class Runner:
             drawn = categorical(target_probs[coupled], draws)
             target_probs[coupled] = 0.0
             target_probs[coupled, drawn] = 1.0
-        accept = torch.from_numpy(uniforms(seeds, positions[:, :g], Purpose.ACCEPT))
+        accept = torch.from_numpy(uniforms(seeds, positions[:, :g], Purpose.ACCEPT, range(g)))
         return verify(target_probs, draft, lengths, accept.to(logits.device), bonus.to(logits.device))
 
     def padded(self, draft: Draft | None, plan: StepPlan, sequences: list[Sequence]) -> Draft:

@@ -155,10 +155,10 @@ def test_a_scheduler_that_sees_the_token_it_decides_on_is_caught(filters: str):
 def test_a_forgotten_residual_is_caught(drafter: str, filters: str, monkeypatch: pytest.MonkeyPatch):
     """A rejected token replaced by a sample of the target's own distribution."""
 
-    def wrong(target_probs: Tensor, support: Tensor, draft_probs: Tensor) -> Tensor:
+    def wrong(target_probs: Tensor, support: Tensor, draft_probs: Tensor, prefix_probs: Tensor) -> Tensor:
         return target_probs
 
-    monkeypatch.setattr(dspark.spec.verify, "residual_probs", wrong)
+    monkeypatch.setattr(dspark.spec.verify, "residual_weights", wrong)
     assert p_value(DRAFTERS[drafter](), FILTERS[filters]) < 1e-6
 
 

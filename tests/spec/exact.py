@@ -2,7 +2,7 @@
 
 Targets and drafters are tables over a tiny vocabulary. `joint_law` walks through every draft, every choice of
 verify lengths, every acceptance, residual and bonus token, round after round, with the package's own
-`acceptance_probabilities` and `residual_probs`; `target_law` is what the output must follow.
+`likelihood_ratios`, `ending_probs` and `residual_weights`; `target_law` is what the output must follow.
 
 `choose_lengths` is the prefix scheduler. It is shown everything, the drafted tokens too, so that one that
 uses what it must not can be caught, and it returns the probability of each choice.
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dspark.spec.calibration import Calibrator
 from dspark.spec.prefix_scheduler import PrefixScheduler
-from dspark.spec.verify import acceptance_probabilities, residual_probs
+from dspark.spec.verify import ending_probs, likelihood_ratios, residual_weights
 from dspark.spec.walk import Load
 
 Tokens = tuple[int, ...]
@@ -48,10 +48,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Rules:
-    """The verifier's two formulas; wrong ones go here to see them caught."""
+    """The verifier's three formulas; wrong ones go here to see them caught."""
 
-    acceptance: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = acceptance_probabilities
-    residual: Callable[[Tensor, Tensor, Tensor], Tensor] = residual_probs
+    ratios: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = likelihood_ratios
+    ending: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = ending_probs
+    residual: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = residual_weights
 
 
 class Round(NamedTuple):
@@ -125,9 +126,11 @@ def _play(
 
 
 class _Slot(NamedTuple):
-    draft_probs: list[float]  # [V]
-    acceptance: list[float]  # [V]: P(accept x | x was drafted)
-    residual: list[float]  # [V]
+    target_probs: Tensor  # [V]
+    sampled_from: list[float]  # [V]
+    support: Tensor  # [M]
+    draft_probs: Tensor  # [M], as the verifier is told
+    ratios: list[float]  # [V]: p(x) / q(x)
 
 
 class _DraftPath(NamedTuple):
@@ -153,9 +156,8 @@ class _Enumeration:
         real = torch.zeros(vocab, dtype=torch.float64).scatter_add(0, support, draft_probs)
         support, draft_probs = (self.request.claimed or self.request.drafter)(prefix, block)
         rows = target_probs.expand(vocab, -1), support.expand(vocab, -1), draft_probs.expand(vocab, -1)
-        acceptance = self.rules.acceptance(rows[0], torch.arange(vocab), rows[1], rows[2])
-        residual = self.rules.residual(rows[0][:1], rows[1][:1], rows[2][:1])[0]
-        return _Slot(real.tolist(), acceptance.tolist(), residual.tolist())
+        ratios = self.rules.ratios(rows[0], torch.arange(vocab), rows[1], rows[2])
+        return _Slot(target_probs, real.tolist(), support, draft_probs, ratios.tolist())
 
     def drafts(self, prefix: Tokens) -> list[_DraftPath]:
         paths = [_DraftPath((), (), 1.0)]
@@ -167,23 +169,29 @@ class _Enumeration:
                     path.probability * draft_prob,
                 )
                 for path in paths
-                for token, draft_prob in enumerate(self.slot(prefix, path.tokens).draft_probs)
+                for token, draft_prob in enumerate(self.slot(prefix, path.tokens).sampled_from)
                 if draft_prob > 0
             ]
         return paths
 
     def ends(self, prefix: Tokens, tokens: Tokens, verify_length: int) -> list[tuple[Tokens, float]]:
         """The tokens a round may commit, with probabilities, once its draft and verify length are known."""
-        ends = []
-        survival = 1.0
+        prefix_probs = [1.0]
         for k in range(verify_length):
+            ratio = self.slot(prefix, tokens[:k]).ratios[tokens[k]]
+            prefix_probs.append(min(prefix_probs[k] * ratio, 1.0))
+        ends = []
+        ends_earlier = 1.0
+        for k in reversed(range(verify_length + 1)):
             slot = self.slot(prefix, tokens[:k])
-            accept = slot.acceptance[tokens[k]]
-            rejected = survival * (1 - accept)
-            ends += [((*tokens[:k], token), rejected * prob) for token, prob in enumerate(slot.residual)]
-            survival *= accept
-        kept = tokens[:verify_length]
-        ends += [((*kept, t), survival * prob) for t, prob in enumerate(self.request.target(prefix + kept).tolist())]
+            draft_probs = slot.draft_probs if k < verify_length else torch.zeros_like(slot.draft_probs)
+            kept = torch.tensor([prefix_probs[k]], dtype=torch.float64)
+            row = slot.target_probs[None], slot.support[None], draft_probs[None], kept
+            ending = float(self.rules.ending(*row)) if k else 1.0
+            weights = self.rules.residual(*row)[0]
+            law = (weights / weights.sum()).tolist()
+            ends += [((*tokens[:k], token), ends_earlier * ending * prob) for token, prob in enumerate(law)]
+            ends_earlier *= 1 - ending
         return [end for end in ends if end[1] > 0]
 
 

@@ -18,17 +18,19 @@ def verify_reference(
     rows = iter(target_probs.tolist())
     for r, length in enumerate(verify_lengths.tolist()):
         target_rows = [next(rows) for _ in range(length + 1)]
-        count, final = length, target_rows[length]  # if nothing is rejected: the bonus row
-        for k in range(length):
-            target, token = target_rows[k], int(draft.tokens[r, k])
-            drafted = [0.0] * len(target)
-            for t, prob in zip(draft.support[r, k].tolist(), draft.draft_probs[r, k].tolist(), strict=True):
-                drafted[t] += prob
-            if accept_uniforms[r, k] >= min(1.0, target[token] / drafted[token]):
-                count, final = k, [max(a - b, 0.0) for a, b in zip(target, drafted, strict=True)]
-                if sum(final) == 0:
-                    final = target
-                break
+        count, final, kept = 0, [], 1.0  # kept: P(the draft tokens so far stay)
+        for k, target in enumerate(target_rows):
+            drafted = [0.0] * len(target)  # nothing behind the verified slots
+            if k < length:
+                for t, prob in zip(draft.support[r, k].tolist(), draft.draft_probs[r, k].tolist(), strict=True):
+                    drafted[t] += prob
+            residual = [max(kept * p - q, 0.0) for p, q in zip(target, drafted, strict=True)]
+            ending = 1.0 if kept == 1 else sum(residual) / (sum(residual) + 1 - kept)
+            if k == 0 or accept_uniforms[r, k - 1] < ending:  # the last such row counts
+                count, final = k, residual if sum(residual) > 0 else target
+            if k < length:
+                token = int(draft.tokens[r, k])
+                kept = min(1.0, kept * target[token] / drafted[token])
         accepted.append(count)
         next_token.append(draw(final, float(target_uniforms[r, count])))
     return Verdict(torch.tensor(accepted), torch.tensor(next_token))

@@ -5,6 +5,7 @@ The same comparisons must fail for verifiers, drafters and schedulers that are s
 Shapes: R = requests, G = slots of a block, V = vocabulary size.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -141,7 +142,7 @@ HONEST = Request(TARGETS["random"], DRAFTERS["random"](TARGETS["random"]), confi
 
 
 def test_catches_a_forgotten_residual() -> None:
-    rules = Rules(residual=lambda target_probs, support, draft_probs: target_probs)
+    rules = Rules(residual=lambda target_probs, support, draft_probs, prefix_probs: target_probs)
     assert distance(HONEST, choose=fixed_length(2), rules=rules) > 1e-3
 
 
@@ -160,9 +161,17 @@ def test_catches_draft_probs_that_were_not_sampled_from() -> None:
 
 def test_catches_greedy_acceptance_at_temperature_1() -> None:
     rules = Rules(
-        acceptance=lambda target_probs, tokens, support, draft_probs: (target_probs.argmax(-1) == tokens).double(),
-        residual=lambda target_probs, support, draft_probs: target_probs,
+        ratios=lambda target_probs, tokens, support, draft_probs: (target_probs.argmax(-1) == tokens).double(),
+        ending=lambda target_probs, support, draft_probs, prefix_probs: prefix_probs,
+        residual=lambda target_probs, support, draft_probs, prefix_probs: target_probs,
     )
+    assert distance(HONEST, choose=fixed_length(2), rules=rules) > 1e-3
+
+
+def test_catches_a_round_that_ends_as_likely_as_its_prefix_stays() -> None:
+    """The chance to end before a slot must allow for the tokens that may still stay after it."""
+    rules = Rules(ending=lambda target_probs, support, draft_probs, prefix_probs: prefix_probs)
+    assert distance(HONEST, choose=fixed_length(1), rules=rules) <= 1e-12
     assert distance(HONEST, choose=fixed_length(2), rules=rules) > 1e-3
 
 
@@ -190,10 +199,13 @@ TARGET_TABLE = torch.from_numpy(GENERATOR.dirichlet(np.full(VOCAB, 3.0), VOCAB))
 DRAFT_TABLE = torch.from_numpy(GENERATOR.dirichlet(np.full(VOCAB, 1.0), (G, VOCAB))).float()  # [G, previous, V]
 
 
-def decode(num_requests: int, num_tokens: int, sharpening: float = 1.0) -> Tensor:
+def decode(
+    num_requests: int, num_tokens: int, sharpening: float = 1.0, accept_slots: Sequence[int] = range(G)
+) -> Tensor:
     """Outputs [R, num_tokens] of first-order Markov tables, in one batch, with random verify lengths.
 
-    With a sharpening other than 1 the draft tokens are not drawn from the draft_probs that are handed on.
+    With a sharpening other than 1 the draft tokens are not drawn from the draft_probs that are handed on. Where
+    accept_slots repeat, a position's acceptance draw is that of an earlier round.
     """
     every = torch.arange(num_requests)
     seeds = every.numpy()
@@ -221,7 +233,7 @@ def decode(num_requests: int, num_tokens: int, sharpening: float = 1.0) -> Tenso
             TARGET_TABLE[block[request, slot]],
             draft,
             lengths,
-            torch.from_numpy(uniforms(seeds[:, None], positions[:, :G], Purpose.ACCEPT)),
+            torch.from_numpy(uniforms(seeds[:, None], positions[:, :G], Purpose.ACCEPT, accept_slots)),
             torch.from_numpy(uniforms(seeds[:, None], positions, Purpose.TARGET)),
         )
 
@@ -249,3 +261,9 @@ def test_sampled_rounds_follow_the_target() -> None:
 
 def test_sampling_catches_draft_probs_that_were_not_sampled_from() -> None:
     assert p_value(decode(20_000, 3, sharpening=1.5)) < 1e-6
+
+
+def test_sampling_catches_acceptance_draws_that_are_used_again() -> None:
+    """A draw by which a longer prefix did not stay is known: by position alone the next round would meet it again."""
+    assert p_value(decode(400_000, 3)) > 1e-3
+    assert p_value(decode(400_000, 3, accept_slots=[0] * G)) < 1e-6

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dspark.spec.draft import Draft
-from dspark.spec.verify import acceptance_probabilities, residual_probs, verify, verify_greedy
+from dspark.spec.verify import ending_probs, likelihood_ratios, residual_weights, verify, verify_greedy
 from tests.spec.reference import verify_reference
 
 
@@ -143,18 +143,44 @@ def test_more_slots_than_drafted_is_a_bug() -> None:
         verify(torch.full((3, 2), 0.5), draft, torch.tensor([2]), torch.zeros(1, 2), torch.zeros(1, 3))
 
 
-def test_acceptance_and_residual_by_hand() -> None:
-    """Support out of order, with a padding entry that repeats an id."""
+def test_the_formulas_by_hand() -> None:
+    """Support out of order, with a padding entry that repeats an id; w is 1, then 0.6."""
     target_probs = torch.tensor([[0.5, 0.3, 0.2, 0.0]]).expand(4, -1)
     support = torch.tensor([[2, 0, 0]]).expand(4, -1)
     draft_probs = torch.tensor([[0.8, 0.2, 0.0]]).expand(4, -1)
-    chance = acceptance_probabilities(target_probs, torch.arange(4), support, draft_probs)
-    torch.testing.assert_close(chance, torch.tensor([1.0, 1.0, 0.25, 0.0]))
-    residual = residual_probs(target_probs[:1], support[:1], draft_probs[:1])
-    torch.testing.assert_close(residual, torch.tensor([[0.5, 0.5, 0.0, 0.0]]))
+    ratios = likelihood_ratios(target_probs, torch.arange(4), support, draft_probs)
+    torch.testing.assert_close(ratios[[0, 2, 3]], torch.tensor([2.5, 0.25, 0.0]))
+    prefix_probs = torch.tensor([1.0, 0.6])
+    rows = target_probs[:2], support[:2], draft_probs[:2], prefix_probs
+    torch.testing.assert_close(residual_weights(*rows), torch.tensor([[0.3, 0.3, 0, 0], [0.1, 0.18, 0, 0]]))
+    torch.testing.assert_close(ending_probs(*rows), torch.tensor([1.0, 0.28 / (0.28 + 0.4)]))
+    last = target_probs[:2], support[:2], torch.zeros(2, 3), prefix_probs
+    torch.testing.assert_close(ending_probs(*last), prefix_probs)
+    torch.testing.assert_close(residual_weights(*last), prefix_probs[:, None] * target_probs[:2])
 
 
 def test_residual_of_equal_distributions_is_the_target() -> None:
     target_probs = torch.tensor([[0.7, 0.3], [0.5, 0.5]])
     support = torch.tensor([[0, 1], [0, 1]])
-    assert residual_probs(target_probs, support, target_probs).equal(target_probs)
+    assert residual_weights(target_probs, support, target_probs, torch.ones(2)).equal(target_probs)
+
+
+def test_a_surplus_makes_up_for_an_unlikely_token_before_it() -> None:
+    """The example of Sun et al.: p = (1/3, 2/3), q = (2/3, 1/3), two tokens drafted. One by one 10/9 stay, so 11/9."""
+    draft_probs, target_row = torch.tensor([2 / 3, 1 / 3]), torch.tensor([1 / 3, 2 / 3])
+    count = 200
+    uniforms = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    first, second = torch.cartesian_prod(uniforms, uniforms).T
+    accept_uniforms = torch.stack([first, second], 1)
+    kept = 0.0
+    for block in ([0, 0], [0, 1], [1, 0], [1, 1]):
+        tokens = torch.tensor([block]).expand(len(first), -1)
+        shape = len(first), 2, 2
+        lengths = torch.full((len(first),), 2)
+        draft = Draft(
+            tokens, torch.arange(2).expand(shape), draft_probs.expand(shape), lengths, torch.zeros(len(first), 2, 1)
+        )
+        rows = target_row.expand(3 * len(first), -1)
+        verdict = verify(rows, draft, lengths, accept_uniforms, torch.zeros(len(first), 3))
+        kept += float(draft_probs[block].prod() * verdict.accepted.double().mean())
+    assert kept == pytest.approx(11 / 9, abs=0.01)
