@@ -12,7 +12,6 @@ import statistics
 import time
 
 import numpy as np
-import torch
 
 from dspark.machine import provenance
 from dspark.spec.cost_table import CostTable
@@ -44,12 +43,12 @@ def median_microseconds(scheduler: PrefixScheduler, requests: int) -> tuple[floa
     load = Load(tuple(range(requests)))
     asking, choosing = [], []
     for _ in range(ROUNDS):
-        confidence = torch.from_numpy(generator.beta(8, 1.5, (requests, SLOTS)))
+        confidence = generator.beta(8, 1.5, (requests, SLOTS))
         started = time.perf_counter()
         scheduler.to_draft(load)
         slots = min(scheduler.slots_to_draft(load), SLOTS)
         asked = time.perf_counter()
-        scheduler.choose(confidence[:, :slots], torch.full((requests,), slots), load)
+        scheduler.choose(confidence[:, :slots], np.full(requests, slots), load)
         asking.append(asked - started)
         choosing.append(time.perf_counter() - asked)
     return statistics.median(asking) * 1e6, statistics.median(choosing) * 1e6

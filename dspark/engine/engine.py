@@ -5,6 +5,7 @@ import random
 import time
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from dspark.drafters.interface import Drafter
@@ -214,9 +215,9 @@ class Engine:
         if draft is None:
             return torch.zeros(len(plan.decoding), dtype=torch.int64)
         remaining = [c.sequence.remaining - 1 for c in plan.decoding]  # the target's own token is one of them
-        lengths = torch.tensor([*map(min, draft.lengths.tolist(), remaining)])
+        lengths = np.minimum(draft.lengths.cpu().numpy(), remaining)
         confidence = self.calibration.confidence(draft.signals)
-        return self.prefix_scheduler.choose(confidence, lengths, plan.load)
+        return torch.from_numpy(self.prefix_scheduler.choose(confidence, lengths, plan.load))
 
     def commit(self, outcome: Outcome) -> tuple[list[NewTokens], list[int]]:
         """Append what was decided, truncate the KV of what was rejected, release what has finished.

@@ -111,7 +111,8 @@ def measure_costs(
         take_in(min(requests, regions), min(TAKEN_IN, config.context))
         tokens = [1] * (config.context + 1)
         drafted = drafter.propose([ProbeRequest(tokens, i % regions * room) for i in range(requests)], slots)
-        walk(survival(calibration.confidence(drafted.signals), drafted.lengths), drafted.lengths)
+        lengths = drafted.lengths.cpu().numpy()
+        walk(survival(calibration.confidence(drafted.signals), lengths), lengths)
 
     take_in(regions, config.context)  # the drafter's context must hold finite numbers
     requests = config.requests if drafter is not None else ()

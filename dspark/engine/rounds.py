@@ -16,6 +16,7 @@ from dspark.engine.engine import Engine, EngineConfig
 from dspark.models.loader import Target
 from dspark.sampling import SamplingParams
 from dspark.spec.prefix_scheduler import FixedLength
+from dspark.spec.survivals import Floats
 
 MACRO_AVERAGE = "macro average"  # stands where the domain does in the row of all domains
 
@@ -40,8 +41,8 @@ class RoundRecorder:
     signals: list[Tensor] = field(default_factory=list)
     accepted: list[Tensor] = field(default_factory=list)
 
-    def confidence(self, signals: Tensor) -> Tensor:
-        return signals[..., 0].sigmoid()
+    def confidence(self, signals: Tensor) -> Floats:
+        return signals[..., 0].sigmoid().numpy(force=True)
 
     def observe(self, signals: Tensor, verify_lengths: Tensor, accepted: Tensor) -> None:
         whole = verify_lengths == signals.shape[1]  # the last rounds of an answer verify less

@@ -26,13 +26,14 @@ from dspark.train.work import DataConfig
 def reliability(rounds: Rounds, calibration: Calibration) -> dict:
     """By position: ECE, ROC-AUC and Brier score of "the prefix up to here survives", and bins for the diagram."""
     predicted = calibration.confidence(rounds.signals).cumprod(-1)
-    positions = [(probability, rounds.accepted > k) for k, probability in enumerate(predicted.unbind(1))]
+    accepted = rounds.accepted.numpy()
+    positions = [(probability, accepted > k) for k, probability in enumerate(predicted.T)]
     return {
         "ece": [scores.expected_calibration_error(*position) for position in positions],
         "roc_auc": [scores.roc_auc(*position) for position in positions],
         "brier": [scores.brier(*position) for position in positions],
         "bins": [[b for b in scores.reliability_bins(*position) if b.samples] for position in positions],
-        "survival": [outcome.double().mean().item() for _, outcome in positions],
+        "survival": [float(outcome.mean()) for _, outcome in positions],
     }
 
 
@@ -41,7 +42,7 @@ def calibrate(fitting: Rounds, measuring: Rounds, dataset: str) -> tuple[Calibra
     identity = Calibration.identity(fitting.signals.shape[1])
     before = reliability(measuring, identity)
     weights = scores.fit_weights(fitting.signals, fitting.accepted)
-    weighed = scores.weighed(fitting.signals, np.array(weights))
+    weighed = scores.SignalWeights(np.array(weights)).scores(fitting.signals)
     temperatures, shifts = scores.fit(weighed, fitting.accepted)
     ece = tuple(before["ece"])
     fitted = Calibration(temperatures, dataset, len(fitting.accepted), ece, shifts=shifts, weights=weights)

@@ -14,7 +14,6 @@ from functools import cache, cached_property
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
@@ -23,13 +22,13 @@ __all__ = [
     "Calibration",
     "Calibrator",
     "OnlineCalibration",
+    "SignalWeights",
     "brier",
     "expected_calibration_error",
     "fit",
     "fit_weights",
     "reliability_bins",
     "roc_auc",
-    "weighed",
 ]
 
 Floats = NDArray[np.float64]
@@ -38,7 +37,7 @@ Floats = NDArray[np.float64]
 class Calibrator(Protocol):
     """Turns signals into probabilities. Within a position it must not change the order of scores."""
 
-    def confidence(self, signals: Tensor) -> Tensor:
+    def confidence(self, signals: Tensor) -> Floats:
         """P(slot's token is accepted, given that all before it were): [R, G, S] -> [R, G], all in 0..1."""
         ...
 
@@ -57,7 +56,7 @@ class Calibration:
     ece_before: tuple[float, ...] = ()  # of each prefix' survival
     ece_after: tuple[float, ...] = ()
     shifts: tuple[float, ...] = ()  # added to z_k / T_k; none: 0
-    # Of signals, and of their products by two if there are so many (see `crossed`); none: z_k is the head's logit.
+    # Rows of `SignalWeights`; none: z_k is the head's logit.
     weights: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
@@ -71,6 +70,8 @@ class Calibration:
             or not all(math.isfinite(w) for row in self.weights for w in row)
         ):
             raise ValueError(f"weights must be finite and one row a temperature, got {list(self.weights)}")
+        if self.weights:
+            SignalWeights(np.array(self.weights))
 
     @classmethod
     def identity(cls, block_size: int) -> "Calibration":
@@ -78,43 +79,57 @@ class Calibration:
         return cls((1.0,) * block_size)
 
     @cached_property
-    def _scale(self) -> tuple[Floats, Floats]:
-        """Weights over temperatures [G, S], S = 1 where the head's logit alone counts, and shifts [G]."""
-        weights = np.array(self.weights or [[1.0]] * len(self.temperatures))
-        shifts = np.array(self.shifts or (0.0,) * len(self.temperatures))
-        return weights / np.array(self.temperatures)[:, None], shifts
+    def _weights(self) -> "SignalWeights":
+        """Give z_k / T_k."""
+        rows = np.array(self.weights or [[1.0]] * len(self.temperatures))
+        return SignalWeights(rows / np.array(self.temperatures)[:, None])
+
+    @cached_property
+    def _shifts(self) -> Floats:
+        return np.array(self.shifts or (0.0,) * len(self.temperatures))
 
     def scaled(self, signals: Tensor) -> Floats:
         """z_k / T_k + b_k, [R, G], G at most the calibrated. Raises ValueError for signals of another drafter."""
         ours, theirs = len(self.temperatures), signals.shape[1]
         if ours < theirs:
             raise ValueError(f"the calibration is for {ours} draft tokens a round, the drafter makes {theirs}")
-        weights, shifts = self._scale
-        return weighed(signals, weights[:theirs]) + shifts[:theirs]
+        return self._weights.scores(signals) + self._shifts[:theirs]
 
-    def confidence(self, signals: Tensor) -> Tensor:
-        """c_k = sigmoid(z_k / T_k + b_k), float64 on the CPU; a score that is NaN gives 0."""
-        return torch.from_numpy(_sigmoid(self.scaled(signals)))
+    def confidence(self, signals: Tensor) -> Floats:
+        """c_k = sigmoid(z_k / T_k + b_k); a score that is NaN gives 0."""
+        return _sigmoid(self.scaled(signals))
 
     def observe(self, signals: Tensor, verify_lengths: Tensor, accepted: Tensor) -> None:
         """Learns nothing."""
 
 
-def weighed(signals: Tensor, weights: Floats) -> Floats:
-    """Scores z_k = w_k . s_k, [..., G, S] -> [..., G]; weights [G, 1]: of the head's logits alone; more than S: of the
-    products of signals too.
+class SignalWeights:
+    """Scores of slots: z_k = w_k . s_k + s_k . W_k s_k, from rows of S weights and S (S + 1) / 2 of products [G, ...].
 
-    Raises ValueError for weights of other signals.
+    A row of one weight is for the head's logit, without its square. Raises ValueError for rows of another length.
     """
-    numbers = signals.numpy(force=True).astype(np.float64)
-    ours, theirs = weights.shape[1], numbers.shape[-1]
-    if ours == 1:
-        return numbers[..., 0] * weights[:, 0]
-    if ours == theirs + theirs * (theirs + 1) // 2:
-        numbers = crossed(numbers)
-    elif ours != theirs:
-        raise ValueError(f"the calibration weighs {ours} signals a slot, the drafter gives {theirs}")
-    return np.einsum("...gs,gs->...g", numbers, weights)
+
+    def __init__(self, rows: Floats):
+        slots, count = rows.shape
+        signals = 1 if count == 1 else math.isqrt(9 + 8 * count) // 2 - 1  # S: count = S + S (S + 1) / 2
+        if count not in (1, signals + signals * (signals + 1) // 2):
+            raise ValueError(f"{count} weights are not those of any number of signals and their products by two")
+        self.linear, self.of_products = rows[:, :signals], None  # [G, S]
+        if count > 1:
+            self.of_products = np.zeros((slots, signals, signals))  # W
+            self.of_products[:, *_pairs(signals)] = rows[:, signals:]
+
+    def scores(self, signals: Tensor) -> Floats:
+        """[R, G, S] -> [R, G], G at most that of the weights. Raises ValueError for signals of another drafter."""
+        numbers = signals.cpu().numpy()
+        slots, theirs = numbers.shape[1:]
+        if self.of_products is None:
+            return numbers[..., 0] * self.linear[:slots, 0]
+        if theirs != (ours := self.linear.shape[1]):
+            raise ValueError(f"the calibration weighs {ours} signals a slot, the drafter gives {theirs}")
+        with np.errstate(invalid="ignore"):  # a broken drafter's inf and NaN
+            weights = numbers.swapaxes(0, 1) @ self.of_products[:slots].swapaxes(1, 2)  # [G, R, S]
+            return np.einsum("grs,rgs->rg", weights + self.linear[:slots, None], numbers)
 
 
 def crossed(signals: Floats) -> Floats:
@@ -151,12 +166,12 @@ class OnlineCalibration:
             raise ValueError(f"decay must be in 0..1 and prior above 0, got {self.decay} and {self.prior}")
         self.shift, self.information, self.count, self.accepted = np.zeros((4, len(self.base.temperatures)))
 
-    def confidence(self, signals: Tensor) -> Tensor:
-        return torch.from_numpy(_sigmoid(self.base.scaled(signals) + self.shift[: signals.shape[1]]))
+    def confidence(self, signals: Tensor) -> Floats:
+        return _sigmoid(self.base.scaled(signals) + self.shift[: signals.shape[1]])
 
     def observe(self, signals: Tensor, verify_lengths: Tensor, accepted: Tensor) -> None:
         slots, unseen = np.arange(signals.shape[1]), (0, len(self.shift) - signals.shape[1])
-        confidence = self.confidence(signals).numpy()  # [R, G]
+        confidence = self.confidence(signals)  # [R, G]
         stayed = accepted.numpy(force=True)[:, None]  # [R, 1]
         seen = slots < np.minimum(verify_lengths.numpy(force=True)[:, None], stayed + 1)
         seen &= np.isfinite(self.base.scaled(signals))

@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from dspark.spec.cost_table import CostTable
 from dspark.spec.survivals import Floats, Ints, Survivals
@@ -34,8 +32,8 @@ class PrefixScheduler(Protocol):
         """How long blocks are to be, if the drafter can make them so long; asked after `to_draft` named some."""
         ...
 
-    def choose(self, confidence: Tensor, lengths: Tensor, load: Load) -> Tensor:
-        """Verify lengths [R] int64 from confidence [R, G] and draft lengths [R], which they never exceed.
+    def choose(self, confidence: Floats, lengths: Ints, load: Load) -> Ints:
+        """Verify lengths [R] from confidence [R, G] and draft lengths [R], which they never exceed.
 
         A request that nothing was drafted for has draft length 0.
         Slots at and past a request's length are padding; confidence may be anything, NaN too.
@@ -69,8 +67,8 @@ class FixedLength:
     def slots_to_draft(self, load: Load) -> int:
         return self.length
 
-    def choose(self, confidence: Tensor, lengths: Tensor, load: Load) -> Tensor:
-        return torch.clamp(lengths, max=self.length)
+    def choose(self, confidence: Floats, lengths: Ints, load: Load) -> Ints:
+        return np.minimum(lengths, self.length)
 
 
 @dataclass(frozen=True)
@@ -89,8 +87,8 @@ class Threshold:
     def slots_to_draft(self, load: Load) -> int:
         return WHOLE
 
-    def choose(self, confidence: Tensor, lengths: Tensor, load: Load) -> Tensor:
-        return torch.from_numpy((survival(confidence, lengths) >= self.threshold).sum(1))
+    def choose(self, confidence: Floats, lengths: Ints, load: Load) -> Ints:
+        return (survival(confidence, lengths) >= self.threshold).sum(1)
 
 
 @dataclass
@@ -167,16 +165,18 @@ class _CostBased:
         and how many slots."""
         plain, rounds = Load(load.ids), self.rounds_best_first(load)
         counts, lengths = parts(load.requests, SHARES), parts(rounds.shape[2], LENGTHS)
-        speeds = {(n, g): self.expected_rate(rounds[:, :n, :g], plain) for g in reversed(lengths) for n in counts}
-        best, slots = max(speeds, key=speeds.__getitem__)
-        return best if speeds[best, slots] > PAYS * self.plain_rate(load) else 0, slots
+        choices = [Drafted(n, g) for g in reversed(lengths) for n in counts]
+        speeds = self.expected_rates(rounds, plain, choices)
+        best, slots = choices[int(speeds.argmax())]
+        return best if speeds.max() > PAYS * self.plain_rate(load) else 0, slots
 
     def pays(self, load: Load, answer: _Answer) -> bool:
         """Whether it pays beside the prompts of this step too: they take the cost curve to where it may be steeper."""
         like = round(2 * math.log(load.other_tokens))
         if like not in answer.beside:
-            rounds = self.rounds_best_first(load)[:, : answer.paying, : answer.slots]
-            answer.beside[like] = self.expected_rate(rounds, load) > PAYS * self.plain_rate(load)
+            choice = Drafted(min(answer.paying, load.requests), answer.slots)
+            speed = self.expected_rates(self.rounds_best_first(load), load, [choice])[0]
+            answer.beside[like] = bool(speed > PAYS * self.plain_rate(load))
         return answer.beside[like]
 
     def rounds_best_first(self, load: Load) -> Floats:
@@ -186,28 +186,37 @@ class _CostBased:
     def plain_rate(self, load: Load) -> float:
         return load.requests / float(self.costs.seconds(load.requests, load.requests))
 
-    def expected_rate(self, rounds: Floats, load: Load) -> float:
-        """Tokens a second over rounds that draft for some of the load's requests [rounds, drafted, G], each with its
-        best budget."""
-        values = -np.sort(-rounds.reshape(len(rounds), -1), axis=1)  # [rounds, n]
-        tau = load.requests + np.cumsum(np.pad(values, ((0, 0), (1, 0))), axis=1)  # [rounds, n + 1]
-        seconds = step_seconds(self.costs, load.requests, load.other_tokens, *rounds.shape[1:], values.shape[1])
-        best = (tau / seconds).argmax(1)
-        return float(tau[np.arange(len(tau)), best].sum() / seconds[best].sum())
+    def expected_rates(self, rounds: Floats, load: Load, choices: list[Drafted]) -> Floats:
+        """Tokens a second over rounds [rounds, R, G], each with its best budget, for each way to draft: for the first
+        so many requests the first so many slots."""
+        slots = rounds.shape[2]
+        values = rounds.reshape(len(rounds), -1)  # [rounds, n]
+        order = np.argsort(-values, axis=1)
+        requests_drafted, slots_drafted = np.array(choices).T[..., None, None]  # [choices, 1, 1]
+        drafted = (order // slots < requests_drafted) & (order % slots < slots_drafted)  # [choices, rounds, n]
+        tau = np.full((*drafted.shape[:2], values.shape[1] + 1), float(load.requests))
+        tau[..., 1:] += np.cumsum(np.take_along_axis(values, order, 1) * drafted, -1)
+        tokens = np.zeros(tau.shape, np.int64)
+        np.cumsum(drafted, -1, out=tokens[..., 1:])
+        seconds = step_seconds(self.costs, load.requests, load.other_tokens, 0, 0, values.shape[1])[tokens]
+        seconds += self.costs.draft(requests_drafted, slots_drafted)
+        best = (tau / seconds).argmax(-1)[..., None]
+        tau, seconds = (np.take_along_axis(of_step, best, -1).sum((1, 2)) for of_step in (tau, seconds))
+        return tau / seconds
 
-    def choose(self, confidence: Tensor, lengths: Tensor, load: Load) -> Tensor:
+    def choose(self, confidence: Floats, lengths: Ints, load: Load) -> Ints:
         today = survival(confidence, lengths)  # [R, G]
         order = walk(today, lengths)
-        drafted = Drafted(int(np.count_nonzero(lengths.numpy(force=True))), confidence.shape[1])
+        drafted = Drafted(int(np.count_nonzero(lengths)), confidence.shape[1])
         verify_lengths = order.lengths(self.count(today, order, lengths, load, drafted), len(lengths))
         self.remember(today, order, lengths, load)  # after the choice: it must not see today
         return verify_lengths
 
-    def count(self, today: Floats, order: Walk, lengths: Tensor, load: Load, drafted: Drafted) -> int:
+    def count(self, today: Floats, order: Walk, lengths: Ints, load: Load, drafted: Drafted) -> int:
         """How many slots of the walk are verified."""
         raise NotImplementedError
 
-    def remember(self, today: Floats, order: Walk, lengths: Tensor, load: Load) -> None:
+    def remember(self, today: Floats, order: Walk, lengths: Ints, load: Load) -> None:
         self.history.observe(today, lengths, load.ids)
 
 
@@ -223,7 +232,7 @@ def parts(whole: int, count: int) -> list[int]:
 class ThroughputGreedy(_CostBased):
     """DSpark, Algorithm 1. The stop at the first slot that does not raise the rate is what makes it lossless."""
 
-    def count(self, today: Floats, order: Walk, lengths: Tensor, load: Load, drafted: Drafted) -> int:
+    def count(self, today: Floats, order: Walk, lengths: Ints, load: Load, drafted: Drafted) -> int:
         return algorithm_1(order.survival, self.costs, load, drafted)
 
 
@@ -237,12 +246,12 @@ class StaleBudget(_CostBased):
         super().__init__(costs, decay, warm_up, retry_every)
         self.past: tuple[Floats, ...] = ()  # survivals of the last two rounds, as walked, the latest first
 
-    def count(self, today: Floats, order: Walk, lengths: Tensor, load: Load, drafted: Drafted) -> int:
+    def count(self, today: Floats, order: Walk, lengths: Ints, load: Load, drafted: Drafted) -> int:
         if len(self.past) < 2:
             return algorithm_1(order.survival, self.costs, load, drafted)
         return best_budget(self.past[1], self.costs, load, drafted)
 
-    def remember(self, today: Floats, order: Walk, lengths: Tensor, load: Load) -> None:
+    def remember(self, today: Floats, order: Walk, lengths: Ints, load: Load) -> None:
         super().remember(today, order, lengths, load)
         self.past = (order.survival, *self.past)[:2]
 
@@ -255,7 +264,7 @@ class Foresight(_CostBased):
     Before there was any round it is Algorithm 1.
     """
 
-    def count(self, today: Floats, order: Walk, lengths: Tensor, load: Load, drafted: Drafted) -> int:
+    def count(self, today: Floats, order: Walk, lengths: Ints, load: Load, drafted: Drafted) -> int:
         budget = 0
         if self.history.samples:
             predicted = walk(self.history.predict(today[:, 0]), lengths).survival

@@ -9,7 +9,6 @@ from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 __all__ = ["Survivals"]
 
@@ -48,19 +47,18 @@ class Survivals:
         self.survived: Floats = np.zeros(0)  # faded sum of their survivals
         self.last: Ints = np.zeros(0, np.int64)  # round of its last block
 
-    def observe(self, values: Floats, lengths: Tensor, ids: Sequence[int]) -> None:
+    def observe(self, values: Floats, lengths: Ints, ids: Sequence[int]) -> None:
         """Note a round: survival [R, G], draft lengths [R] and ids [R]. The first ones are taken in soon, later ones
         SETTLED_ROUNDS at once, which takes numpy hardly longer than one if they are of the same requests.
 
         Blocks may be shorter than the first round's: their last survival goes on as the means fall off."""
-        drafted = lengths.numpy(force=True)
-        whole = drafted == values.shape[1]
+        whole = lengths == values.shape[1]
         if (slots := values.shape[1]) < len(self.means):
             last = self.means[slots - 1]
             further = self.means[slots:] / last if last > 0 else np.zeros(len(self.means) - slots)
             values = np.concatenate([values, values[:, -1:] * further], axis=1)
-        self.samples += int(np.count_nonzero(drafted))
-        self.pending.append((values, drafted, whole, ids))
+        self.samples += int(np.count_nonzero(lengths))
+        self.pending.append((values, lengths, whole, ids))
         if len(self.pending) >= min(self.rounds + 1, SETTLED_ROUNDS):
             self.settle()
 

@@ -9,9 +9,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from dspark.spec.cost_table import CostTable
 from dspark.spec.survivals import Floats, Ints
@@ -42,26 +40,35 @@ class Walk(NamedTuple):
     request: Ints  # [n]: whose token is the i-th
     survival: Floats  # [n], descending
 
-    def lengths(self, count: int, num_requests: int) -> Tensor:
+    def lengths(self, count: int, num_requests: int) -> Ints:
         """Verify lengths [R] of the first `count` tokens of the walk: they are prefixes of each request's draft."""
-        return torch.from_numpy(np.bincount(self.request[:count], minlength=num_requests))
+        return np.bincount(self.request[:count], minlength=num_requests)
 
 
-def survival(confidence: Tensor, lengths: Tensor) -> Floats:
-    """a_k = product of c_1..c_k, [R, G] float64; NaN counts as 0, everything is clipped to 0..1, padding is 0."""
-    c = np.minimum(np.fmax(confidence.numpy(force=True).astype(np.float64), 0.0), 1.0)  # fmax of NaN and 0 is 0
-    c *= np.arange(c.shape[1]) < lengths.numpy(force=True)[:, None]
+def survival(confidence: Floats, lengths: Ints) -> Floats:
+    """a_k = product of c_1..c_k, [R, G]; NaN counts as 0, everything is clipped to 0..1, padding is 0."""
+    c = np.minimum(np.fmax(confidence, 0.0), 1.0)  # fmax of NaN and 0 is 0
+    if not _whole(lengths, c.shape[1]):
+        c *= np.arange(c.shape[1]) < lengths[:, None]
     return np.cumprod(c, axis=1, out=c)
 
 
-def walk(values: Floats, lengths: Tensor) -> Walk:
+def _whole(lengths: Ints, slots: int) -> bool:
+    """Whether no block has padding."""
+    return min(lengths.tolist(), default=slots) == slots
+
+
+def walk(values: Floats, lengths: Ints) -> Walk:
     """Slots by descending survival [R, G], ties by (request, position), padding left out."""
-    if len(values) == 1:  # in order already
-        alone = values[0, : int(lengths)]
+    requests, slots = values.shape
+    if requests == 1:  # in order already
+        alone = values[0, : lengths[0]]
         return Walk(np.zeros(len(alone), np.int64), alone)
-    valid = np.arange(values.shape[1]) < lengths.numpy(force=True)[:, None]
-    request, _ = np.nonzero(valid)
-    flat = values[valid]
+    if _whole(lengths, slots):
+        request, flat = np.arange(requests).repeat(slots), values.ravel()
+    else:
+        valid = np.arange(slots) < lengths[:, None]
+        request, flat = np.nonzero(valid)[0], values[valid]
     order = np.argsort(-flat, kind="stable")
     return Walk(request[order], flat[order])
 

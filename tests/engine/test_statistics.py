@@ -196,7 +196,7 @@ class Telling(DSparkDrafter):
 
 def above(signal: int, least: float) -> Calibration:
     """Confidence is near 1 where that signal is above `least`, near 0 elsewhere."""
-    weights = tuple(float(i == signal) for i in range(6))
+    weights = tuple(float(i == signal) for i in range(6 + 21))  # no products
     return Calibration((0.01, 0.01), shifts=(-100 * least,) * 2, weights=(weights,) * 2)
 
 

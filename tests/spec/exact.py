@@ -315,15 +315,15 @@ def scheduled(
         if not drafted:
             return (0,) * len(confidences)
         slots = state.scheduler.slots_to_draft(load)
-        confidence = torch.tensor(confidences, dtype=torch.float64)[:, :slots]
-        signals = confidence.logit()[..., None]
+        confidence = np.array(confidences)[:, :slots]
+        signals = torch.from_numpy(confidence).logit()[..., None]
         if state.calibrator is not None:
             confidence = state.calibrator.confidence(signals)
-        lengths = torch.zeros(len(confidences), dtype=torch.int64)
+        lengths = np.zeros(len(confidences), np.int64)
         lengths[drafted] = confidence.shape[1]
         chosen = state.scheduler.choose(confidence, lengths, load)
         if state.calibrator is not None and accepted is not None:
-            state.calibrator.observe(signals, chosen, torch.tensor(accepted))
+            state.calibrator.observe(signals, torch.from_numpy(chosen), torch.tensor(accepted))
         return tuple(chosen.tolist())
 
     @cache

@@ -18,13 +18,13 @@ from dspark.spec.calibration import (
     Calibration,
     Calibrator,
     OnlineCalibration,
+    SignalWeights,
     brier,
     expected_calibration_error,
     fit,
     fit_weights,
     reliability_bins,
     roc_auc,
-    weighed,
 )
 
 
@@ -39,7 +39,7 @@ def rounds(n: int, temperatures: tuple[float, ...], shift: float = 0.0, seed: in
 
 def prefix_errors(calibrator: Calibrator, logits: Tensor, accepted: Tensor) -> list[float]:
     survival = calibrator.confidence(logits[..., None]).cumprod(1)
-    return [expected_calibration_error(survival[:, k], accepted > k) for k in range(logits.shape[1])]
+    return [expected_calibration_error(survival[:, k], (accepted > k).numpy()) for k in range(logits.shape[1])]
 
 
 def test_known_temperatures_are_recovered() -> None:
@@ -69,14 +69,14 @@ def test_known_weights_are_recovered() -> None:
     def evident(seed: int) -> tuple[Tensor, Tensor]:
         generator = np.random.default_rng(seed)
         signals = torch.from_numpy(generator.normal(0.0, 1.5, (20_000, 2, 2)))
-        scores = torch.from_numpy(weighed(signals, truth) / 2 + 1.0)
+        scores = torch.from_numpy(SignalWeights(truth).scores(signals) / 2 + 1.0)
         passed = torch.from_numpy(generator.random((20_000, 2))) < scores.sigmoid()
         return signals, passed.long().cumprod(1).sum(1)
 
     signals, accepted = evident(0)
     weights = fit_weights(signals, accepted)
     np.testing.assert_allclose(weights, truth / 2, rtol=0.15, atol=0.05)
-    temperatures, shifts = fit(weighed(signals, np.array(weights)), accepted)
+    temperatures, shifts = fit(SignalWeights(np.array(weights)).scores(signals), accepted)
     fitted = Calibration(temperatures, shifts=shifts, weights=weights)
     held_out, kept = evident(1)
     for k in range(2):
@@ -109,20 +109,20 @@ def test_fitting_takes_any_logits() -> None:
     st.lists(st.tuples(st.floats(-50, 50), st.floats(0, 1)), min_size=2, max_size=8),
     st.floats(0.05, 20),
     st.floats(-3, 3),
-    st.sampled_from([(), ((1.0, 0.0),), ((0.5, 4.0),)]),
+    st.sampled_from([(), ((1.0, 0.0, 0.0, 0.0, 0.0),), ((0.5, 4.0, 0.0, 0.0, 0.0),)]),
 )
 def test_order_within_a_position_is_kept(
     values: list[tuple[float, float]], temperature: float, shift: float, weights: tuple[tuple[float, ...], ...]
 ) -> None:
     """That of the scores, which without weights is that of the head's logits."""
     signals = torch.tensor(values, dtype=torch.float64)[:, None]  # [N, 1, 2]
-    scores = signals[:, 0] @ torch.tensor(weights[0] if weights else (1.0, 0.0), dtype=torch.float64)
+    scores = signals[:, 0] @ torch.tensor(weights[0][:2] if weights else (1.0, 0.0), dtype=torch.float64)
     online = OnlineCalibration(Calibration((temperature,), shifts=(-shift / 2,), weights=weights))
     online.shift[:] = shift
     for calibrator in (online.base, online):
         confidence = calibrator.confidence(signals)[:, 0]
-        assert bool((confidence[scores.argsort()].diff() >= 0).all())
-        assert bool(((confidence >= 0) & (confidence <= 1)).all())
+        assert (np.diff(confidence[scores.argsort().numpy()]) >= 0).all()
+        assert ((confidence >= 0) & (confidence <= 1)).all()
 
 
 def test_whatever_the_drafter_emits_is_a_probability() -> None:
@@ -157,7 +157,7 @@ def test_only_slots_that_were_decided_count() -> None:
 
 
 def test_side_file(tmp_path: Path) -> None:
-    weights = ((0.5, 2.0, 1.0), (1.0, 0.0, 0.0))
+    weights = ((0.5, 2.0, 1.0, 0.0, 0.25), (1.0, 0.0, 0.0, 0.0, 0.0))
     calibration = Calibration((0.5, 2.0), "prompts", 10, (0.2, 0.1), (0.01, 0.02), (-0.5, 0.25), weights)
     write_json(calibration, tmp_path / "calibration.json")
     assert read_json(Calibration, tmp_path / "calibration.json") == calibration
@@ -175,13 +175,23 @@ def test_impossible_temperatures_are_refused(temperature: float) -> None:
 def test_impossible_weights_are_refused(weights: tuple[tuple[float, ...], ...]) -> None:
     with pytest.raises(ValueError, match="weights must be finite"):
         Calibration((1.0, 1.0), weights=weights)
+    with pytest.raises(ValueError, match="3 weights are not those of any number of signals"):
+        Calibration((1.0,), weights=((1.0, 0.5, 0.1),))
+
+
+def test_scores_are_sums_of_signals_and_products() -> None:
+    generator = np.random.default_rng(0)
+    signals, rows = generator.normal(size=(5, 2, 3)), generator.normal(size=(4, 9))
+    products = [signals[..., i] * signals[..., j] for i in range(3) for j in range(i, 3)]
+    expected = (np.concatenate([signals, np.stack(products, -1)], -1) * rows[:2]).sum(-1)
+    np.testing.assert_allclose(SignalWeights(rows).scores(torch.from_numpy(signals)), expected)
 
 
 def test_a_calibration_of_another_drafter_is_refused() -> None:
     with pytest.raises(ValueError, match="for 1 draft tokens a round, the drafter makes 2"):
         Calibration((1.0,)).confidence(torch.zeros(3, 2, 1))
-    with pytest.raises(ValueError, match="weighs 3 signals a slot, the drafter gives 1"):
-        Calibration((1.0,), weights=((1.0, 0.5, 0.1),)).confidence(torch.zeros(3, 1, 1))
+    with pytest.raises(ValueError, match="weighs 2 signals a slot, the drafter gives 1"):
+        Calibration((1.0,), weights=((1.0, 0.5, 0.1, 0.0, 0.0),)).confidence(torch.zeros(3, 1, 1))
 
 
 def test_metrics_by_hand() -> None:

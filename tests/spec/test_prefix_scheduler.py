@@ -11,10 +11,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from dspark.spec.cost_table import CostTable
 from dspark.spec.prefix_scheduler import (
@@ -25,7 +23,7 @@ from dspark.spec.prefix_scheduler import (
     Threshold,
     ThroughputGreedy,
 )
-from dspark.spec.survivals import Survivals
+from dspark.spec.survivals import Floats, Ints, Survivals
 from dspark.spec.walk import Drafted, Load, algorithm_1, best_budget, foresight, rates, survival, walk
 
 
@@ -52,17 +50,17 @@ def load(requests: int, other_tokens: int = 0) -> Load:
 
 
 def choose(scheduler: PrefixScheduler, confidence: list[list[float]], lengths: list[int] | None = None) -> list[int]:
-    tensor = torch.tensor(confidence, dtype=torch.float64)
-    drafted = torch.tensor(lengths if lengths is not None else [tensor.shape[1]] * len(tensor))
-    return scheduler.choose(tensor, drafted, load(len(confidence))).tolist()
+    numbers = np.array(confidence, dtype=np.float64)
+    drafted = np.array(lengths if lengths is not None else [numbers.shape[1]] * len(numbers))
+    return scheduler.choose(numbers, drafted, load(len(confidence))).tolist()
 
 
 # ---- by hand
 
 
 def test_survival_of_anything() -> None:
-    confidence = torch.tensor([[0.5, 0.5, 0.5], [math.nan, 1, 1], [math.inf, 2.0, -math.inf], [1.0, math.nan, 1.0]])
-    values = survival(confidence, torch.tensor([2, 3, 3, 3]))
+    confidence = np.array([[0.5, 0.5, 0.5], [math.nan, 1, 1], [math.inf, 2.0, -math.inf], [1.0, math.nan, 1.0]])
+    values = survival(confidence, np.array([2, 3, 3, 3]))
     assert values.tolist() == [[0.5, 0.25, 0], [0, 0, 0], [1, 1, 0], [1, 0, 0]]
 
 
@@ -82,7 +80,7 @@ def test_threshold_is_on_survival() -> None:
 
 def test_walk_breaks_ties_by_request_and_position() -> None:
     values = np.array([[0.5, 0.5, 0.25], [0.5, 0.25, 0.25], [0.9, 0.0, 0.0]])
-    order = walk(values, torch.tensor([3, 3, 1]))
+    order = walk(values, np.array([3, 3, 1]))
     assert order.request.tolist() == [2, 0, 0, 1, 0, 1, 1]
     assert order.survival.tolist() == [0.9, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25]
     assert order.lengths(4, 3).tolist() == [2, 1, 1]
@@ -141,7 +139,7 @@ def test_slots_that_are_not_drafted_for_long_are_still_known() -> None:
     history, falling = Survivals(), np.array([0.9**k for k in range(1, 9)])
     for slots in (8, 2):
         for _ in range(20_000):
-            history.observe(falling[None, :slots], torch.tensor([slots]), [7])
+            history.observe(falling[None, :slots], np.array([slots]), [7])
     np.testing.assert_allclose(history.means, falling, rtol=1e-6)
     np.testing.assert_allclose(history.recent, np.tile(falling, (128, 1)), rtol=1e-6)
 
@@ -149,9 +147,9 @@ def test_slots_that_are_not_drafted_for_long_are_still_known() -> None:
 def test_running_means() -> None:
     history = Survivals(decay=0.5)
     assert history.samples == 0
-    history.observe(np.array([[0.8, 0.4], [0.4, 0.0]]), torch.tensor([2, 1]), [7, 8])
+    history.observe(np.array([[0.8, 0.4], [0.4, 0.0]]), np.array([2, 1]), [7, 8])
     np.testing.assert_allclose(history.means, [0.6, 0.4])
-    history.observe(np.array([[0.9, 0.2]]), torch.tensor([2]), [7])
+    history.observe(np.array([[0.9, 0.2]]), np.array([2]), [7])
     history.settle()
     np.testing.assert_allclose(history.means, [(0.6 + 0.9) / 2, (0.2 + 0.2) / 1.5])
     ratio = history.means[1] / history.means[0]
@@ -214,9 +212,9 @@ def test_drafts_for_the_requests_whose_drafts_survive(make: Callable[..., Prefix
     scheduler, requests, drafted = make(costs, warm_up=1), tuple(range(10)), []
     for _ in range(40):
         drafted = scheduler.to_draft(Load(requests))
-        lengths = torch.zeros(10, dtype=torch.int64)
+        lengths = np.zeros(10, np.int64)
         lengths[drafted] = 2
-        confidence = torch.tensor([[0.95, 0.9] if i in (3, 8) else [0.2, 0.1] for i in requests])
+        confidence = np.array([[0.95, 0.9] if i in (3, 8) else [0.2, 0.1] for i in requests])
         scheduler.choose(confidence, lengths, Load(requests))
     assert drafted == [3, 8]
     # A request that nothing is known of is tried once, beside those that pay.
@@ -243,7 +241,7 @@ def test_drafts_as_many_slots_as_pay(make: Callable[..., PrefixScheduler]) -> No
 def test_a_request_s_own_level() -> None:
     history = Survivals()
     for _ in range(50):
-        history.observe(np.array([[0.9, 0.9], [0.1, 0.1]]), torch.tensor([2, 2]), [1, 2])
+        history.observe(np.array([[0.9, 0.9], [0.1, 0.1]]), np.array([2, 2]), [1, 2])
     levels, idle = history.levels([1, 2, 3])
     assert levels[0] > 1.6 and levels[1] < 0.4 and levels[2] == pytest.approx(1.0)
     assert idle[0] == idle[1] == 0 and idle[2] > 1000
@@ -252,7 +250,7 @@ def test_a_request_s_own_level() -> None:
     assert rounds.shape == (42, 3, 2)
     assert rounds[:, 0].mean() > 0.8 and rounds[:, 1].mean() < 0.2 and rounds[:, 2].mean() == pytest.approx(0.5)
     for _ in range(30):  # chosen for surviving well, request 1 does not stand for others
-        history.observe(np.array([[0.9, 0.9], [0.0, 0.0]]), torch.tensor([2, 0]), [1, 2])
+        history.observe(np.array([[0.9, 0.9], [0.0, 0.0]]), np.array([2, 0]), [1, 2])
     levels, idle = history.levels([1, 2, 4])
     assert levels[2] == pytest.approx(1.0) and idle[:2].tolist() == [0, 30]
 
@@ -261,8 +259,8 @@ def test_rounds_taken_in_together_leave_what_each_alone_leaves() -> None:
     generator, together, alone = np.random.default_rng(5), Survivals(), Survivals()
     for i in range(100):
         ids = [1, 2, 3] if i % 30 < 20 else [2, 4]
-        lengths = torch.from_numpy(generator.choice([0, 1, 3, 3, 3], len(ids)))
-        values = survival(torch.from_numpy(generator.random((len(ids), 3))), lengths)
+        lengths = generator.choice([0, 1, 3, 3, 3], len(ids))
+        values = survival(generator.random((len(ids), 3)), lengths)
         together.observe(values, lengths, ids)
         alone.observe(values, lengths, ids)
         alone.settle()
@@ -275,7 +273,7 @@ def test_rounds_taken_in_together_leave_what_each_alone_leaves() -> None:
 def test_what_ended_is_forgotten() -> None:
     history = Survivals()
     for i in range(500):
-        history.observe(np.array([[0.5]]), torch.tensor([1]), [i])
+        history.observe(np.array([[0.5]]), np.array([1]), [i])
     assert len(history.places) <= len(history.number) <= 2
 
 
@@ -283,7 +281,7 @@ def test_what_ended_is_forgotten() -> None:
 
 
 @st.composite
-def rounds(draw: st.DrawFn) -> tuple[Tensor, Tensor, CostTable, np.random.Generator]:
+def rounds(draw: st.DrawFn) -> tuple[Floats, Ints, CostTable, np.random.Generator]:
     """Confidence [R, G], with ties, zeros and NaN; draft lengths; a jagged cost table; randomness to spend."""
     requests, slots = draw(st.integers(1, 5)), draw(st.integers(1, 4))
     value = st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0, math.nan]) | st.floats(0, 1)
@@ -292,7 +290,7 @@ def rounds(draw: st.DrawFn) -> tuple[Tensor, Tensor, CostTable, np.random.Genera
     generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     jumps = generator.random(30) * (generator.random(30) < draw(st.sampled_from([0.1, 0.3, 1.0])))
     costs = cost_table((1 + np.cumsum(jumps)).tolist(), 0.01)
-    return torch.tensor(confidence, dtype=torch.float64), torch.tensor(lengths), costs, generator
+    return np.array(confidence, dtype=np.float64), np.array(lengths), costs, generator
 
 
 def lived(name: str, costs: CostTable, slots: int, generator: np.random.Generator) -> PrefixScheduler:
@@ -300,8 +298,8 @@ def lived(name: str, costs: CostTable, slots: int, generator: np.random.Generato
     scheduler = MAKE[name](costs)
     for _ in range(3):
         requests = int(generator.integers(1, 5))
-        confidence = torch.from_numpy(generator.random((requests, slots)) ** 0.3)
-        scheduler.choose(confidence, torch.full((requests,), slots), load(requests))
+        confidence = generator.random((requests, slots)) ** 0.3
+        scheduler.choose(confidence, np.full(requests, slots), load(requests))
     return scheduler
 
 
@@ -309,29 +307,29 @@ def lived(name: str, costs: CostTable, slots: int, generator: np.random.Generato
 @settings(deadline=None)
 @given(rounds())
 def test_what_lies_past_the_stop_never_matters(
-    name: str, arguments: tuple[Tensor, Tensor, CostTable, np.random.Generator]
+    name: str, arguments: tuple[Floats, Ints, CostTable, np.random.Generator]
 ) -> None:
     """Lengths are in range, and slots after the first unverified one may hold anything: the choice is the same."""
     confidence, lengths, costs, generator = arguments
     scheduler = lived(name, costs, confidence.shape[1], generator)
     step = load(len(lengths), int(generator.integers(0, 3)))
     chosen = deepcopy(scheduler).choose(confidence, lengths, step)
-    assert chosen.dtype == torch.int64 and chosen.shape == lengths.shape
+    assert chosen.dtype == np.int64 and chosen.shape == lengths.shape
     assert bool(((chosen >= 0) & (chosen <= lengths)).all())
-    unseen = torch.arange(confidence.shape[1]) > chosen[:, None]
-    other = torch.where(unseen, torch.from_numpy(generator.random(confidence.shape)), confidence)
+    unseen = np.arange(confidence.shape[1]) > chosen[:, None]
+    other = np.where(unseen, generator.random(confidence.shape), confidence)
     assert deepcopy(scheduler).choose(other, lengths, step).tolist() == chosen.tolist()
 
 
 @pytest.mark.parametrize("name", MAKE)
 @settings(deadline=None)
 @given(rounds())
-def test_requests_are_equal(name: str, arguments: tuple[Tensor, Tensor, CostTable, np.random.Generator]) -> None:
+def test_requests_are_equal(name: str, arguments: tuple[Floats, Ints, CostTable, np.random.Generator]) -> None:
     """Without ties, a permutation of the requests permutes the lengths and does nothing else."""
     _, lengths, costs, generator = arguments
-    confidence = torch.from_numpy(generator.random((len(lengths), 3)))
-    lengths = lengths.clamp(max=3)
-    permutation = torch.from_numpy(generator.permutation(len(lengths)))
+    confidence = generator.random((len(lengths), 3))
+    lengths = np.minimum(lengths, 3)
+    permutation = generator.permutation(len(lengths))
     scheduler, step = lived(name, costs, 3, generator), load(len(lengths))
     chosen = deepcopy(scheduler).choose(confidence, lengths, step)
     permuted = deepcopy(scheduler).choose(confidence[permutation], lengths[permutation], step)
@@ -340,7 +338,7 @@ def test_requests_are_equal(name: str, arguments: tuple[Tensor, Tensor, CostTabl
 
 @settings(deadline=None)
 @given(rounds())
-def test_foresight_is_the_plain_loop(arguments: tuple[Tensor, Tensor, CostTable, np.random.Generator]) -> None:
+def test_foresight_is_the_plain_loop(arguments: tuple[Floats, Ints, CostTable, np.random.Generator]) -> None:
     """The vectorised bound against every continuation, one by one."""
     confidence, lengths, costs, generator = arguments
     step = load(len(lengths), int(generator.integers(0, 3)))
@@ -377,10 +375,10 @@ def test_foresight_beats_algorithm_1_on_a_jagged_curve() -> None:
             generator = np.random.default_rng(requests)
             scheduler, tokens, seconds = make(costs), 0.0, 0.0
             for _ in range(300):
-                confidence = torch.from_numpy(generator.beta(4, 1.5, (requests, 7)))
-                lengths = torch.full((requests,), 7)
+                confidence = generator.beta(4, 1.5, (requests, 7))
+                lengths = np.full(requests, 7)
                 chosen = scheduler.choose(confidence, lengths, load(requests))
-                kept = np.arange(7) < chosen.numpy()[:, None]
+                kept = np.arange(7) < chosen[:, None]
                 tokens += requests + float((survival(confidence, lengths) * kept).sum())
                 seconds += float(costs.seconds(requests + int(chosen.sum()), requests, requests))
             speed[make.__name__] = tokens / seconds

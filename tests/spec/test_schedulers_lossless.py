@@ -9,7 +9,6 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from dspark.spec.calibration import Calibration, OnlineCalibration
 from dspark.spec.cost_table import CostTable
@@ -21,7 +20,7 @@ from dspark.spec.prefix_scheduler import (
     Threshold,
     ThroughputGreedy,
 )
-from dspark.spec.survivals import Floats
+from dspark.spec.survivals import Floats, Ints
 from dspark.spec.walk import Drafted, Load, Walk, best_budget, foresight, survival, walk
 from tests.spec.exact import (
     Request,
@@ -153,7 +152,7 @@ def test_online_calibration(make: Callable[[CostTable], PrefixScheduler]) -> Non
 class PastTheStop(ThroughputGreedy):
     """The wrong Algorithm 1: the best number of slots over all of today's survivals."""
 
-    def count(self, today: Floats, order: Walk, lengths: Tensor, load: Load, drafted: Drafted) -> int:
+    def count(self, today: Floats, order: Walk, lengths: Ints, load: Load, drafted: Drafted) -> int:
         return best_budget(order.survival, self.costs, load, drafted)
 
 
@@ -191,14 +190,14 @@ def test_appendix_a() -> None:
 class FreshBudget(StaleBudget):
     """The budget from today's confidences instead of those of two rounds ago, once there is a past."""
 
-    def count(self, today: Floats, order: Walk, lengths: Tensor, load: Load, drafted: Drafted) -> int:
+    def count(self, today: Floats, order: Walk, lengths: Ints, load: Load, drafted: Drafted) -> int:
         return best_budget(order.survival if self.past else order.survival[:0], self.costs, load, drafted)
 
 
 class SeesToday(Foresight):
     """Predicts with today's later confidences."""
 
-    def count(self, today: Floats, order: Walk, lengths: Tensor, load: Load, drafted: Drafted) -> int:
+    def count(self, today: Floats, order: Walk, lengths: Ints, load: Load, drafted: Drafted) -> int:
         return foresight(
             order.survival, best_budget(order.survival, self.costs, load, drafted), self.costs, load, drafted
         )
@@ -207,7 +206,7 @@ class SeesToday(Foresight):
 class RemembersTooEarly(Foresight):
     """Takes today's round into the running means before it chooses."""
 
-    def choose(self, confidence: Tensor, lengths: Tensor, load: Load) -> Tensor:
+    def choose(self, confidence: Floats, lengths: Ints, load: Load) -> Ints:
         self.history.observe(survival(confidence, lengths), lengths, load.ids)
         order = walk(survival(confidence, lengths), lengths)
         return order.lengths(
@@ -218,8 +217,8 @@ class RemembersTooEarly(Foresight):
 class WholeBlocksFirst(ThroughputGreedy):
     """Serves the request whose whole block is likeliest to survive: its last confidence decides on its first slot."""
 
-    def choose(self, confidence: Tensor, lengths: Tensor, load: Load) -> Tensor:
-        verify_lengths = torch.zeros_like(lengths)
+    def choose(self, confidence: Floats, lengths: Ints, load: Load) -> Ints:
+        verify_lengths = np.zeros_like(lengths)
         verify_lengths[int(survival(confidence, lengths)[:, -1].argmax())] = 1
         return verify_lengths
 
