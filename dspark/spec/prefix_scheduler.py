@@ -181,7 +181,8 @@ class _CostBased:
 
     def rounds_best_first(self, load: Load) -> Floats:
         """Rounds like the past ones [rounds, R, G], the requests that a draft serves best first."""
-        return self.history.rounds_like(load.ids)[:, best_first(self.history.levels(load.ids)[0])]
+        rounds = self.history.rounds_like(load.ids)
+        return rounds if load.requests == 1 else rounds[:, best_first(self.history.levels(load.ids)[0])]
 
     def plain_rate(self, load: Load) -> float:
         return load.requests / float(self.costs.seconds(load.requests, load.requests))

@@ -132,7 +132,7 @@ class Survivals:
         number, blocks = self.number[at], self.blocks[at]
         turn = number - 1 - age % np.clip(number, 1, KEPT_OWN)  # [rounds, R]: the newest first, again and again
         is_own = age < np.rint(rounds * blocks / (blocks + DOUBT))
-        any_request = np.resize(recent, (rounds, len(ids), recent.shape[1]))
+        any_request = recent[np.arange(rounds * len(ids)) % len(recent)].reshape(rounds, len(ids), -1)
         return np.where(is_own[..., None], self.own[at, turn % KEPT_OWN], any_request)
 
     def predict(self, first: Floats) -> Floats:

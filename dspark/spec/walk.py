@@ -6,10 +6,10 @@ Shapes: R requests, G slots, n = slots with a draft token of all requests togeth
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dspark.spec.cost_table import CostTable
 from dspark.spec.survivals import Floats, Ints
@@ -87,33 +87,32 @@ def step_seconds(costs: CostTable, requests: int, other_tokens: int, drafted: in
     return seconds
 
 
-def rates(values: Floats, costs: CostTable, load: Load, drafted: Drafted) -> Floats:
-    """tau·SPS(B), expected tokens a second, if the first 0..n slots are verified: survival [n] -> [n + 1].
+def rates(values: Floats, costs: CostTable, load: Load, drafted: Drafted) -> list[float]:
+    """tau·SPS(B), expected tokens a second, if the first 0..n slots are verified: survival [n] -> n + 1.
 
     Entry i depends on the first i values only. SPS counts the time of drafting, not that of prompts.
     """
-    tau = np.empty(len(values) + 1)
-    tau[0] = load.requests  # a request without draft tokens still gets one token
-    np.cumsum(values, out=tau[1:])
-    tau[1:] += load.requests
-    return tau / step_seconds(costs, load.requests, load.other_tokens, *drafted, len(values))
+    seconds = step_seconds(costs, load.requests, load.other_tokens, *drafted, len(values)).tolist()
+    taus = accumulate(values.tolist(), initial=float(load.requests))  # a request gets one token without draft tokens
+    return [tau / of_step for tau, of_step in zip(taus, seconds, strict=True)]
 
 
-def first_false(go_on: NDArray[np.bool_]) -> int:
-    """How many are true before the first that is not."""
-    first = int(go_on.argmin()) if len(go_on) else 0
-    return first if len(go_on) and not go_on[first] else len(go_on)
+def first_stop(rate: list[float], start: int = 0) -> int:
+    """The first slot from `start` on that does not strictly raise the rate."""
+    while start + 1 < len(rate) and rate[start + 1] > rate[start]:
+        start += 1
+    return start
 
 
 def algorithm_1(values: Floats, costs: CostTable, load: Load, drafted: Drafted) -> int:
     """DSpark, Algorithm 1: admit while the rate strictly rises, stop at the first slot that does not raise it."""
-    rate = rates(values, costs, load, drafted)
-    return first_false(rate[1:] > rate[:-1])
+    return first_stop(rates(values, costs, load, drafted))
 
 
 def best_budget(values: Floats, costs: CostTable, load: Load, drafted: Drafted) -> int:
     """The best number of slots over all, the least of equals. NOT lossless on the survivals of today's walk."""
-    return int(rates(values, costs, load, drafted).argmax())
+    rate = rates(values, costs, load, drafted)
+    return rate.index(max(rate))
 
 
 def foresight(values: Floats, budget: int, costs: CostTable, load: Load, drafted: Drafted) -> int:
@@ -124,16 +123,16 @@ def foresight(values: Floats, budget: int, costs: CostTable, load: Load, drafted
     cost table that is monotone in m, so the best of it is found at the table's sizes.
     """
     rate = rates(values, costs, load, drafted)
-    go_on = rate[1:] > rate[:-1]  # past the budget
-    ahead = min(budget, len(values))
-    if first_false(go_on) < ahead:  # while the rate rises, its bound is higher too
-        seconds = step_seconds(costs, load.requests, load.other_tokens, *drafted, len(values))
-        counts = measured_counts(costs, load.requests + load.other_tokens, len(values))  # [P]
-        tau = rate[:ahead] * seconds[:ahead]
-        more = counts - np.arange(ahead)[:, None]  # m [ahead, P]
-        bound = (tau[:, None] + more * values[:ahead, None]) / seconds[counts]
-        go_on[:ahead] |= np.where(more > 0, bound, 0.0).max(1) > rate[:ahead]
-    return first_false(go_on)
+    stop, ahead = first_stop(rate), min(budget, len(values))
+    if stop >= ahead:  # while the rate rises, its bound is higher too
+        return stop
+    seconds = step_seconds(costs, load.requests, load.other_tokens, *drafted, len(values))
+    counts = measured_counts(costs, load.requests + load.other_tokens, len(values))  # [P]
+    so_far, after = np.array(rate[stop:ahead]), np.array(rate[stop + 1 : ahead + 1])  # [ahead - stop]
+    more = counts - np.arange(stop, ahead)[:, None]  # m [ahead - stop, P]
+    bound = ((so_far * seconds[stop:ahead])[:, None] + more * values[stop:ahead, None]) / seconds[counts]
+    go_on = (after > so_far) | (np.where(more > 0, bound, 0.0).max(1) > so_far)
+    return first_stop(rate, ahead) if go_on.all() else stop + int(go_on.argmin())
 
 
 @lru_cache(maxsize=4096)
