@@ -15,6 +15,7 @@ from torch import Tensor
 from dspark.drafters.interface import DraftRequest
 from dspark.drafters.layers import DraftModel, check_fit
 from dspark.models.attention import Segment, copy_slots
+from dspark.models.cpu_ops import CompiledLinear, ReusedMemory
 from dspark.models.decoder import Decoder
 from dspark.models.layers import linear_map
 from dspark.sampling import Purpose, categorical, first_maximum, uniforms
@@ -81,6 +82,7 @@ class BoundDrafter(ABC):
         self.window: int = model.config.window
         self.d2t = model.d2t.to(target.device)
         self.head = linear_map(target.lm_head_weight[self.d2t], target.dtype)
+        self._logits = ReusedMemory()
         self._storage: list[Tensor] = []
 
     has_confidence: bool
@@ -90,6 +92,12 @@ class BoundDrafter(ABC):
 
     @abstractmethod
     def propose(self, requests: list[DraftRequest], slots: int) -> Draft: ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [N, C] -> logits of the draft vocabulary [N, V'], valid until the next call."""
+        if isinstance(self.head, CompiledLinear):
+            return self.head(hidden, self._logits)
+        return self.head(hidden).float()
 
     def place(self, weight: Tensor) -> Tensor:
         return weight.detach().to(self.target.device, self.target.compute_dtype)

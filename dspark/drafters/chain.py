@@ -107,7 +107,7 @@ class ChainDrafter(BoundDrafter):
             attention = CachedAttention(self._storage[:1], own + k, segments, self.decoder.group_size)
             x = residual + self.layer.o_proj(attention(0, q, kv))
             feature = x + self.layer.mlp(x)
-            logits = self.head(rms_norm(feature, self.norm, self.decoder.rms_norm_eps)).float()
+            logits = self.logits(rms_norm(feature, self.norm, self.decoder.rms_norm_eps))
             drawn.append(draw(k, logits))
             token = drawn[-1].token
         return whole_draft(drawn)

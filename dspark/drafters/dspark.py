@@ -164,7 +164,7 @@ class DSparkDrafter(BoundDrafter):
     def decode_block(self, requests: list[DraftRequest], hidden: Tensor) -> Draft:
         """The sequential head, left to right over hidden [R, G, C], each slot from the token sampled before it."""
         r, g, _ = hidden.shape
-        logits = self.head(hidden.flatten(0, 1)).view(r, g, -1).float()  # [R, G, V'], without the head's bias
+        logits = self.logits(hidden.flatten(0, 1)).view(r, g, -1)  # [R, G, V'], without the head's bias
         previous = torch.tensor([q.token_ids[-1] for q in requests], device=hidden.device)
         spans = None if self.copies is None else self.copies.spans(requests)
         if self.markov_program is not None and all(q.params.greedy for q in requests):
@@ -209,8 +209,9 @@ class DSparkDrafter(BoundDrafter):
         request's temperature.
         """
         temperatures = largest.new_tensor([[min(q.params.temperature, 1.0)] for q in requests]).expand_as(largest)
-        logits = torch.zeros_like(largest)
-        if self.confidence_head is not None:
+        if self.confidence_head is None:
+            logits = torch.zeros_like(largest)
+        else:
             of_hidden, of_embedding, bias = self.confidence_head
             logits = torch.addmv(bias.expand(largest.numel()), embeddings.flatten(0, 1), of_embedding)
             logits = torch.addmv(logits, hidden.flatten(0, 1), of_hidden).view(largest.shape).float()

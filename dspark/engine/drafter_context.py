@@ -34,10 +34,10 @@ class Step:
         return sum(t.nbytes for t in self.columns)
 
     def rows(self, wanted: list[int]) -> list[Tensor]:
-        """Its columns, of these rows alone."""
-        if wanted == list(range(len(self.columns[0]))):
-            return self.columns
-        index = torch.tensor(wanted, device=self.columns[0].device)
+        """Its columns, of these rows alone, at least one; views of rows that lie in order side by side."""
+        first, end = wanted[0], wanted[0] + len(wanted)
+        in_order = wanted == list(range(first, end))
+        index = slice(first, end) if in_order else torch.tensor(wanted, device=self.columns[0].device)
         return [column[index] for column in self.columns]
 
 

@@ -24,7 +24,8 @@ class Program:
 
     def __init__(self):
         self._rows: list[list[int]] = []
-        self._places: dict[str, list[int]] = {}  # of named fields in the flat table
+        self._named: dict[str, list[int]] = {}  # places of named fields in the flat table
+        self._places: dict[str, np.ndarray] = {}  # the same, once all are known
         self._table = np.empty(0, np.int64)
 
     def add(self, kernel: Kernel, *fields: Field | str) -> None:
@@ -32,7 +33,7 @@ class Program:
         row = [kernel.address]
         for field in fields:
             if isinstance(field, str):
-                self._places.setdefault(field, []).append(len(self._rows) * self.WIDTH + len(row))
+                self._named.setdefault(field, []).append(len(self._rows) * self.WIDTH + len(row))
                 field = 0
             row.append(field.data_ptr() if isinstance(field, Tensor) else field)
         self._rows.append(row + [0] * (self.WIDTH - len(row)))
@@ -45,6 +46,7 @@ class Program:
         """Give all fields of a name its value, or each its own; one that is not given keeps what it had."""
         if not len(self._table):
             self._table = np.array(self._rows, dtype=np.int64).reshape(-1)
+            self._places = {name: np.array(places) for name, places in self._named.items()}
         for name, value in values.items():
             self._table[self._places[name]] = value.data_ptr() if isinstance(value, Tensor) else value
         kernel("sequence", self.WIDTH)(SERIAL_WORK, self._table.ctypes.data, len(self._rows))
