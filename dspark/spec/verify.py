@@ -87,7 +87,11 @@ def verify(
     # The longest prefix at which the round may end is kept.
     accepted = torch.zeros_like(verify_lengths).scatter_reduce(0, request, slot * ends, "amax")  # [R]
     row = first_row + accepted
-    weights = residual_weights(target_probs[row], support[row], draft_probs[row], prefix_probs[row])
+    weights = target_probs[row]  # [R, V]
+    rejected = (accepted < verify_lengths).nonzero().squeeze(-1)
+    if len(rejected):  # a last row's residual is p itself
+        row = row[rejected]
+        weights[rejected] = residual_weights(weights[rejected], support[row], draft_probs[row], prefix_probs[row])
     return Verdict(accepted, categorical(weights, target_uniforms.gather(1, accepted[:, None]).squeeze(1)))
 
 
