@@ -89,11 +89,6 @@ class SamplingParams:
         check("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "be from 0 to 20")
 
     @property
-    def truncates(self) -> bool:
-        """Whether a filter may leave tokens out."""
-        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
-
-    @property
     def greedy(self) -> bool:
         return self.temperature == 0
 

@@ -34,16 +34,15 @@ class Slot(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What requests are sampled by: temperature, top-k, top-p and min-p [R, 1] each; whether tokens are left out.
+    """What requests are sampled by: temperature, top-k, top-p and min-p [R, 1] each, None if it truncates no request.
 
     A greedy request is one of the likeliest token alone.
     """
 
     temperature: Tensor
-    top_k: Tensor
-    top_p: Tensor
-    min_p: Tensor
-    truncates: bool
+    top_k: Tensor | None
+    top_p: Tensor | None
+    min_p: Tensor | None
 
     @classmethod
     def of(cls, requests: list[DraftRequest], device: torch.device) -> "Settings":
@@ -54,16 +53,25 @@ class Settings(NamedTuple):
         ]
         temperature, top_k, top_p, min_p = torch.tensor(rows, device=device).T[..., None]
         temperature = temperature.clamp(min=torch.finfo(temperature.dtype).tiny)  # it may have become 0
-        return cls(temperature, top_k, top_p, min_p, any(p.greedy or p.truncates for p in params))
+        by_count, by_mass = any(p.greedy or p.top_k for p in params), any(p.top_p < 1 for p in params)
+        return cls(
+            temperature,
+            top_k if by_count else None,
+            top_p if by_mass else None,
+            min_p if any(p.min_p for p in params) else None,
+        )
 
     def probs(self, logits: Tensor) -> Tensor:
         """Logits of candidates [R, M], descending -> their law. Not all tokens that tie with the last one kept need be
         kept, as in `truncated_probs`: nothing depends on it, as long as this is what is drawn from."""
         weights = ((logits - logits[:, :1]) / self.temperature).exp()
-        if self.truncates:
+        if self.top_k is not None:
             weights = weights * (torch.arange(weights.shape[1], device=weights.device) < self.top_k)
+        if self.top_p is not None:
             held = weights.cumsum(-1)
-            weights = weights * ((held - weights < self.top_p * held[:, -1:]) & (weights >= self.min_p))
+            weights = weights * (held - weights < self.top_p * held[:, -1:])
+        if self.min_p is not None:
+            weights = weights * (weights >= self.min_p)
         return weights / weights.sum(-1, keepdim=True)
 
 
