@@ -31,7 +31,10 @@ def by_slot(acceptance: Tensor, slots: Tensor, block_size: int) -> Tensor:
 
 
 def accepted_length(tally: Tensor) -> float:
-    """Expected tokens a round, 1 + sum over k of the product of mean acceptances up to slot k; tally [2, G]."""
+    """Expected tokens a round, 1 + sum over k of the product of mean acceptances up to slot k; tally [2, G].
+
+    That is of tokens verified one by one; verified together more stay where drafts are sampled.
+    """
     means = tally[0] / tally[1]  # nan from the first slot that never came
     return 1 + means.cumprod(0).nansum().item()
 
