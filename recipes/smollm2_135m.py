@@ -2,7 +2,8 @@
 
 `dspark` gives in ten minutes what `longer` goes on from. The shipped one is older than these defaults: 80 minutes at
 block 4 without a copy head, 55 more with block 6 and a copy head, three runs like `whole_blocks`, 72 minutes in two
-processes, and then the last three below (docs/results.md has the curves, and what differed).
+processes, the last three below, and the last of these again on other answers (docs/results.md has the curves, and what
+differed).
 
 dspark data --prompts train.jsonl --out runs/answers.jsonl
 dspark data --self-written 2000 --out runs/self-written.jsonl
