@@ -298,7 +298,7 @@ class Purpose(IntEnum):
     """What a random number is for; one position needs up to three that are independent of each other."""
 
     DRAFT = 0  # sampling the draft token
-    ACCEPT = 1  # accepting or rejecting it
+    ACCEPT = 1  # keeping the draft tokens up to it
     TARGET = 2  # sampling the residual or bonus token
 
 
@@ -322,13 +322,13 @@ def _bits(state: Any, words: Iterable[Any]) -> Any:
 def uniform(seed: int, position: int, purpose: Purpose, slot: int = 0) -> float:
     """The random number in [0, 1) that belongs to this key, the same whenever and wherever it is asked for.
 
-    `position` is the absolute position of the token drawn. For ACCEPT and TARGET it is key enough: of the
-    draws at one position, only those that decide its committed token have any effect. For DRAFT the slot in
-    the block must be part of the key. A position that was drafted in a round cut short before it is drafted
-    again in a later round, always in an earlier slot. A scheduler that uses confidences of past rounds
+    `position` is the absolute position of the token drawn. For TARGET it is key enough: the draw is looked at once, for
+    the token that is committed there. For DRAFT and ACCEPT the slot in the block must be part of the key. A position
+    that was drafted in a round cut short before it is drafted again in a later round, always in an earlier slot. That
+    the round was cut short tells of its acceptance draws. A scheduler that uses confidences of past rounds
     (StaleBudget) may have set its budget by what the first draft was; were the number reused, whether the new
-    draft token is verified would depend on its own value, and the output would no longer follow the target.
-    With the slot in the key the second draft is fresh.
+    draft token is verified would depend on its own value. Either way the output would no longer follow the target.
+    With the slot in the key the second draft and its verdict are fresh.
     """
     words = (seed & _MASK, position & _MASK, int(purpose), slot & _MASK)
     return (_bits(0, words) >> 11) * 2.0**-53
