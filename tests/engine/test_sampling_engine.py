@@ -57,7 +57,7 @@ def test_a_seeded_request_is_the_same_alone_and_among_31_others(drafter: str):
 
 @pytest.mark.parametrize("policy", [FixedLength(1), FixedLength(4), Threshold(0.2)])
 def test_a_seeded_text_does_not_depend_on_drafter_or_policy(policy: PrefixScheduler):
-    """Under rejection sampling it would: what was verified decides which draw gives a token."""
+    """Verified with draws of its own it would: what was verified decides which draw gives a token."""
     engine = Engine(TARGET, tiny_drafter(TARGET), policy, config=EngineConfig(32, 64))
     sequences = [engine.add(*request(index)) for index in range(32)]
     while engine.has_work:
