@@ -14,7 +14,8 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 
 Value = Any  # llvmlite's builder methods carry no types
-I8, I16, I32, I64, F32, VOID = (*(ir.IntType(n) for n in (8, 16, 32, 64)), ir.FloatType(), ir.VoidType())
+I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
+F32, F64, VOID = ir.FloatType(), ir.DoubleType(), ir.VoidType()
 FIELD_TYPES = {
     "f": F32.as_pointer(),
     "h": I16.as_pointer(),
@@ -128,6 +129,13 @@ class Emitter:
         halves = ir.VectorType(I16, self.lanes)
         loaded = b.load(b.bitcast(b.gep(pointer, [index]), halves.as_pointer()), align=2)
         return b.bitcast(b.shl(b.zext(loaded, words), ir.Constant(words, [16] * self.lanes)), self.vector)
+
+    def widen(self, pairs: Value) -> list[Value]:
+        """Words of two bf16 numbers each: the lower ones, and the upper ones."""
+        b, words = self.b, pairs.type
+        low = b.shl(pairs, ir.Constant(words, [16] * self.lanes))
+        high = b.and_(pairs, ir.Constant(words, [0xFFFF0000] * self.lanes))
+        return [b.bitcast(half, self.vector) for half in (low, high)]
 
     def to_bf16(self, value: Value) -> Value:
         """Rounded to the nearest bf16, ties to even; NaN stays NaN."""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from llvmlite import ir
 
-from dspark.models.cpu_emitter import F32, I32, I64, VOID, Emitter, Machine, Value, lanes_for
+from dspark.models.cpu_emitter import F32, F64, I32, I64, VOID, Emitter, Machine, Value, lanes_for
 
 
 def sequence_kernel(machine: Machine, width: int) -> ir.Module:
@@ -39,15 +39,18 @@ def rms_norm_kernel(machine: Machine, width: int, eps: float) -> ir.Module:
 
 
 def _normalise_row(e: Emitter, x: Value, weight: Value, y: Value, width: int, eps: float) -> None:
-    b = e.b
-    sqrt = e.function("llvm.sqrt.f32", F32, [F32])
-    with e.sums(I64(0), I64(width), [e.constant(0.0)], e.lanes) as (i, carried, results):
-        value = e.load(x, i)
-        carried[0] = e.fma(value, value, carried[0])
-    mean = b.fdiv(e.total(results[0]), F32(float(width)))
-    scale = e.spread(b.fdiv(F32(1.0), b.call(sqrt, [b.fadd(mean, F32(eps))])))
+    """Squares are summed in fp64: in fp32 the huge ones that some tokens of a text have swallow the others."""
+    b, doubles = e.b, ir.VectorType(F64, e.lanes)
+    with e.sums(I64(0), I64(width), [ir.Constant(doubles, [0.0] * e.lanes)], e.lanes) as (i, carried, results):
+        value = b.fpext(e.load(x, i), doubles)
+        carried[0] = b.fadd(carried[0], b.fmul(value, value))
+    total = e.function(f"llvm.vector.reduce.fadd.v{e.lanes}f64", F64, [F64, doubles])
+    mean = b.fdiv(b.call(total, [F64(0.0), results[0]], fastmath=("reassoc",)), F64(float(width)))
+    root = b.call(e.function("llvm.sqrt.f64", F64, [F64]), [b.fadd(mean, F64(eps))])
+    scale = e.spread(b.fdiv(F64(1.0), root))
     with e.loop(I64(0), I64(width), e.lanes) as i:
-        e.store(b.fmul(b.fmul(e.load(x, i), scale), e.load(weight, i)), y, i)
+        value, factor = (b.fpext(e.load(p, i), doubles) for p in (x, weight))
+        e.store(b.fptrunc(b.fmul(b.fmul(value, scale), factor), e.vector), y, i)
 
 
 def add_rms_norm_kernel(machine: Machine, width: int, eps: float) -> ir.Module:
