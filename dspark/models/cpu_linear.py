@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from dspark.models.cpu_emitter import F32, I8, I16, I32, I64, VOID, BFloat, Emitter, Machine, Value
+from dspark.models.cpu_emitter import F32, I8, I32, I64, VOID, BFloat, Emitter, Machine, Value
 
 VECTORS = 2  # vectors of outputs a tile of the linear map is wide
 PREFETCH = 4096  # bytes ahead; hardware prefetching stops at pages. 13.8 GB/s without it, 19 with it, for one row
@@ -12,27 +12,29 @@ PREFETCH = 4096  # bytes ahead; hardware prefetching stops at pages. 13.8 GB/s w
 
 @dataclass(frozen=True)
 class Products:
-    """How a tile's sums grow: `step` inputs at a time, x and weights read as `x_type` and `weight_type`."""
+    """How a tile's sums grow: `step` inputs at a time, x and weights read as `x_type` and `weight_type` of 4 bytes."""
 
     step: int
     x_type: ir.Type
     weight_type: ir.Type
+    weight_vectors: int = VECTORS  # read for a tile's outputs, each step
 
 
-KINDS = {"fp32": Products(1, F32, F32), "widened": Products(1, F32, I16), "dots": Products(2, I32, I32)}
+KINDS = {"fp32": Products(1, F32, F32), "widened": Products(1, F32, I32, 1), "dots": Products(2, I32, I32)}
 
 
 def linear_kernel(machine: Machine, kind: str) -> ir.Module:
     """y = x W^T. Fields: x [N, K], w, y [N, tiles*tile], scratch, N, K; items: tiles. By `kind`:
 
     fp32      w [tiles, K, tile] fp32
-    widened   w the same in bf16, widened in registers: products and sums in fp32
+    widened   w [tiles, K, tile/2, 2] bf16, outputs i and i + tile/2 of a tile in a word, widened in registers by one
+              operation each: products and sums in fp32
     dots      w [tiles, K/2, tile, 2] bf16, K a multiple of 16; x rounded to bf16 (into `scratch`, [threads, N, K]
               bf16), products of pairs summed in fp32: several times the speed where rows are many
     Every output is one chain of additions over K in its order, whatever N is.
     """
     products = KINDS[kind]
-    e = Emitter(f"f{'w' if kind == 'dots' else 'h' if kind == 'widened' else 'f'}fwiii", machine, machine.lanes)
+    e = Emitter(f"f{'f' if kind == 'fp32' else 'w'}fwiii", machine, machine.lanes)
     b = e.b
     x, w, y, scratch, rows, inputs, tiles = e.fields
     if kind == "dots":
@@ -44,10 +46,16 @@ def linear_kernel(machine: Machine, kind: str) -> ir.Module:
     functions = [_tile_function(e, n, products) for n in range(1, max_rows + 1)]
     tile_size = I64(VECTORS * machine.lanes)
     stride = b.mul(tiles, tile_size)
+    tile_words = b.mul(inputs, I64(products.weight_vectors * machine.lanes))
+    # Passes over a tile of about as many rows each: in a pass of few, reading and widening weights is most of the work.
+    passes = b.udiv(b.add(rows, I64(max_rows - 1)), I64(max_rows))
+    divisor = b.select(b.icmp_unsigned("==", rows, I64(0)), I64(1), passes)
+    pass_rows = b.udiv(b.add(rows, b.sub(divisor, I64(1))), divisor)
     with e.loop(e.first, e.last) as tile:
-        tile_weights = b.gep(w, [b.mul(b.mul(tile, inputs), tile_size)])
+        tile_weights = b.gep(w, [b.mul(tile, tile_words)])
         tile_y = b.gep(y, [b.mul(tile, tile_size)])
-        with e.loop(I64(0), rows, max_rows) as row:
+        with e.loop(I64(0), passes) as i:
+            row = b.mul(i, pass_rows)
             args = [b.gep(x, [b.mul(row, inputs)]), tile_weights, b.gep(tile_y, [b.mul(row, stride)]), inputs, stride]
             switch_block, done = b.block, b.append_basic_block()
             blocks = []
@@ -57,7 +65,8 @@ def linear_kernel(machine: Machine, kind: str) -> ir.Module:
                 b.call(function, args)
                 b.branch(done)
             b.position_at_end(switch_block)
-            switch = b.switch(b.sub(rows, row), blocks[-1])
+            left = b.sub(rows, row)
+            switch = b.switch(b.select(b.icmp_unsigned("<", left, pass_rows), left, pass_rows), blocks[-1])
             for n, block in enumerate(blocks[:-1], 1):
                 switch.add_case(I64(n), block)
             b.position_at_end(done)
@@ -87,15 +96,9 @@ def _tile_function(e: Emitter, rows: int, products: Products) -> ir.Function:
     function.linkage = "internal"
     x, w, y, inputs, stride = function.args
     lanes, outer = e.lanes, e.b
-    weight_bytes = 2 if products.weight_type is I16 else 4
     e.b = b = ir.IRBuilder(function.append_basic_block())
     x_rows = [b.gep(x, [b.mul(I64(r), inputs)]) for r in range(rows)]
-
-    def weight_at(here: Value) -> Value:
-        if products.weight_type is I16:
-            return e.load_bf16(w, here)
-        vector = ir.VectorType(products.weight_type, lanes)
-        return b.load(b.bitcast(b.gep(w, [here]), vector.as_pointer()), align=4)
+    vector = ir.VectorType(products.weight_type, lanes)
 
     def add(x_value: Value, weight: Value, total: Value) -> Value:
         if products.step == 1:
@@ -106,9 +109,12 @@ def _tile_function(e: Emitter, rows: int, products: Products) -> ir.Function:
         return b.call(dot, [total, b.bitcast(spread, pairs), b.bitcast(weight, pairs)])
 
     with e.sums(I64(0), inputs, [e.constant(0.0)] * (rows * VECTORS)) as (k, carried, results):
-        start = b.mul(k, I64(VECTORS * lanes))
-        weights = [weight_at(b.add(start, I64(v * lanes))) for v in range(VECTORS)]
-        e.prefetch(w, b.add(start, I64(PREFETCH // weight_bytes)), locality=3)
+        start = b.mul(k, I64(products.weight_vectors * lanes))
+        places = [b.gep(w, [b.add(start, I64(v * lanes))]) for v in range(products.weight_vectors)]
+        weights = [b.load(b.bitcast(place, vector.as_pointer()), align=4) for place in places]
+        if products.weight_vectors < VECTORS:
+            weights = e.widen(weights[0])
+        e.prefetch(w, b.add(start, I64(PREFETCH // 4)), locality=3)
         for r in range(rows):
             x_value = b.load(b.gep(x_rows[r], [k]))
             for v in range(VECTORS):

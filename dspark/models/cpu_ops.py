@@ -178,12 +178,20 @@ class CompiledLinear:
             self.kernel = kernel("tiled_linear")
         else:
             self.kernel = kernel("linear", "dots" if self.rounds_inputs else "widened" if in_bf16 else "fp32")
-        step, tile = 2 if self.rounds_inputs else 1, VECTORS * machine.lanes
+        tile = VECTORS * machine.lanes
         padded = F.pad(weight, (0, 0, 0, -self.outputs % tile))
         self._tiles, self._padded = len(padded) // tile, len(padded)
         self.dense = self._padded == self.outputs  # no padding between the rows of y
-        # [M / tile, K / step, tile, step]: a tile's weights are read as one stream
-        self.weight = _weight_memory.place(padded.view(self._tiles, tile, -1, step).transpose(1, 2))
+        # A tile's weights are read as one stream, words that hold two bf16 numbers where they are bf16: [M / tile,
+        # K / 2, tile, 2] where pairs of inputs are multiplied, [M / tile, K, tile / 2, 2] where they are widened.
+        tiles = padded.view(self._tiles, tile, self.inputs)
+        if self.rounds_inputs:
+            tiles = tiles.unflatten(2, (-1, 2)).transpose(1, 2)
+        elif in_bf16:
+            tiles = tiles.unflatten(1, (2, -1)).permute(0, 3, 2, 1)
+        else:
+            tiles = tiles.transpose(1, 2)
+        self.weight = _weight_memory.place(tiles)
 
     def __call__(self, x: Tensor, reused: ReusedMemory | None = None) -> Tensor:
         """reused: memory for the result, whose earlier results are overwritten."""
