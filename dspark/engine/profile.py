@@ -48,6 +48,7 @@ class ProfileConfig:
 QUICK = ProfileConfig(QUICK_BATCH_TOKENS, QUICK_REQUESTS, repeats=5)
 MOST_REQUESTS = 64  # with a context of their own; more tokens than that are timed as several of each
 STEP_SECONDS = 3e-4  # planning, committing and Python around a step, measured at one stream
+LONG_ENOUGH = 1.0  # seconds that a job is timed for; where CPUs are slow a forward of 256 tokens takes them all
 TAKEN_IN = 3  # committed tokens of a request that its drafter takes in before it drafts
 
 
@@ -158,15 +159,19 @@ Job = TypeVar("Job")
 def median_seconds(
     jobs: dict[Job, Callable[[], None]], repeats: int, on_done: Callable[[str], None]
 ) -> dict[Job, float]:
-    """Of each job. They take turns, so that a slow phase of a shared machine slows one turn of all, not all of one."""
+    """Of each job. They take turns, so that a slow phase of a shared machine slows one turn of all, not all of one.
+
+    The first turn is a warm-up, but for jobs so long that it counts too; those are not repeated as often.
+    """
     times: dict[Job, list[float]] = {name: [] for name in jobs}
     for turn in range(1 + repeats):
         for name, job in jobs.items():
-            started = time.perf_counter()
-            job()
-            times[name].append(time.perf_counter() - started)
+            if sum(times[name]) < LONG_ENOUGH:
+                started = time.perf_counter()
+                job()
+                times[name].append(time.perf_counter() - started)
         on_done(f"turn {turn} of {repeats}")
-    return {name: statistics.median(kept[1:]) for name, kept in times.items()}  # the first turn is a warm-up
+    return {name: statistics.median(kept[1:] or kept) for name, kept in times.items()}
 
 
 def profile_path(target: Target, drafter: str) -> Path:

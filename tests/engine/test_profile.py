@@ -1,5 +1,6 @@
 """The cost table: measured, kept, and refused where it does not belong; names become prefix schedulers."""
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -47,6 +48,21 @@ def test_a_drafter_of_another_shape_has_its_own(target: Target, tmp_path: Path):
         return profile.profile_path(target, str(tmp_path / "drafter"))
 
     assert path(0, 3) == path(1, 3) != path(0, 2)
+
+
+def test_long_jobs_are_not_repeated(monkeypatch: pytest.MonkeyPatch):
+    """Short ones have a warm-up and `repeats` turns; one that takes the time of all of them alone has a single turn."""
+    clock, runs = [0.0], []
+    monkeypatch.setattr(profile.time, "perf_counter", lambda: clock[0])
+
+    def job(name: str, seconds: float) -> None:
+        runs.append(name)
+        clock[0] += seconds
+
+    jobs = {name: partial(job, name, seconds) for name, seconds in (("short", 0.01), ("some", 0.4), ("long", 2.0))}
+    seconds = profile.median_seconds(jobs, 5, lambda _: None)
+    assert seconds == pytest.approx({"short": 0.01, "some": 0.4, "long": 2.0})
+    assert [runs.count(name) for name in jobs] == [6, 3, 1]
 
 
 def test_of_another_machine_is_refused(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
