@@ -49,6 +49,7 @@ SHARES = 8  # parts of the running requests that drafting may be tried for
 LENGTHS = 4  # parts of a block that may be drafted alone
 WHOLE = 1 << 16  # slots, more than any block has
 PROBES = 4  # requests drafted for, now and then, while drafting does not pay
+NEWS = 1 / 256  # of the time is what those drafts may cost
 
 
 @dataclass(frozen=True)
@@ -155,10 +156,17 @@ class _CostBased:
             interval = self.retry_every
             if paying:  # for few requests it is news of these, not of all there are
                 interval = min(interval, OFTEN * load.requests)
-            elif known is not None and not known.paying:
-                interval = min(2 * known.interval, PATIENCE * self.retry_every)
+            else:
+                interval = max(interval, self.rounds_between_probes(load))
+                if known is not None and not known.paying:
+                    interval = max(interval, min(2 * known.interval, PATIENCE * self.retry_every))
             known = self.answers[like] = _Answer(load.requests, paying, slots, interval, self.rounds + interval - 1)
         return known
+
+    def rounds_between_probes(self, load: Load) -> int:
+        """How many plain rounds make what drafting for a few costs no more than `NEWS` of the time."""
+        probes = float(self.costs.draft(min(PROBES, load.requests)))
+        return math.ceil(probes / (NEWS * float(self.costs.seconds(load.requests, load.requests))))
 
     def how_many(self, load: Load) -> tuple[int, int]:
         """For how many of the requests, the best first, to draft in a step without prompts, 0 where it does not pay;
