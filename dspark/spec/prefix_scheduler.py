@@ -48,8 +48,8 @@ PAYS = 1.05  # times plain decoding that drafting must promise: a promise is kep
 SHARES = 8  # parts of the running requests that drafting may be tried for
 LENGTHS = 4  # parts of a block that may be drafted alone
 WHOLE = 1 << 16  # slots, more than any block has
-PROBES = 4  # requests drafted for, now and then, while drafting does not pay
-NEWS = 1 / 256  # of the time is what those drafts may cost
+PROBES = 2  # requests drafted for, now and then, while drafting does not pay; their contexts are taken in first
+NEWS = 1 / 512  # of the time is what those drafts may cost
 
 
 @dataclass(frozen=True)
