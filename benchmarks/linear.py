@@ -21,7 +21,7 @@ from dspark.models.layers import PackedLinear, has_bf16_products
 
 OUT, IN = 3072, 576  # SmolLM2's gate and up maps, fused
 WEIGHTS = 120  # together far larger than any cache
-ROWS = (1, 2, 4, 5, 8, 16, 32, 64, 128, 256)
+ROWS = (1, 2, 3, 4, 5, 6, 8, 9, 16, 32, 64, 128, 256)
 
 
 def median_seconds(run, repeats: int = 9) -> float:
