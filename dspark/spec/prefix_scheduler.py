@@ -111,7 +111,7 @@ class _CostBased:
 
     def __init__(self, costs: CostTable, decay: float = 0.98, warm_up: int = 16, retry_every: int = 64):
         """Drafts until about `warm_up` requests were seen; an answer to "for how many does it pay" holds for
-        `retry_every` rounds at most, and longer where it was "for none" again and again."""
+        `retry_every` rounds at most, and longer where it was "for none" again and again or news is dear."""
         self.costs, self.warm_up, self.retry_every = costs, warm_up, retry_every
         self.history = Survivals(decay)
         self.rounds = 0  # since the warm-up
