@@ -284,8 +284,8 @@ def add_bench_load(bench: Options) -> None:
     sub.option(
         "--precision",
         0.0,
-        "closed loop: take up to 10 times --seconds until the standard error of every ratio to the best of plain and "
-        "fixed lengths is at most this, such as 0.01; 0: do not",
+        "closed loop: the scheduled policies, and others that may be the best, take up to 10 times --seconds until the "
+        "standard error of every ratio to the best of plain and fixed lengths is at most this, such as 0.01; 0: do not",
     )
     turn = "of the first turn of a pass; the other policies then answer as much, in their time"
     sub.option("--slice", 1.0, turn, dest="slice_seconds", metavar="SECONDS")

@@ -18,7 +18,7 @@ from dspark.engine.kv_cache import Region
 from dspark.engine.sequence import Sequence
 from dspark.spec.draft import Draft
 
-MOST_BYTES = 128 << 20  # of steps that wait; more are taken in at once
+MOST_BYTES = 256 << 20  # of steps that wait, 64 requests of 220 tokens twice over; more are taken in at once
 
 
 @dataclass(eq=False)

@@ -23,7 +23,7 @@ from dspark.engine.llm import encode_prompt
 from dspark.engine.policy import BY_COST, Drafting, check_policy, make_calibrator, make_policy
 from dspark.engine.profile import cost_table
 from dspark.eval.load_lane import Lane, poisson_arrivals
-from dspark.eval.load_stats import Tally, largest_error, summarise
+from dspark.eval.load_stats import Tally, is_scheduled, largest_error, may_be_best, summarise
 from dspark.eval.plots import load_plots
 from dspark.eval.report import load_table, print_report, summary_table
 from dspark.eval.setting import Setting
@@ -34,7 +34,7 @@ from dspark.spec.prefix_scheduler import FixedLength
 
 KV_GIB = 8.0  # of all lanes together, where they need so much
 MIN_STEPS = 8  # of the first slice of a pass, however long they take
-MOST_TIMES = 10  # --seconds that a load gets at most while its ratios are not precise enough
+MOST_TIMES = 10  # --seconds that a policy gets at a load at most while ratios are not precise enough
 TRACE_SECONDS = 10.0  # of arrivals in the open loop, before it drains
 
 
@@ -128,8 +128,8 @@ class LoadBench:
     def closed_loop(self, streams: int, tallies: dict[str, Tally], on_slice: Callable[[str, float], None]) -> None:
         for lane in self.lanes.values():
             self.warm_up(lane, streams)
-        order, shuffle = list(self.names), random.Random(self.config.seed).shuffle
-        while not self.enough(tallies):
+        shuffle = random.Random(self.config.seed).shuffle
+        while order := self.next_pass(tallies):
             shuffle(order)
             goal = None
             for name in order:
@@ -137,12 +137,17 @@ class LoadBench:
                 goal = goal or self.lanes[name].tokens
                 on_slice(f"{streams} streams, slice {len(tallies[name].slices)}, {name}", seconds)
 
-    def enough(self, tallies: dict[str, Tally]) -> bool:
-        """Whether policies had their time and, if a precision is asked for, ratios have it or never will."""
-        spent = sum(tally.seconds for tally in tallies.values()) / len(tallies)
-        if spent < self.config.seconds or not self.config.precision:
-            return spent >= self.config.seconds
-        return spent >= MOST_TIMES * self.config.seconds or largest_error(tallies) <= self.config.precision
+    def next_pass(self, tallies: dict[str, Tally]) -> list[str]:
+        """All policies until they had their time. Then, if ratios are to be more precise, those that the ratios are of:
+        the scheduled ones, and others that may be the best. None when the ratios are, or never will be."""
+        if sum(tally.seconds for tally in tallies.values()) < self.config.seconds * len(tallies):
+            return list(self.names)
+        most_seconds = max(tally.seconds for tally in tallies.values())
+        if not self.config.precision or most_seconds >= MOST_TIMES * self.config.seconds:
+            return []
+        if largest_error(tallies) <= self.config.precision:
+            return []
+        return [name for name in self.names if is_scheduled(name) or may_be_best(tallies, name)]
 
     def warm_up(self, lane: Lane, streams: int) -> None:
         """Until half of the first requests, cut to random lengths, have made room: positions are mixed by then."""
