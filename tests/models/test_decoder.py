@@ -1,5 +1,6 @@
 """The decoder computes what Transformers computes, whole or in chunks, and refuses what it cannot compute."""
 
+import copy
 from functools import cache
 from typing import Any
 
@@ -218,15 +219,20 @@ def smollm2() -> tuple[PreTrainedModel, Decoder, list[list[int]]]:
 
 
 @pytest.mark.model
-def test_smollm2_logits_equal_those_of_transformers():
+def test_smollm2_logits_are_as_exact_as_those_of_transformers():
+    """Both in fp32 against the model in float64. From one CPU to the next the order of additions changes, and with it
+    the largest of two million errors: that of Transformers itself was 0.6e-4 to 1.7e-4 on one of them."""
     model, decoder, prompts = smollm2()
+    exact_model = copy.deepcopy(model).double()
     for ids in prompts:
         tokens = torch.tensor(ids * 4)
         with torch.no_grad():
-            theirs = model(tokens[None]).logits[0]
-        torch.testing.assert_close(whole_forward(decoder, tokens, compiled=False), theirs, atol=1e-4, rtol=0)
-        # Another order of additions in attention alone moves a logit of 40 by up to 1e-4.
-        torch.testing.assert_close(whole_forward(decoder, tokens), theirs, atol=1.5e-4, rtol=0)
+            theirs, exact = model(tokens[None]).logits[0], exact_model(tokens[None]).logits[0]
+        allowed = (theirs - exact).abs()
+        for compiled in (False, True):
+            error = (whole_forward(decoder, tokens, compiled) - exact).abs()
+            assert error.square().mean() <= 4 * allowed.square().mean()
+            assert error.max() <= 3 * allowed.max() < 6e-4
 
 
 @pytest.mark.model
