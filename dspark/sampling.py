@@ -68,8 +68,9 @@ class SamplingParams:
             if not good:
                 raise ValueError(f"{name} must {rule}, got {getattr(self, name)}.")
 
-        check("temperature", 0 <= self.temperature < math.inf, "be finite and at least 0")
-        check("top_k", self.top_k >= 0, "be at least 0 (0 turns it off)")
+        # Within these bounds nothing becomes infinite in fp32, whatever the logits are.
+        check("temperature", 0 <= self.temperature <= 1e6, "be from 0 to 1e6")
+        check("top_k", 0 <= self.top_k < 2**31, "be at least 0 (0 turns it off) and below 2^31")
         check("top_p", 0 < self.top_p <= 1, "be above 0 and at most 1 (1 turns it off)")
         check("min_p", 0 <= self.min_p < 1, "be at least 0 (0 turns it off) and below 1")
         check("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "fit a signed 64-bit integer")
@@ -78,7 +79,7 @@ class SamplingParams:
         check("min_new_tokens", 0 <= self.min_new_tokens <= longest, f"be from 0 to max_new_tokens={longest}")
         for name in ("presence_penalty", "frequency_penalty"):
             check(name, -2 <= getattr(self, name) <= 2, "be from -2 to 2 (0 turns it off)")
-        check("repetition_penalty", 0 < self.repetition_penalty < math.inf, "be finite and above 0 (1 turns it off)")
+        check("repetition_penalty", 1e-3 <= self.repetition_penalty <= 1e3, "be from 0.001 to 1000 (1 turns it off)")
         for token, bias in self.biases.items():
             if not (token >= 0 and -100 <= bias <= 100):
                 raise ValueError(f"logit_bias must map token ids to numbers from -100 to 100, got {token}: {bias}.")
@@ -264,7 +265,7 @@ def categorical(probs: Tensor, u: Tensor) -> Tensor:
     block = _first_above(cumulative, threshold)
     threshold = threshold - pad(cumulative, (1, 0)).gather(-1, block).squeeze(-1)
     inside = blocks[torch.arange(len(blocks), device=blocks.device), block.squeeze(-1)].double().cumsum(-1)
-    return (block * BLOCK + _first_above(inside, threshold)).squeeze(-1)
+    return (block * BLOCK + _first_above(inside, threshold)).squeeze(-1).clamp(max=probs.shape[-1] - 1)
 
 
 BLOCK = 256
@@ -277,10 +278,13 @@ def _blocks(rows: Tensor, filler: float) -> Tensor:
 
 
 def _first_above(cumulative: Tensor, threshold: Tensor) -> Tensor:
-    """Index [N, 1] of the first sum [N, C] above the threshold [N], which rounding may have left out of their range."""
+    """Index [N, 1] of the first sum [N, C] above the threshold [N], which rounding may have left out of their range.
+
+    Of sums that are NaN it is some index.
+    """
     total = cumulative[:, -1]
     threshold = torch.minimum(threshold.clamp(min=0), torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, threshold[:, None], right=True)
+    return torch.searchsorted(cumulative, threshold[:, None], right=True).clamp(max=cumulative.shape[-1] - 1)
 
 
 def first_maximum(values: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Shapes: N = rows, V = vocabulary size.
 """
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,8 @@ from dspark.sampling import (
         ("temperature", -0.1),
         ("temperature", math.nan),
         ("temperature", math.inf),
+        ("temperature", 1e39),
+        ("top_k", 2**63),
         ("top_k", -1),
         ("top_p", 0.0),
         ("top_p", 1.1),
@@ -50,13 +53,14 @@ from dspark.sampling import (
         ("repetition_penalty", 0.0),
         ("repetition_penalty", math.nan),
         ("repetition_penalty", math.inf),
+        ("repetition_penalty", 1e-38),
         ("n", 0),
         ("logprobs", -1),
         ("logprobs", 21),
     ],
 )
 def test_bad_parameter_is_named(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"^{name} must .* got {value}"):
+    with pytest.raises(ValueError, match=f"^{name} must .* got {re.escape(str(value))}"):
         SamplingParams(**{name: value})
 
 
@@ -237,6 +241,14 @@ def test_categorical_never_returns_probability_0() -> None:
 def test_categorical_resolves_probabilities_below_float32_rounding() -> None:
     probs = torch.tensor([[1.0, 1e-9]])
     assert categorical(probs, torch.tensor([1 - 5e-10], dtype=torch.float64)).tolist() == [1]
+
+
+@pytest.mark.parametrize("vocab", [5, 64, 300, 512])
+def test_categorical_never_leaves_the_vocabulary(vocab: int) -> None:
+    """A broken model's probabilities are NaN; an id past the vocabulary would stop the engine for everyone."""
+    probs = torch.full((2, vocab), math.nan)
+    probs[1] = 0.0
+    assert (categorical(probs, torch.tensor([0.5, 0.999])) < vocab).all()
 
 
 def test_categorical_frequencies() -> None:

@@ -52,7 +52,8 @@ class Settings(NamedTuple):
             for p in params
         ]
         temperature, top_k, top_p, min_p = torch.tensor(rows, device=device).T[..., None]
-        temperature = temperature.clamp(min=torch.finfo(temperature.dtype).tiny)  # it may have become 0
+        tiny = torch.finfo(temperature.dtype).tiny
+        temperature, top_p = temperature.clamp(min=tiny), top_p.clamp(min=tiny)  # they may have become 0
         by_count, by_mass = any(p.greedy or p.top_k for p in params), any(p.top_p < 1 for p in params)
         return cls(
             temperature,
