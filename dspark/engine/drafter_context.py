@@ -5,6 +5,7 @@ and those of requests that end before they are drafted for cost nothing.
 """
 
 import itertools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,7 +19,9 @@ from dspark.engine.kv_cache import Region
 from dspark.engine.sequence import Sequence
 from dspark.spec.draft import Draft
 
-MOST_BYTES = 256 << 20  # of steps that wait, 64 requests of 220 tokens twice over; more are taken in at once
+MOST_BYTES = 256 << 20  # of steps that wait, 64 requests of 220 tokens twice over; of more the oldest are taken in
+MOST_ROWS = 1024  # that a drafter is given at once
+PIECE_BYTES = 8 << 20  # taken in at a time, so that no step takes much longer than others
 
 
 @dataclass(eq=False)
@@ -73,30 +76,49 @@ class DrafterContext:
         self.waiting_bytes += step.num_bytes
         if self.waiting_bytes > MOST_BYTES:
             self.take_in([region for region in self.waiting if not region.length])  # forgets them, no more
-            if self.waiting_bytes > MOST_BYTES / 2:
-                self.take_in(list(self.waiting))
+        if self.waiting_bytes > MOST_BYTES:
+            self.take_in(list(self.waiting), newest=self.oldest(self.waiting_bytes - MOST_BYTES + PIECE_BYTES))
+
+    def oldest(self, num_bytes: int) -> float:
+        """Number of the step up to which so many bytes wait."""
+        for step in sorted({rows.step for waits in self.waiting.values() for rows in waits}, key=lambda s: s.number):
+            num_bytes -= step.num_bytes
+            if num_bytes <= 0:
+                return step.number
+        return math.inf
+
+    def take_in(self, regions: Iterable[Region], newest: float = math.inf) -> None:
+        """Give the drafter all that waits of these from steps up to the one of that number."""
+        taken = {region: [r for r in self.waiting.get(region, ()) if r.step.number <= newest] for region in regions}
+        self._extend(taken)
+        for region, all_rows in taken.items():
+            self.waiting[region] = self.waiting.get(region, [])[len(all_rows) :]
+            if not self.waiting[region]:
+                del self.waiting[region]
+            for rows in all_rows:
+                rows.step.waiting -= 1
+                if not rows.step.waiting:
+                    self.waiting_bytes -= rows.step.num_bytes
 
     @torch.inference_mode()
-    def take_in(self, regions: Iterable[Region]) -> None:
-        """Give the drafter all that waits of these."""
+    def _extend(self, taken: dict[Region, list[Rows]]) -> None:
+        """By pieces of a bounded size: drafters have buffers for the largest."""
         wanted: dict[Step, list[tuple[int, int]]] = {}  # rows, and the slots they go to
-        for region in regions:
-            for rows in self.waiting.pop(region, ()):
-                step = rows.step
-                step.waiting -= 1
-                if not step.waiting:
-                    self.waiting_bytes -= step.num_bytes
+        for region, all_rows in taken.items():
+            for rows in all_rows:
                 alive = min(rows.end - rows.first, region.length - rows.position)
                 if alive > 0:
                     slot = region.start + rows.position
-                    wanted.setdefault(step, []).extend((rows.first + i, slot + i) for i in range(alive))
+                    wanted.setdefault(rows.step, []).extend((rows.first + i, slot + i) for i in range(alive))
         if not wanted:
             return
         in_order = sorted(wanted, key=lambda step: step.number)  # a request's positions too are in order then
         parts = [step.rows([row for row, _ in wanted[step]]) for step in in_order]
         tokens, positions, *taps = parts[0] if len(parts) == 1 else (torch.cat(column) for column in zip(*parts))
         slots = torch.tensor([slot for step in in_order for _, slot in wanted[step]], device=tokens.device)
-        self.drafter.extend(taps, tokens, positions, slots)
+        pieces = zip(*(column.split(MOST_ROWS) for column in (tokens, positions, slots, *taps)))
+        for tokens, positions, slots, *taps in pieces:
+            self.drafter.extend(taps, tokens, positions, slots)
 
     def copy(self, source_slot: int, target_slot: int, count: int) -> None:
         self.drafter.copy(source_slot, target_slot, count)

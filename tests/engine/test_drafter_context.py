@@ -93,3 +93,30 @@ def test_others_wait_and_are_forgotten_when_they_end(monkeypatch: pytest.MonkeyP
     assert taken_in and set(taken_in) < set(own)
     context.take_in(list(context.waiting))
     assert set(taken_in) < set(own) and not context.waiting and not context.waiting_bytes
+
+
+def test_of_too_much_that_waits_the_oldest_is_taken_in(monkeypatch: pytest.MonkeyPatch):
+    """A little at a time: all at once would make one step last as long as dozens of others."""
+    monkeypatch.setattr(drafter_context, "MOST_BYTES", 60_000)
+    monkeypatch.setattr(drafter_context, "PIECE_BYTES", 4_000)
+    monkeypatch.setattr(drafter_context, "MOST_ROWS", 8)
+    drafter = bind(tiny_variant("feature input", TARGET), TARGET)
+    engine = Engine(TARGET, drafter, FixedLength(0), config=EngineConfig(4, 180, reuse_prefixes=False))
+    context = engine.context
+    assert context is not None
+    taken_in: list[int] = []
+
+    def extend(taps: list[torch.Tensor], *rows: torch.Tensor, extend=drafter.extend) -> None:
+        taken_in.append(len(rows[2]))
+        extend(taps, *rows)
+
+    monkeypatch.setattr(drafter, "extend", extend)
+    sequences = [engine.add(PROMPTS[i], SamplingParams(max_new_tokens=90)) for i in range(4)]
+    most_a_step = 0
+    while engine.has_work:
+        before = len(taken_in)
+        engine.step()
+        most_a_step = max(most_a_step, sum(taken_in[before:]))
+        assert context.waiting_bytes <= 60_000
+    assert max(taken_in) <= 8 < most_a_step < sum(taken_in) / 3
+    assert [s.output_ids for s in sequences] == [plain_greedy(TARGET, prompt, 90) for prompt in PROMPTS[:4]]
