@@ -35,10 +35,12 @@ class NgramDrafter:
         return Draft.unsampled(tokens, lengths, torch.zeros(*tokens.shape, 1))
 
     def lookup(self, token_ids: list[int]) -> list[int]:
-        """The tokens that followed the match, at most block_size; empty without one."""
+        """The tokens that followed the match, block_size of them, from the match on again where they come to the end of
+        the sequence; empty without a match."""
         for n in range(min(self.max_ngram, len(token_ids) - 1), self.min_ngram - 1, -1):
             suffix = token_ids[-n:]
             for start in range(len(token_ids) - n - 1, -1, -1):
                 if token_ids[start] == suffix[0] and token_ids[start : start + n] == suffix:
-                    return token_ids[start + n : start + n + self.block_size]
+                    following = token_ids[start + n :][: self.block_size]
+                    return [following[i % len(following)] for i in range(self.block_size)]
         return []

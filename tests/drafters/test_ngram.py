@@ -14,7 +14,8 @@ from tests.drafters.test_dspark import Request
         ([1, 2, 3, 4, 1, 2], [3, 4, 1]),
         ([1, 2, 3, 9, 1, 2, 5, 9, 1, 2], [5, 9, 1]),  # the latest occurrence
         ([7, 1, 2, 3, 8, 1, 2, 4, 7, 1, 2], [3, 8, 1]),  # a longer match counts more than a later one
-        ([7, 7, 7, 7], [7]),  # a match may overlap the end; it has only one token behind it
+        ([7, 7, 7, 7], [7, 7, 7]),  # a match may overlap the end: what repeats is expected to go on
+        ([9, 1, 2, 1, 2], [1, 2, 1]),
         ([1, 2, 3, 4], []),
         ([5, 1, 5], []),  # a single token is too short a match
         ([1], []),
@@ -34,14 +35,15 @@ def test_what_is_proposed_stood_behind_the_longest_match(token_ids: list[int], b
         for end in range(n, len(token_ids))
         if n < len(token_ids) and token_ids[end - n : end] == token_ids[-n:]
     ]
-    expected = token_ids[max(places)[1] :][:block_size] if places else []
+    behind = token_ids[max(places)[1] :] if places else []
+    expected = (behind * block_size)[:block_size]  # what repeats goes on
     assert drafter.lookup(token_ids) == expected
 
 
 def test_a_batch_of_requests_with_and_without_a_match():
     """Lengths say how much of each row is a proposal; a proposal is certain, so its probability is one."""
     draft = NgramDrafter(3).propose([Request([1, 2, 3, 4, 1, 2]), Request([1, 2]), Request([6, 6, 6])], 3)
-    assert draft.lengths.tolist() == [3, 0, 1]
+    assert draft.lengths.tolist() == [3, 0, 3]
     assert draft.tokens[0].tolist() == [3, 4, 1]
     assert draft.tokens[2, 0] == 6
     assert draft.draft_probs.eq(1).all()
