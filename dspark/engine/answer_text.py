@@ -7,6 +7,10 @@ __all__ = ["AnswerText", "Decode"]
 Decode = Callable[[list[int]], str]
 
 
+MOST_PENDING = 8  # tokens without a complete character at their end; one has four bytes at most
+UNFINISHED = 3  # of them may be the beginning of a character
+
+
 class AnswerText:
     """Grows token by token; what it costs does not depend on how long the answer already is.
 
@@ -17,9 +21,11 @@ class AnswerText:
     def __init__(self, decode: Decode, stop: tuple[str, ...] = ()):
         """decode: token ids -> text, ending in U+FFFD where the last character is not complete."""
         self.text = ""  # complete characters, never past a stop string
+        self.stopped_by: str | None = None
         self._decode, self._stop = decode, stop
         self._window: list[int] = []  # tokens from the last but one boundary on
         self._boundary = 0  # tokens of the window whose text is in self.text
+        self._may_stop = True  # whether the token pushed last may
 
     def push(self, tokens: list[int], may_stop: bool = True) -> str | None:
         """Take in tokens; the stop string that they complete. The text is then cut before it, and complete.
@@ -28,15 +34,22 @@ class AnswerText:
         completes a stop string, push one at a time.
         """
         self._window += tokens
-        text = self._decode(self._window)
+        self._may_stop = may_stop
+        text, count = self._decode(self._window), len(self._window)
         if text.endswith("\ufffd"):
-            return None
-        return self._append(text, may_stop)
+            if count - self._boundary < MOST_PENDING:
+                return None
+            count -= UNFINISHED  # bytes that are no text: what lies before the last few will not become any
+            text, whole = self._decode(self._window[:count]), text
+            if text + self._decode(self._window[count:]) != whole:
+                return None
+        return self._append(text, count, may_stop)
 
     def finish(self) -> str:
-        """The whole text; a character that stayed incomplete becomes U+FFFD."""
+        """The whole text, no token follows: a character that stayed incomplete becomes U+FFFD. What `push` would have
+        returned is in `stopped_by` then."""
         if self._boundary < len(self._window):
-            self._append(self._decode(self._window), may_stop=False)
+            self._append(self._decode(self._window), len(self._window), self._may_stop)
         return self.text
 
     @property
@@ -50,16 +63,16 @@ class AnswerText:
                     break
         return self.text[: len(self.text) - held]
 
-    def _append(self, window_text: str, may_stop: bool) -> str | None:
+    def _append(self, window_text: str, count: int, may_stop: bool) -> str | None:
+        """The text of the window's first `count` tokens is complete."""
         before = len(self.text)
         self.text += window_text[len(self._decode(self._window[: self._boundary])) :]
-        self._window = self._window[self._boundary :]
-        self._boundary = len(self._window)
+        self._window, self._boundary = self._window[self._boundary :], count - self._boundary
         if not may_stop:
             return None
         # A stop string that is new ends in the new text.
         found = [(self.text.find(stop, max(0, before - len(stop) + 1)), stop) for stop in self._stop]
         start, first = min(((at, stop) for at, stop in found if at >= 0), default=(-1, None))
         if first is not None:
-            self.text = self.text[:start]
+            self.text, self.stopped_by = self.text[:start], first
         return first

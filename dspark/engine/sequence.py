@@ -91,7 +91,11 @@ class Sequence:
         may_stop = len(self.token_ids) - self.prompt_length > self.params.min_new_tokens
         if self.text is not None:
             self.stopped_by = self.text.push([token], may_stop)
-        if self.stopped_by is None and token in self.end_ids:
+        ends = token in self.end_ids
+        if self.text is not None and self.stopped_by is None and (ends or self.remaining <= 0):
+            self.text.finish()
+            self.stopped_by = self.text.stopped_by
+        if self.stopped_by is None and ends:
             self.stopped_by = token
         if self.stopped_by is not None:
             self.finish_reason = "stop"
