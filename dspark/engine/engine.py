@@ -167,7 +167,9 @@ class Engine:
         return self.scheduler.has_work
 
     def step(self) -> list[NewTokens]:
-        """Schedule, draft, choose, verify, commit."""
+        """Schedule, draft, choose, verify, commit; without requests, nothing."""
+        if not self.has_work:
+            return []
         started = time.perf_counter()
         plan = self.scheduler.schedule()
         planned = time.perf_counter()
@@ -197,10 +199,14 @@ class Engine:
         return new_tokens
 
     def to_draft(self, plan: StepPlan) -> list[int]:
-        """Which of the decoding sequences to draft for: none where nothing drafts or it would not pay."""
+        """Which of the decoding sequences to draft for: none where nothing drafts or it would not pay.
+
+        One that may emit a single token has no use for a draft.
+        """
         if self.drafter is None or not plan.decoding:
             return []
-        return self.prefix_scheduler.to_draft(plan.load)
+        wanted = self.prefix_scheduler.to_draft(plan.load)
+        return [i for i in wanted if plan.decoding[i].sequence.remaining > 1]
 
     def draft(self, plan: StepPlan, wanted: list[int]) -> Draft:
         """Proposals for these of the decoding sequences, empty ones for the others."""

@@ -157,11 +157,15 @@ class KVCache:
         A gap may reach over kept regions and over `moving` itself. As few kept regions as possible, least recently
         used first, are in question; only those that really lie in the way need to go.
         """
-        owned = [r for r in self._owned if r is not moving]
+        never = len(self._kept)  # rank of regions that do not go
+        ranked = [(r, never) for r in self._owned if r is not moving] + [(r, i) for i, r in enumerate(self._kept)]
+        ranked.sort(key=lambda pair: pair[0].start)
 
         def gap(size: int, soft: bool, without: int) -> int | None:
             start = 0
-            for region in sorted(owned + self._kept[without:], key=lambda r: r.start):
+            for region, rank in ranked:
+                if rank < without:
+                    continue
                 if region.start - start >= size:
                     return start
                 start = max(start, region.start + (region.limit if soft else region.capacity))

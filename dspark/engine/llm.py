@@ -98,11 +98,13 @@ class LLM:
         try:
             for prompt, p in zip(prompts, each, strict=True):
                 sequences += [self.submit(prompt, one) for one in samples(p)]
-            index = {s.request_id: i for i, s in enumerate(sequences)}
-            while any(s.finish_reason is None for s in sequences):
-                for new in self.engine.step():
-                    if new.sequence.finish_reason is not None and on_finish is not None:
-                        on_finish(index[new.sequence.request_id], self.completion(new.sequence))
+            running = dict(enumerate(sequences))
+            while running:
+                self.engine.step()  # requests of other callers go on too, and `on_finish` may step the engine itself
+                for i in [i for i, s in running.items() if s.finish_reason is not None]:
+                    sequence = running.pop(i)
+                    if on_finish is not None:
+                        on_finish(i, self.completion(sequence))
         finally:
             for sequence in sequences:
                 self.engine.cancel(sequence)

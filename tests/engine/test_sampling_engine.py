@@ -4,10 +4,11 @@ import random
 
 import pytest
 
+from dspark.drafters.load import bind
 from dspark.engine.engine import Engine, EngineConfig
 from dspark.sampling import SamplingParams
 from dspark.spec.prefix_scheduler import FixedLength, PrefixScheduler, Threshold
-from tests.tiny import AdversarialDrafter, tiny_drafter, tiny_target
+from tests.tiny import AdversarialDrafter, tiny_drafter, tiny_target, tiny_variant
 
 TARGET = tiny_target()
 DRAFTERS = {
@@ -63,3 +64,36 @@ def test_a_seeded_text_does_not_depend_on_drafter_or_policy(policy: PrefixSchedu
     while engine.has_work:
         engine.step()
     assert {i: s.output_ids for i, s in enumerate(sequences)} == answers("none", list(range(32)))
+
+
+@pytest.mark.parametrize("variant", ["feature input", "copy head", "eagle3", "mtp"])
+@pytest.mark.parametrize("seed", [None, 5])
+def test_parameters_at_the_edge_of_what_fp32_holds(variant: str, seed: int | None):
+    """One such request used to stop the engine for all: top_p became 0 and left no candidate to draw."""
+    drafter = bind(tiny_variant(variant, TARGET), TARGET)
+    engine = Engine(TARGET, drafter, FixedLength(drafter.block_size), config=EngineConfig(8, 64, seed=0))
+    extremes = [
+        {"temperature": 1.0, "top_p": 1e-46},
+        {"temperature": 1e-46, "top_p": 0.5},
+        {"temperature": 1e6, "min_new_tokens": 4},
+        {"temperature": 1.0, "repetition_penalty": 1e-3, "top_k": 2**31 - 1},
+        {"temperature": 1.0, "min_p": 1 - 1e-12, "repetition_penalty": 1e3},
+    ]
+    sequences = [engine.add([1, 2, 3], SamplingParams(seed=seed, max_new_tokens=9, **extreme)) for extreme in extremes]
+    while engine.has_work:
+        engine.step()
+    assert [len(s.output_ids) for s in sequences] == [9] * len(extremes)
+    greedy = engine.add([1, 2, 3], SamplingParams(max_new_tokens=9))
+    while engine.has_work:
+        engine.step()
+    assert sequences[0].output_ids == sequences[1].output_ids == greedy.output_ids
+
+
+def test_nothing_is_drafted_for_a_last_token():
+    """Nothing of it could be verified, and a policy that waits for news of its drafts would draft for ever."""
+    engine = Engine(TARGET, tiny_drafter(TARGET), FixedLength(4), config=EngineConfig(8, 64))
+    sequences = [engine.add([1, 2, index], SamplingParams(max_new_tokens=2)) for index in range(5)]
+    while engine.has_work:
+        engine.step()
+    assert engine.step() == [] and engine.times.drafted == 0
+    assert [len(s.output_ids) for s in sequences] == [2] * 5

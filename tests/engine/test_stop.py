@@ -92,6 +92,28 @@ def test_stop_strings_before_the_minimum_are_never_seen():
     assert text.finish() == "a"
 
 
+def test_bytes_that_are_no_text_do_not_pile_up():
+    """Decoding them again and again with every token was quadratic, and nothing was streamed."""
+    lengths = []
+
+    def counting(token_ids: list[int]) -> str:
+        lengths.append(len(token_ids))
+        return decode(token_ids)
+
+    broken = PIECES.index(b"\xff")
+    text = AnswerText(counting)
+    for _ in range(200):
+        text.push([broken])
+    assert max(lengths) < 20 and len(text.text) > 180
+    assert text.finish() == "\ufffd" * 200
+
+
+def test_a_stop_string_before_a_character_that_stays_unfinished():
+    text = AnswerText(lambda ids: b"".join([b"a", b"STOP\xe2"][i] for i in ids).decode(errors="replace"), ("STOP",))
+    assert text.push([0]) is None and text.push([1]) is None
+    assert text.finish() == "a" and text.stopped_by == "STOP"
+
+
 # ---- the engine
 
 TARGET = tiny_target()
@@ -232,3 +254,12 @@ def test_the_real_tokenizers_text_comes_in_pieces_too():
             text.push([token])
             assert real(tokens).startswith(text.text)
         assert text.finish() == real(tokens)
+
+
+def test_generate_beside_requests_of_others(llm: LLM):
+    """The end of a request that somebody else submitted used to end `generate` with a KeyError."""
+    other = llm.submit([3, 4], SamplingParams(max_new_tokens=2))
+    ended: list[int] = []
+    answers = llm.generate([[1, 2], [5]], SamplingParams(max_new_tokens=9), lambda i, _: ended.append(i))
+    assert [len(a.token_ids) for a in answers] == [9, 9] and sorted(ended) == [0, 1]
+    assert other.finish_reason == "length"
