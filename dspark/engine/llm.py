@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field, replace
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from dspark.engine.answer_text import AnswerText, Decode
@@ -158,14 +159,34 @@ def samples(params: SamplingParams) -> list[SamplingParams]:
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """Token ids of a prompt; texts and messages go through the model's chat template where it has one.
 
-    Raises ValueError for an empty text.
+    Raises ValueError for a text that is empty or no valid Unicode, and for messages that the template cannot hold.
     """
     if isinstance(prompt, str):
         if not prompt.strip():
             raise ValueError("the prompt is empty")
         if tokenizer.chat_template is None:
+            check_unicode(prompt)
             return tokenizer(prompt)["input_ids"]  # pyright: ignore
         prompt = [{"role": "user", "content": prompt}]
     if prompt and isinstance(prompt[0], int):
         return list(prompt)  # pyright: ignore
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]  # pyright: ignore
+    text = apply_template(tokenizer, prompt)  # pyright: ignore
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore
+
+
+def apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+    """The conversation up to where the next answer begins. Raises ValueError if the template cannot hold it."""
+    if tokenizer.chat_template is None:
+        raise ValueError("the model has no chat template: it takes a text, but no conversation and no system prompt")
+    for message in messages:
+        check_unicode(message["content"])
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except (TemplateError, ValueError, TypeError) as error:
+        raise ValueError(f"the model's chat template cannot hold this conversation: {error}") from None
+
+
+def check_unicode(text: str) -> None:
+    """Raise ValueError for a text with lone surrogates: bytes that were not UTF-8, or half of a character in JSON."""
+    if text != text.encode(errors="ignore").decode():
+        raise ValueError("the text is no valid Unicode")

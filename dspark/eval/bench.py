@@ -169,7 +169,13 @@ class BenchResult:
 def run_bench(config: BenchConfig, target: Target, on_batch: Callable[[str], None] = lambda _: None) -> BenchResult:
     """Time all systems; on_batch(text) before each batch. Raises ValueError for prompts that do not fit."""
     prompts = config.load_prompts()
-    result = BenchResult([], {}, [encode_prompt(target.tokenizer, p.turns[0]) for p in prompts])
+    result = BenchResult([], {}, [encode_prompt(target.tokenizer, p.opening) for p in prompts])
+    longest, context = max(map(len, result.prompts)), target.decoder.config.max_position_embeddings
+    if longest + config.max_new_tokens > context:
+        raise ValueError(
+            f"the longest prompt has {longest} tokens; with {config.max_new_tokens} new ones it does not fit the "
+            f"model's context of {context}"
+        )
     systems = {name: make_system(name, config, target) for name in config.systems}
     names = list(systems)
     for streams, temperature in product(config.streams, config.temperatures):

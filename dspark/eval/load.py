@@ -103,7 +103,7 @@ class LoadBench:
         if speculative and drafter is None:
             raise ValueError(f"policy '{speculative[0]}' needs a drafter; give one, or --policies plain")
         self.config, self.names = config, names
-        prompts = [encode_prompt(target.tokenizer, p.turns[0]) for p in config.load_prompts()]
+        prompts = [encode_prompt(target.tokenizer, p.opening) for p in config.load_prompts()]
         params = SamplingParams(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
         # They live through all loads, as in a server: what they learn of the drafter does not depend on the load.
         self.lanes: dict[str, Lane] = {}

@@ -1,16 +1,14 @@
 """A conversation in token ids: the chat template, answers put into the history turn by turn, and where they stand."""
 
-import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from unicodedata import normalize
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from dspark.engine.llm import encode_prompt
+from dspark.engine.llm import apply_template, encode_prompt
 from dspark.sampling import SamplingParams
 from dspark.train.data import Prompt
 
@@ -96,9 +94,11 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, ended: list[b
         return encode_prompt(tokenizer, messages[0]["content"]), []
     given = [m["content"] for m in messages if m["role"] == "assistant"]
     for answers in (given, [as_history(answer) for answer in given]):
-        text = apply_template(tokenizer, messages, answers)
-        marked = apply_template(tokenizer, messages, [f"ANSWER-{i}-HERE" for i in range(len(given))])
-        around = re.split(r"ANSWER-\d+-HERE", marked)
+        text = apply_template(tokenizer, with_answers(messages, answers))
+        mark = "ANSWER-HERE"
+        while any(mark in m["content"] for m in messages):
+            mark = f"{mark}-{len(mark)}"
+        around = apply_template(tokenizer, with_answers(messages, [mark] * len(given))).split(mark)
         expected, places = around[0], []
         for answer, after in zip(answers, around[1:]):
             places.append((len(expected), len(expected) + len(answer)))
@@ -120,14 +120,9 @@ def as_history(answer: str) -> str:
     return answer.rpartition("</think>")[2].strip()
 
 
-def apply_template(tokenizer: PreTrainedTokenizerBase, messages: Messages, answers: list[str]) -> str:
-    """The conversation with these answers, up to where the next one begins. Raises ValueError if there is none."""
+def with_answers(messages: Messages, answers: list[str]) -> Messages:
     replies = iter(answers)
-    messages = [{**m, "content": next(replies)} if m["role"] == "assistant" else m for m in messages]
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except (TemplateError, ValueError) as error:  # ValueError: there is no template
-        raise ValueError(f"the model's chat template cannot hold this conversation: {error}") from None
+    return [{**m, "content": next(replies)} if m["role"] == "assistant" else m for m in messages]
 
 
 def same_text(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], text: str) -> bool:
@@ -139,8 +134,10 @@ def same_text(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], text: st
 def encode_answer(tokenizer: PreTrainedTokenizerBase, text: str, finish: str) -> list[int]:
     """Token ids of an answer that came as text, with the end token if it ended by itself.
 
-    Raises ValueError if they do not decode to the text.
+    Raises ValueError if they do not decode to the text, or the tokenizer names no end token.
     """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer names no end token, which answers that came as text need")
     token_ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore
     if not same_text(tokenizer, token_ids, text):
         raise ValueError("the tokenizer does not keep the answer as it is")

@@ -31,6 +31,12 @@ class Prompt:
     place: str = field(default="", compare=False)
 
     @property
+    def opening(self) -> str | list[dict[str, str]]:
+        """The first turn, as `encode_prompt` takes it: with the system prompt where there is one."""
+        user = {"role": "user", "content": self.turns[0]}
+        return [{"role": "system", "content": self.system}, user] if self.system else self.turns[0]
+
+    @property
     def number(self) -> int:
         """60 bits that depend on the texts alone, wherever they stand."""
         texts = json.dumps([self.system, *self.turns])
@@ -48,6 +54,12 @@ class Example:
     answer_ids: tuple[int, ...]
     domain: str = "other"
     earlier: tuple[tuple[int, int], ...] = ()
+    opening_length: int | None = None  # tokens before the first answer, trained on or not; None: it is
+
+    @property
+    def opening(self) -> tuple[int, ...]:
+        """What makes examples those of one prompt."""
+        return self.first_prompt if self.opening_length is None else self.token_ids[: self.opening_length]
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -85,8 +97,8 @@ def read_jsonl(path: Path, num_bytes: int | None = None) -> Iterator[tuple[str, 
         place = f"'{path}' line {number}"
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{place} is not JSON: {error.msg}") from None
+        except (ValueError, RecursionError) as error:  # besides wrong JSON, numbers and nesting without end
+            raise ValueError(f"{place} is not JSON: {getattr(error, 'msg', error)}") from None
         if not isinstance(row, dict):
             raise ValueError(f"{place} is not a JSON object")
         yield place, row
@@ -125,7 +137,8 @@ def dataset_rows(path: Path, subset: str | None, split: str) -> Iterator[tuple[s
         for number, row in enumerate(load_dataset(name, subset, split=split, streaming=True), 1):
             yield f"'{name}' row {number}", row
     except Exception as error:  # hub, network, Arrow and its own errors all mean the same here
-        raise ValueError(f"cannot read the dataset '{name}': {first_line(error)}") from None
+        here = "" if path.exists() else "there is no such file or folder here, and as a dataset of the hub: "
+        raise ValueError(f"cannot read the dataset '{name}': {here}{first_line(error)}") from None
 
 
 def parse_prompt(row: dict, place: str) -> Prompt:
@@ -138,15 +151,20 @@ def parse_prompt(row: dict, place: str) -> Prompt:
         pairs = [(ROLES.get(role, role), text) for role, text in pairs]
         system = pairs.pop(0)[1] if pairs and pairs[0][0] == "system" else system
         turns = [text for role, text in pairs if role == "user"]
-        given = [text for role, text in pairs if role == "assistant" and is_text(text)]
-        paired = [role for role, _ in pairs[: 2 * len(given)]] == ["user", "assistant"] * len(given)
-        answers = tuple(given) if paired else ()
+        for (asker, _), (answerer, text) in zip(pairs[::2], pairs[1::2]):
+            if (asker, answerer) != ("user", "assistant") or not is_text(text):
+                break
+            answers = (*answers, text)
+        if (rest := pairs[2 * len(answers) :]) and rest[0][0] != "user":
+            answers = ()
     if turns is None and "prompt" in row:
         turns = [row["prompt"]]
     texts = [text for text in turns if is_text(text)] if isinstance(turns, list) else []
     if not isinstance(turns, list) or not texts or len(texts) != len(turns):
         raise ValueError(f"{place} needs 'turns', 'messages', 'conversations' or 'prompt' with non-empty text")
     domain, task = str(row.get("domain", "other")), str(row.get("task", ""))
+    if not is_text(f"{place}{domain}{task}"):
+        raise ValueError(f"{place}: 'domain' or 'task' is no valid Unicode")
     return Prompt(tuple(texts), domain, task, system if is_text(system) else "", answers, place)
 
 
@@ -175,11 +193,14 @@ def read_examples(path: Path, vocab_size: int, max_length: int) -> list[Example]
             raise ValueError(f"{place}: 'earlier' must hold the [start, end) of answers in 'prompt_ids', in order")
         token_ids = prompt_ids + answer_ids
         spans = [*earlier, (len(prompt_ids), len(token_ids))]
+        opening = spans[0][0]
         spans = [(start, min(end, max_length)) for start, end in spans if min(end, max_length) - start >= 2]
         if spans:
             *before, (start, end) = spans
             domain = str(row.get("domain", "other"))
-            examples.append(Example(tuple(token_ids[:start]), tuple(token_ids[start:end]), domain, tuple(before)))
+            tokens = tuple(token_ids[:start]), tuple(token_ids[start:end])
+            trained = before[0][0] if before else start
+            examples.append(Example(*tokens, domain, tuple(before), None if opening == trained else opening))
     if not examples:
         raise ValueError(f"'{path}' holds no example with an answer of two tokens or more")
     return examples
@@ -197,14 +218,14 @@ def split_by_prompt(files: list[list[Example]], count: int) -> tuple[list[Exampl
 
     A prompt is on one side with all its answers, and one that was trained on stays there when data is added.
     """
-    sizes = Counter(e.first_prompt for examples in files for e in examples)
+    sizes = Counter(e.opening for examples in files for e in examples)
     chosen: set[tuple[int, ...]] = set()
     for prompt in sorted(sizes, key=lambda prompt: hashlib.sha256(str(prompt).encode()).digest()):
         if sum(sizes[p] for p in chosen) >= count:
             break
         chosen.add(prompt)
-    heldout = [e for examples in files for e in examples if e.first_prompt in chosen]
-    return heldout, [[e for e in examples if e.first_prompt not in chosen] for examples in files]
+    heldout = [e for examples in files for e in examples if e.opening in chosen]
+    return heldout, [[e for e in examples if e.opening not in chosen] for examples in files]
 
 
 def balanced(items: Iterable[Item]) -> list[Item]:
