@@ -65,12 +65,22 @@ def parse_json(path: Path) -> Any:
     """Raises ValueError that names the file."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"'{path}' cannot be read: {error}") from None
 
 
+def check_output(path: Path) -> None:
+    """Raise ValueError if a file cannot be written there because a folder or a device is."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"'{path}' is no file that could be written; choose another")
+
+
 def write_json(value: Any, path: Path) -> None:
-    """Write a dataclass or JSON data atomically: a reader sees the old file or the new one. Makes the folder."""
+    """Write a dataclass or JSON data atomically: a reader sees the old file or the new one. Makes the folder.
+
+    Raises ValueError where something else than a file is.
+    """
+    check_output(path)
     data = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # pyright: ignore
     temporary = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)

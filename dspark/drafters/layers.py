@@ -18,6 +18,9 @@ from dspark.drafters.copying import Copies
 from dspark.models.config import DecoderConfig
 from dspark.models.layers import apply_rotary, rotary_table
 
+MOST_SLOTS = 512  # of a block
+PADDING = 64  # positions that a batch in training may be longer than its longest example
+
 
 @dataclass(frozen=True)
 class DrafterConfig:
@@ -34,9 +37,10 @@ class DrafterConfig:
     def __post_init__(self) -> None:
         if not self.tap_layers or not all(0 <= i < self.decoder.num_layers for i in self.tap_layers):
             raise ValueError(f"tap layers {self.tap_layers} must lie in 0..{self.decoder.num_layers - 1}")
-        for name, least in (("block_size", 1), ("window", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if not 1 <= self.block_size <= MOST_SLOTS:
+            raise ValueError(f"block_size must lie in 1..{MOST_SLOTS}, not {self.block_size}")
+        if self.window < 0:
+            raise ValueError(f"window must be at least 0, not {self.window}")
         if not 1 <= self.draft_vocab_size <= self.decoder.vocab_size:
             raise ValueError(f"draft_vocab_size must lie in 1..{self.decoder.vocab_size}")
 
@@ -58,6 +62,11 @@ def check_fit(config: DrafterConfig, theirs: DecoderConfig) -> None:
     if max(config.tap_layers) >= theirs.num_layers:
         raise ValueError(
             f"the drafter reads target layers {list(config.tap_layers)}, this target has {theirs.num_layers} layers"
+        )
+    if config.block_size >= theirs.max_position_embeddings:
+        raise ValueError(
+            f"the drafter's blocks of {config.block_size} tokens leave no room in this target's context of "
+            f"{theirs.max_position_embeddings}"
         )
 
 
@@ -181,7 +190,8 @@ class DraftModel(nn.Module, Generic[Config]):
         self.config = config
         c = config.decoder
         self.register_buffer("d2t", torch.arange(config.draft_vocab_size))
-        table = rotary_table(c.max_position_embeddings, c.head_dim, c.rope_theta, torch.device("cpu"))
+        positions = c.max_position_embeddings + PADDING + config.block_size  # blocks reach past the end
+        table = rotary_table(positions, c.head_dim, c.rope_theta, torch.device("cpu"))
         self.register_buffer("_rotary", table, persistent=False)
 
     @abstractmethod

@@ -60,8 +60,16 @@ class Drafting(NamedTuple):
 
 
 def make_calibrator(bound: Drafter, drafter: str, model: str, online: bool) -> Calibrator | None:
-    """The side file of the drafter's checkpoint, if there is one; online: it goes on learning from what is verified."""
+    """The side file of the drafter's checkpoint, if there is one; online: it goes on learning from what is verified.
+
+    Raises ValueError for one that is damaged or of blocks of another length.
+    """
     calibration = load_calibration(drafter, model)
+    if calibration is not None and len(calibration.temperatures) < bound.block_size:
+        raise ValueError(
+            f"the calibration of '{drafter}' is for blocks of {len(calibration.temperatures)} tokens, the drafter's "
+            f"have {bound.block_size}: run 'dspark calibrate --drafter {drafter}'"
+        )
     return OnlineCalibration(calibration or Calibration.identity(bound.block_size)) if online else calibration
 
 
@@ -72,6 +80,8 @@ def drafting(target: Target, drafter: str, policy: str | None, online_calibratio
     their tokens verified. Foresight measures the machine's costs once, in a few seconds. Raises ValueError for
     names that mean nothing and for a drafter that does not fit.
     """
+    if policy is not None:
+        check_policy(policy)
     name = target.source.name
     bound = make_drafter(drafter, name, target.decoder)
     if bound is None:

@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -44,6 +44,11 @@ class ProfileConfig:
     repeats: int = 9
     context: int = 192
 
+    def __post_init__(self) -> None:
+        for name in ("repeats", "context"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
+
 
 QUICK = ProfileConfig(QUICK_BATCH_TOKENS, QUICK_REQUESTS, repeats=5)
 MOST_REQUESTS = 64  # with a context of their own; more tokens than that are timed as several of each
@@ -71,13 +76,15 @@ def measure_costs(
     A target forward of B tokens is timed as B requests of one token, with its logits and their argmax; a draft pass
     with the taking in of committed tokens before it and the confidence of its tokens after it. Past MOST_REQUESTS
     requests have several tokens, and the contexts that as many requests more would read are added: another forward,
-    with whole blocks, tells what reading one costs.
+    with whole blocks, tells what reading one costs. Raises ValueError for a context that the model does not have.
     """
     decoder = target.decoder
     most = max(config.batch_tokens[-1], config.requests[-1])
     gamma = drafter.block_size if drafter is not None else 0
     regions = min(most, MOST_REQUESTS)
     room = config.context + max(1 + gamma, -(-most // regions))
+    if room > (positions := decoder.config.max_position_embeddings):
+        raise ValueError(f"a context of {config.context} tokens leaves no room in the model's {positions}: give less")
     cache = KVCache(decoder.config, regions * room, decoder.kv_dtype, decoder.device)
     for storage in cache.storage:
         storage.normal_()
@@ -203,6 +210,7 @@ def cost_table(target: Target, drafter: Drafter | None, name: str) -> CostTable:
         except ValueError:
             path.unlink()  # ours and damaged: take it anew
     print("measuring what a step costs on this machine (once, a few seconds) ...", file=sys.stderr)
-    table = measure_costs(target, drafter, QUICK)
+    context = min(QUICK.context, 1 + target.decoder.config.max_position_embeddings // 2)
+    table = measure_costs(target, drafter, replace(QUICK, context=context))
     write_json(table, path)
     return table

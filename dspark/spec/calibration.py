@@ -111,6 +111,8 @@ class SignalWeights:
 
     def __init__(self, rows: Floats):
         slots, count = rows.shape
+        if not count:
+            raise ValueError("weights must hold one a signal, got none")
         signals = 1 if count == 1 else math.isqrt(9 + 8 * count) // 2 - 1  # S: count = S + S (S + 1) / 2
         if count not in (1, signals + signals * (signals + 1) // 2):
             raise ValueError(f"{count} weights are not those of any number of signals and their products by two")
