@@ -1,6 +1,7 @@
 """The `dspark` command and its options. `--help` is instant: only a command that runs imports what it needs."""
 
 import argparse
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from dspark import commands
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand. Bad input ends in one sentence on stderr and exit code 2."""
     args = build_parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # an answer is worth more than the right letter for a character
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return args.run(args) or 0
     except ValueError as error:
@@ -175,7 +178,7 @@ def add_training(command: Command) -> None:
         metavar="FILE[:WEIGHT]",
         help="JSON lines from 'dspark data'; weights are the files' shares of an epoch (default: every answer once)",
     )
-    sub.add_argument("--out", type=Path, required=True, help="checkpoint folder; a run found there is resumed")
+    sub.add_argument("--out", type=Path, required=True, help="checkpoint folder to make; a run found there is resumed")
     sub.option(
         "--initial", None, "a trained drafter to start from; only --block-size may differ", type=Path, metavar="FOLDER"
     )
@@ -184,9 +187,8 @@ def add_training(command: Command) -> None:
     sub.option("--sequences-per-step", 1, "examples of one update")
     sub.option("--anchors", 256, "blocks drawn from an example, at most", dest="anchors_per_sequence", metavar="N")
     kinds = ("dspark", "dflash", "dflash-zlab", "eagle3", "mtp")
-    sub.option(
-        "--drafter", "dspark", "what is trained; dflash-zlab has masks predict their own position", choices=kinds
-    )
+    text = "what is trained (default dspark); dflash-zlab has masks predict their own position"
+    sub.option("--drafter", None, text, choices=kinds)
     sub.option("--block-size", None, "draft tokens a round (default: dspark 6, mtp 1, others 4)", type=int)
     sub.option("--draft-layers", None, "layers copied from the target's end (default 2; eagle3, mtp 1)", type=int)
     sub.option(

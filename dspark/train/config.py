@@ -1,5 +1,6 @@
 """How a drafter is trained: every setting with its default, and the losses of the kinds of drafters."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,8 +45,19 @@ class TrainConfig:
     loss: LossWeights | None = None  # None: what `default_loss` says
 
     def __post_init__(self) -> None:
-        if not self.minutes > 0 or (self.epochs is not None and not self.epochs > 0):
-            raise ValueError("a training run needs minutes or epochs above 0")
+        positive = {"learning_rate": 1.0, "max_grad_norm": math.inf, "minutes": math.inf, "epochs": math.inf}
+        positive |= {"save_every_minutes": math.inf, "cache_gib": math.inf, "feature_cache_gib": math.inf}
+        for name, most in positive.items():
+            value = getattr(self, name)
+            if not (value is None or 0 < value < most or (name == "cache_gib" and value == 0)):
+                raise ValueError(f"{name} must be above 0 and below {most:g}, not {value}")
+        for name in ("warmup_share", "weight_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"the seed of a training run must lie in 0..{2**31 - 1}, not {self.seed}")
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"the optimizer is adamw or muon, not '{self.optimizer}'")
         if self.compile and self.parallel == "fsdp":
             raise ValueError("compiling around FSDP's hooks takes many minutes; use --parallel ddp, or no --compile")
         if self.optimizer == "muon" and self.parallel == "fsdp":

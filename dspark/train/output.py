@@ -57,15 +57,17 @@ def write_lines(path: Path, lines: list[str]) -> None:
     temporary.replace(path)
 
 
-def answered(path: Path) -> set[tuple[int, int]]:
+def answered(path: Path, model: str) -> set[tuple[int, int]]:
     """(prompt number, sample) of the answers in an unfinished file.
 
-    Raises ValueError for lines that are not from 'dspark data'.
+    Raises ValueError for lines that are not from 'dspark data' or of another model's answers.
     """
     done = set()
     for place, row in written_rows(path):
-        if not isinstance(row.get("turns"), list) or "prompt_ids" not in row:
+        if not isinstance(row.get("turns"), list) or "prompt_ids" not in row or type(row.get("sample", 0)) is not int:
             raise ValueError(f"{place} was not written by 'dspark data'; choose another --out")
+        if row.get("model", model) != model:
+            raise ValueError(f"{place} is an answer of '{row['model']}', not of '{model}'; choose another --out")
         prompt = Prompt(tuple(row["turns"]), system=row.get("system", ""))
         done.add((prompt.number, row.get("sample", 0)))
     return done

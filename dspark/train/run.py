@@ -4,6 +4,7 @@ In several processes: `torchrun --nproc-per-node 2 -m dspark.cli train ...`; fil
 """
 
 import signal
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from dspark.train.checkpoint import RESUME_FILE, resume_training
 from dspark.train.config import TrainConfig
 from dspark.train.data import Example, mix, read_examples, split_by_prompt
 from dspark.train.evaluate import decoded_acceptance
+from dspark.train.output import only_writer
 from dspark.train.scalars import Scalars
 from dspark.train.setup import DrafterRecipe, default_recipe, mask_token, new_drafter, with_block_size
 from dspark.train.trainer import StepResult, Trainer
@@ -45,7 +47,7 @@ class TrainRun:
     dtype: str = "bf16"
     device: str = "cpu"
     initial: Path | None = None  # a drafter checkpoint to start from instead of the target's layers
-    drafter: DrafterRecipe | str = "dspark"
+    drafter: DrafterRecipe | str | None = None  # None: "dspark"
     block_size: int | None = None
     draft_layers: int | None = None
     markov_head: Literal["vanilla", "gated", "rnn"] | None = None
@@ -56,6 +58,15 @@ class TrainRun:
     heldout: int = 24  # examples kept for evaluation: whole prompts, chosen by hash
     tensorboard: Path | None = None  # folder for its event files
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise ValueError(f"examples of {self.max_length} tokens train nothing; give a larger --max-length")
+        shape = {"drafter": self.drafter, "draft-layers": self.draft_layers, "markov-head": self.markov_head}
+        shape |= {"window": self.window, "official": self.official}
+        given = [f"--{name}" for name, value in shape.items() if value]
+        if self.initial is not None and given:
+            raise ValueError(f"a drafter that --initial continues from keeps its shape: leave out {', '.join(given)}")
 
 
 class StopSignals:
@@ -84,17 +95,22 @@ def train(run: TrainRun) -> bool:
     signals = StopSignals()
     try:
         with parallel.processes(run.device) as device:
-            return run_to_end(replace(run, device=device), signals)
+            alone = only_writer(run.out, "dspark train") if parallel.rank() == 0 else nullcontext()
+            with alone:
+                return run_to_end(replace(run, device=device), signals)
     finally:
         signals.restore()
 
 
 def run_to_end(run: TrainRun, signals: StopSignals) -> bool:
     """Load, resume if there is something to, train, and show on stderr how it goes; see `train`."""
+    resuming = (run.out / RESUME_FILE).exists()
+    if not resuming and (run.out / "config.json").exists():
+        raise ValueError(f"'{run.out}' holds a finished drafter, not a run to resume; choose another --out")
     target = load_target(run.model, run.dtype, run.device)
     trainer = make_trainer(run, target)
     console = Console(stderr=True, quiet=parallel.rank() > 0)
-    if (run.out / RESUME_FILE).exists():
+    if resuming:
         resume_training(trainer, run.out)
         console.print(f"resuming '{run.out}' at step {trainer.progress.step}")
     scalars = Scalars(run.tensorboard, trainer.progress.step) if run.tensorboard and parallel.rank() == 0 else None
@@ -147,7 +163,7 @@ def make_trainer(run: TrainRun, target: Target) -> Trainer:
         if run.block_size is not None:
             model = with_block_size(model, run.block_size)
     else:
-        recipe = run.drafter
+        recipe = run.drafter or "dspark"
         if isinstance(recipe, str):
             shape = (run.block_size, run.draft_layers, run.markov_head, run.window, run.official)
             recipe = default_recipe(decoder, mask_token(target.tokenizer), recipe, *shape)
@@ -158,7 +174,8 @@ def make_trainer(run: TrainRun, target: Target) -> Trainer:
 
 def read_all(run: TrainRun, decoder: Decoder) -> tuple[list[Example], list[Example]]:
     """(held-out examples, those of an epoch). Raises ValueError if there are too few."""
-    files = [read_examples(path, decoder.config.vocab_size, run.max_length) for path in run.data]
+    longest = min(run.max_length, decoder.config.max_position_embeddings)
+    files = [read_examples(path, decoder.config.vocab_size, longest) for path in run.data]
     heldout, files = split_by_prompt(files, run.heldout)
     examples = mix(files, run.weights) if run.weights else [e for examples in files for e in examples]
     if not examples:

@@ -77,9 +77,11 @@ def default_recipe(
         raise ValueError("the official format is for DSpark and DFlash without a window; leave --official out")
     if drafter != "dspark" and markov_head is not None:
         raise ValueError(f"{drafter} has no sequential head that could be {markov_head}")
-    if draft_layers is None:
-        draft_layers = 1 if is_chain else 2
     n, vocab_size = target.config.num_layers, target.config.vocab_size
+    if draft_layers is None:
+        draft_layers = 1 if is_chain else min(2, n - 1)
+    if n < 2 or not 1 <= draft_layers < n:
+        raise ValueError(f"a target of {n} layers gives 1 to {n - 1} draft layers, not {draft_layers}")
     first = max(1, n - draft_layers)
     # The identity start of `fc` is on the last tap: put the copied layers' own input there.
     taps = (*sorted({n // 4, n * 4 // 7, n - 1} - {first - 1}), first - 1)
@@ -120,7 +122,10 @@ def new_drafter(
         {name: state_dict[f"model.layers.{i}.{name}"].float() for name in layer_shapes(target.config)}
         for i in recipe.source_layers
     ]
-    last_tap = FeatureSource(target, recipe.tap_layers[-1:], 0).compute(examples[:1])[0].taps.float()
+    longest = max(examples[:64], key=lambda e: len(e.token_ids))
+    last_tap = FeatureSource(target, recipe.tap_layers[-1:], 0).compute([longest])[0].taps.float()
+    if not len(last_tap):
+        raise ValueError("the examples are too short to train on: three tokens are the least")
     model.initialize_from_target(
         layers,
         state_dict["model.norm.weight"].float(),

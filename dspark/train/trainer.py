@@ -20,6 +20,7 @@ from torch.optim import AdamW, Muon, Optimizer
 from dspark.drafters.checkpoint import save_drafter
 from dspark.drafters.copying import Copies
 from dspark.drafters.layers import DraftModel
+from dspark.drafters.load import CALIBRATION_FILE
 from dspark.models.decoder import Decoder
 from dspark.models.layers import has_bf16_products
 from dspark.train import parallel
@@ -64,6 +65,11 @@ class Trainer:
         if min(config.sequences_per_step, len(examples)) < parallel.size():
             raise ValueError(
                 f"{parallel.size()} processes need an example each at every step: raise sequences_per_step"
+            )
+        if config.parallel == "fsdp" and min(config.sequences_per_step, len(examples)) % parallel.size():
+            raise ValueError(
+                f"with FSDP all processes work in step: give a multiple of {parallel.size()} as sequences_per_step, or "
+                "--parallel ddp"
             )
         self.loss_weights = config.loss or default_loss(model)
         self.model, self.target, self.config = model, target, replace(config, loss=self.loss_weights)
@@ -223,7 +229,7 @@ class Trainer:
 
         `folder` gets a resumable state at the end, after evaluations and by the clock, and the drafter of the best
         evaluation. The callbacks are called after each step and evaluation.
-        Raises ValueError without held-out examples.
+        Raises ValueError without held-out examples, and when the loss is no longer a number.
         """
         if not self.heldout:
             raise ValueError("a training run needs at least one held-out example")
@@ -233,6 +239,8 @@ class Trainer:
             done = self.share_done >= 1
             evaluating = not stopped and len(self.progress.history) < int(self.share_done * self.config.evaluations)
             if evaluating:
+                if not self.progress.history:
+                    save_training(self, folder)  # a kill must not leave a drafter and nothing to resume from
                 on_evaluation(self.evaluate(folder))
             if done or stopped or evaluating or self.progress.seconds >= next_save:
                 save_training(self, folder)
@@ -241,6 +249,11 @@ class Trainer:
                 return not stopped
             started = time.perf_counter()
             result = self.step(self.next_indices())
+            if not math.isfinite(result.loss):
+                raise ValueError(
+                    f"the loss is {result.loss} at step {self.progress.step + 1}: give a smaller --learning-rate; "
+                    f"'{folder}' holds the best drafter before that, if there was an evaluation"
+                )
             self.progress.step += 1
             self.progress.slots += result.slots
             self.progress.seconds += self.agree((time.perf_counter() - started) / parallel.size())
@@ -266,6 +279,7 @@ class Trainer:
                 entry["decoded"] = self.decode(model)
             if all(entry["heldout_accepted_length"] >= e["heldout_accepted_length"] for e in history):
                 save_drafter(model, folder)
+                (folder / CALIBRATION_FILE).unlink(missing_ok=True)  # it was of other weights
         history.append(entry)
         return entry
 
