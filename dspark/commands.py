@@ -73,13 +73,15 @@ def load(args: argparse.Namespace, max_streams: int) -> "LLM":
     return llm
 
 
-def run_generate(args: argparse.Namespace) -> None:
+def run_generate(args: argparse.Namespace) -> int:
     import time
 
     params = sampling_params(args)
     if not args.json and (params.n > 1 or params.logprobs is not None):
         raise ValueError("--n and --logprobs need --json")
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = args.prompt
+    if prompt == "-":
+        prompt = sys.stdin.read() if sys.stdin is not None else ""
     if not prompt.strip():
         raise ValueError("the prompt is empty")
     llm = load(args, max_streams=params.n)
@@ -100,7 +102,7 @@ def run_generate(args: argparse.Namespace) -> None:
             if params.logprobs is not None:
                 row["logprobs"] = [{"logprob": own, "top": top} for own, top in answer.logprobs]
             print(json.dumps(row, ensure_ascii=False))
-        return
+        return 0
     sequence = print_stream(llm, prompt, params)
     seconds = time.perf_counter() - started
     count = len(sequence.output_ids)
@@ -108,6 +110,7 @@ def run_generate(args: argparse.Namespace) -> None:
         f"[{count} tokens, {count / seconds:.1f} tokens/s, accepted length {sequence.accepted_length:.2f}]",
         file=sys.stderr,
     )
+    return 130 if sequence.finish_reason == "cancelled" else 0
 
 
 def print_stream(llm: "LLM", prompt, params: "SamplingParams"):
@@ -126,6 +129,8 @@ def print_stream(llm: "LLM", prompt, params: "SamplingParams"):
 def run_chat(args: argparse.Namespace) -> None:
     params = sampling_params(args)
     llm = load(args, max_streams=1)
+    if llm.tokenizer.chat_template is None:
+        raise ValueError(f"'{args.model}' has no chat template to chat with; 'dspark generate' takes a plain text")
     print("Type a message; /clear forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer.")
     messages: list[dict[str, str]] = []
     while True:
@@ -142,7 +147,7 @@ def run_chat(args: argparse.Namespace) -> None:
             messages.append({"role": "user", "content": text})
             try:
                 sequence = print_stream(llm, messages, params)
-            except ValueError as error:  # the conversation has outgrown the context
+            except ValueError as error:  # no valid text, or the conversation has outgrown the context
                 print(f"dspark: {error}; /clear starts anew", file=sys.stderr)
                 messages.pop()
                 continue
@@ -167,6 +172,7 @@ def run_data(args: argparse.Namespace) -> None:
     if not args.json:
         print(
             f"{summary['answers']} answers, {summary['tokens']} tokens at {summary['tokens_per_s']}/s, in '{args.out}'"
+            f"; left out: {summary['too_long']} too long, {summary['refused']} refused"
         )
     print(json.dumps(summary))
 

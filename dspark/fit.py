@@ -7,7 +7,7 @@ what is there is not done again, and a stage that was stopped goes on where it w
 import io
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -94,7 +94,12 @@ def fit(config: FitConfig) -> dict:
     """
     path = config.out / "fit.json"
     if not path.exists():  # complain before there is a folder that holds these settings
-        DecoderConfig.from_hf(load_hf_config(resolve_model(config.model)))
+        positions = DecoderConfig.from_hf(load_hf_config(resolve_model(config.model))).max_position_embeddings
+        if config.max_new_tokens > positions // 2:
+            raise ValueError(
+                f"answers of {config.max_new_tokens} tokens leave little room for prompts in the model's context of "
+                f"{positions}: give --max-new-tokens of at most {positions // 2}"
+            )
         if config.prompts is not None:
             check_enough(read_prompts(config.prompts))
     with only_writer(path, "dspark fit"):
@@ -126,8 +131,10 @@ def split_prompts(config: FitConfig) -> None:
         data = DataConfig(config.out / "self-written.jsonl", self_written=max(FEWEST_PROMPTS, answers // 2))
         with progress_bar() as progress:
             prompts = write_prompts(llm, data, progress)
-    unique = {p.number: p for p in prompts}
-    short = (unique[n] for n in sorted(unique) if len(llm.encode(unique[n].turns[0])) <= LONGEST_PROMPT)
+    # By what is measured of them: two with the same first turn must not stand on both sides.
+    unique = {replace(p, turns=p.turns[:1]).number: p for p in prompts}
+    longest = min(LONGEST_PROMPT, llm.engine.longest_request - config.max_new_tokens)
+    short = (unique[n] for n in sorted(unique) if len(llm.encode(unique[n].opening)) <= longest)
     chosen = list(islice(short, answers + HELDOUT_PROMPTS))
     check_enough(chosen)
     count = min(HELDOUT_PROMPTS, len(chosen) // 4)
@@ -140,11 +147,11 @@ def split_prompts(config: FitConfig) -> None:
 
 def check_enough(prompts: list[Prompt]) -> None:
     """Raise ValueError if these are too few to train on and to hold some out."""
-    count = len({p.number for p in prompts})
+    count = len({replace(p, turns=p.turns[:1]).number for p in prompts})
     if count < FEWEST_PROMPTS:
         raise ValueError(
-            f"{FEWEST_PROMPTS} different prompts of at most {LONGEST_PROMPT} tokens are the least to train on and "
-            f"hold some out, not {count}"
+            f"{FEWEST_PROMPTS} different prompts of at most {LONGEST_PROMPT} tokens are the least to train on and hold "
+            f"some out, not {count}; those of the same first turn count once, and the answer must fit the context too"
         )
 
 

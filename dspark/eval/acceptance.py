@@ -17,7 +17,7 @@ from dspark.engine.llm import encode_prompt
 from dspark.engine.rounds import MACRO_AVERAGE, acceptance_by_domain
 from dspark.eval.plots import conditional_acceptance
 from dspark.eval.report import acceptance_table, print_report
-from dspark.eval.setting import Setting
+from dspark.eval.setting import Setting, check_plot
 from dspark.sampling import SamplingParams
 
 
@@ -35,6 +35,7 @@ class EvalConfig(Setting):
         super().__post_init__()
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p must be above 0 and at most 1, not {self.top_p}")
+        check_plot(self.plot)
 
 
 def measure(config: EvalConfig) -> list[dict]:
@@ -52,7 +53,7 @@ def measure(config: EvalConfig) -> list[dict]:
         drafters[name] = drafter
     by_domain: dict[str, list[list[int]]] = {}
     for prompt in prompts:
-        by_domain.setdefault(prompt.domain, []).append(encode_prompt(target.tokenizer, prompt.turns[0]))
+        by_domain.setdefault(prompt.domain, []).append(encode_prompt(target.tokenizer, prompt.opening))
     rows = []
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("answers", total=len(prompts) * len(config.temperatures) * len(drafters))
@@ -66,8 +67,8 @@ def measure(config: EvalConfig) -> list[dict]:
 
 
 def run_and_report(config: EvalConfig, show_table: bool) -> None:
-    """The whole command: decode, draw the plot, print the table and the JSON line."""
+    """The whole command: decode, print the table and the JSON line, draw the plot."""
     rows = measure(config)
+    print_report({"rows": rows}, show_table, acceptance_table(rows))
     if config.plot is not None:
         conditional_acceptance([row for row in rows if row["domain"] == MACRO_AVERAGE], config.plot)
-    print_report({"rows": rows}, show_table, acceptance_table(rows))

@@ -16,7 +16,7 @@ from dspark.engine.llm import encode_prompt
 from dspark.engine.rounds import Rounds, collect_rounds
 from dspark.eval.plots import reliability_diagram
 from dspark.eval.report import print_report, reliability_table, sampling_table
-from dspark.eval.setting import Setting
+from dspark.eval.setting import Setting, check_plot
 from dspark.sampling import SamplingParams
 from dspark.spec import calibration as scores
 from dspark.spec.calibration import Calibration
@@ -66,6 +66,7 @@ class CalibrateConfig(Setting):
         super().__post_init__()
         if not self.settings:
             raise ValueError("give at least one sampling setting")
+        check_plot(self.plot)
 
     @property
     def settings(self) -> dict[str, SamplingParams]:
@@ -91,7 +92,7 @@ def run(config: CalibrateConfig) -> tuple[Calibration, dict]:
     drafter = make_drafter(config.drafter, config.model, target.decoder)
     if drafter is None or not drafter.has_confidence:
         raise ValueError(f"'{config.drafter}' has no confidence head to calibrate")
-    ids = [encode_prompt(target.tokenizer, p.turns[0]) for p in prompts]
+    ids = [encode_prompt(target.tokenizer, p.opening) for p in prompts]
     random.Random(0).shuffle(ids)  # prompts come round and round from the domains: every third would be of one
     parts = {"fitting": [p for i, p in enumerate(ids) if i % 3 != 2], "measuring": ids[2::3]}
     by_sampling: dict[str, dict[str, Rounds]] = {}
@@ -108,8 +109,6 @@ def run(config: CalibrateConfig) -> tuple[Calibration, dict]:
     calibration, before, after = calibrate(rounds["fitting"], rounds["measuring"], dataset)
     out = config.out or folder / CALIBRATION_FILE
     write_json(calibration, out)
-    if config.plot is not None:
-        reliability_diagram(before, after, config.plot)
     return calibration, {
         "temperatures": calibration.temperatures,
         "shifts": calibration.shifts,
@@ -127,7 +126,9 @@ def run(config: CalibrateConfig) -> tuple[Calibration, dict]:
 
 
 def run_and_report(config: CalibrateConfig, show_table: bool) -> None:
-    """The whole command: calibrate, print reliability before and after and the JSON line."""
+    """The whole command: calibrate, print reliability before and after and the JSON line, draw the diagram."""
     calibration, report = run(config)
     tables = reliability_table(calibration, report["before"], report["after"]), sampling_table(report)
     print_report(report, show_table, *tables)
+    if config.plot is not None:
+        reliability_diagram(report["before"], report["after"], config.plot)

@@ -7,6 +7,7 @@ from dspark.models.loader import Target, load_target
 from dspark.train.data import Prompt, balanced, read_prompts
 
 OWN_PROMPTS = Path(__file__).with_name("prompts.jsonl")
+PLOT_FORMATS = (".png", ".svg", ".pdf")
 LEAST = {"limit": 1, "max_new_tokens": 1, "streams": 1, "temperature": 0, "temperatures": 0, "precision": 0}
 
 
@@ -43,3 +44,9 @@ class Setting:
 
     def load_target(self) -> Target:
         return load_target(self.model, self.dtype, self.device)
+
+
+def check_plot(path: Path | None) -> None:
+    """Raise ValueError, before anything is measured, for a figure that could not be written."""
+    if path is not None and (path.suffix not in PLOT_FORMATS or path.is_dir()):
+        raise ValueError(f"--plot must be a file of {', '.join(PLOT_FORMATS)}, not '{path}'")

@@ -12,8 +12,9 @@ from itertools import islice
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dspark.config import check_output
 from dspark.engine.engine import EngineConfig
-from dspark.engine.llm import LLM, Completion
+from dspark.engine.llm import LLM, Completion, apply_template
 from dspark.models.source import load_tokenizer, resolve_model
 from dspark.sampling import SamplingParams
 from dspark.train.conversation import Conversation
@@ -31,10 +32,11 @@ def write_data(config: DataConfig) -> dict:
 
     Raises ValueError for input that cannot be used, an output that another run writes, and when no server is left.
     """
+    check_output(config.out)
     urls = tuple(map(base_url, config.servers))
     prompts = read_prompts(config.prompts, config.limit, config.subset, config.split) if config.prompts else []
     with only_writer(config.out), progress_bar() as progress:
-        done = answered(config.out)
+        done = answered(config.out, config.model)
         if config.servers or config.keep_answers:
             tokenizer = load_tokenizer(resolve_model(config.model))
             work = Work(config, prompts, done, tokenizer, config.max_prompt_tokens, progress)
@@ -52,6 +54,8 @@ def write_data(config: DataConfig) -> dict:
             longest = min(fitting, config.max_prompt_tokens or fitting)
             work = Work(config, prompts, done, llm.tokenizer, longest, progress)
             answer_by_engine(llm, work)
+        if work.counts["too_long"] and not work.counts["answers"] + work.counts["answers_before"]:
+            raise ValueError(f"no prompt fits: all {work.counts['too_long']} are longer than {work.longest} tokens")
         return work.summary()
 
 
@@ -97,12 +101,16 @@ def write_prompts(llm: LLM, config: DataConfig, progress: Progress) -> list[Prom
     They are kept beside `config.out`, and those found there are not written again. Empty and repeated ones are
     dropped; fewer come back where too many are. Raises ValueError for a model without a chat template.
     """
-    template = str(llm.tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False))
+    template = apply_template(llm.tokenizer, [{"role": "user", "content": MARK}])
     if MARK not in template:
         raise ValueError("the model has no chat template to write prompts from; give a prompts file")
     header: list[int] = llm.tokenizer(template.split(MARK)[0], add_special_tokens=False)["input_ids"]  # pyright: ignore
     path, count = config.out.with_suffix(".prompts.jsonl"), config.self_written
-    rows = [row for _, row in written_rows(path)]
+    rows = []
+    for place, row in written_rows(path):
+        if not is_text(row.get("prompt")) or not isinstance(row.get("attempt"), int):
+            raise ValueError(f"{place} was not written by 'dspark data --self-written'; choose another --out")
+        rows.append(row)
     texts = dict.fromkeys(row["prompt"] for row in rows)
     first = max((row["attempt"] + 1 for row in rows), default=0)  # of the coming attempts
     last = first + ATTEMPTS * count
@@ -137,7 +145,10 @@ async def answer_by_servers(work: Work, urls: tuple[str, ...]) -> None:
         expected = len(conversation.asked[0])
         if not conversation.answers and usage.get("prompt_tokens", expected) != expected:
             note(f"a server counts other prompt tokens than '{config.model}': do both have the same chat template?")
-        return work.answer(conversation, text, finish)
+        try:
+            return work.answer(conversation, text, finish)
+        except ValueError as error:  # tried again by the next run
+            raise RefusedError(str(error)) from None
 
     async def worker() -> None:
         for conversation in conversations:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from urllib.parse import urlsplit
 
 import httpx2
 
@@ -80,6 +81,8 @@ class ServerPool:
             except BusyError as busy:
                 if started >= server.ready_at:  # otherwise it pauses already, for what went wrong together
                     server.refusals += 1
+                    if server.refusals == RETRIES:
+                        self.note(f"'{server.url}' asks again and again to come back later; still waiting")
                     seconds = retry_after(str(busy))
                     server.ready_at = time.monotonic() + (back_off(server.refusals) if seconds is None else seconds)
             except (FailedError, httpx2.RequestError) as error:
@@ -116,11 +119,14 @@ class ServerPool:
             reply = await self.request(server, "POST", "chat/completions", {"model": server.model, **body})
             message, finish = reply["choices"][0]["message"], reply["choices"][0]["finish_reason"]
             text, reasoning = message.get("content") or "", message.get("reasoning_content") or message.get("reasoning")
-        except (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError, AttributeError):
+            usage = reply.get("usage") or {}
+            if text.encode(errors="ignore").decode() != text or not isinstance(usage, dict):
+                raise TypeError("no text, or no usage")
+        except (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError, AttributeError, RecursionError):
             raise FailedError("the reply is none of the OpenAI interface") from None
         if reasoning:
             raise ValueError(f"'{server.url}' splits reasoning off the answers; start it without a reasoning parser")
-        return text, finish, reply.get("usage") or {}
+        return text, finish, usage
 
     async def find_model(self, server: Server) -> str:
         """Raises ValueError if the server has several models and none of the preferred name."""
@@ -151,7 +157,9 @@ def base_url(text: str) -> str:
     """`http://host:8000` -> `http://host:8000/v1`; one with a path stays. Raises ValueError for no address."""
     try:
         url = httpx2.URL(text)
-    except httpx2.InvalidURL:
+        if urlsplit(text).port == 0:  # it looks at brackets and ranges, which httpx does not
+            raise ValueError("no server listens there")
+    except (httpx2.InvalidURL, ValueError):
         url = httpx2.URL()
     if url.scheme not in ("http", "https") or not url.host:
         raise ValueError(f"--server must be an address such as http://localhost:8000, not '{text}'")

@@ -136,7 +136,7 @@ class Work:
         return False
 
     def write(self, conversation: Conversation) -> None:
-        write_row(self.config.out, conversation.row())
+        write_row(self.config.out, {**conversation.row(), "model": self.config.model})
         self.counts["answers"] += 1
         self.counts["cut_short"] += conversation.turns_left > 0
         tokens, speed = self.counts["tokens"], self.counts["tokens"] / (time.perf_counter() - self.started)
