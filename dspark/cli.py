@@ -70,6 +70,10 @@ POLICY.option(
     "(default: foresight for trained drafters, which goes by confidence and this machine's costs)",
 )
 
+PROFILE = Options(add_help=False)
+text = "costs to decide by, of 'dspark profile --out' (default: those kept for this machine)"
+PROFILE.option("--profile", None, text, type=Path, metavar="JSON")
+
 ONLINE = Options(add_help=False)
 ONLINE.switch("--online-calibration", "correct the drafter's confidence by what is verified")
 
@@ -128,7 +132,7 @@ def build_parser() -> Options:
 
 
 def add_serving(command: Command) -> None:
-    options = MODEL, DRAFTER, POLICY, ONLINE, SAMPLING
+    options = MODEL, DRAFTER, POLICY, PROFILE, ONLINE, SAMPLING
     sub = command("generate", commands.run_generate, "answer one prompt, streaming", *options)
     sub.add_argument("prompt", help="the user's message; '-' reads it from standard input")
     sub.switch("--json", "print one JSON object an answer instead of streaming text")
@@ -237,7 +241,7 @@ def add_measuring(command: Command) -> None:
     summary = "plain decoding and DSpark side by side, in about a minute"
     command("demo", commands.run_demo, summary, MODEL, DRAFTER, POLICY)
 
-    options = MODEL, DRAFTER, POLICY, PROMPTS, JSON
+    options = MODEL, DRAFTER, POLICY, PROFILE, PROMPTS, JSON
     sub = command("bench", commands.run_bench, "time systems side by side on the same prompts", *options)
     sub.option("--streams", "1,8", "numbers of concurrent requests")
     sub.option("--temperatures", "0,1", "sampling temperatures")
@@ -270,7 +274,7 @@ def add_bench_load(bench: Options) -> None:
     """`bench load`, a command of its own inside `bench`; its options stand after the word `load`."""
     summary = "policies of choosing verify lengths under rising load, in one interleaved run"
     loads = bench.add_subparsers(title="another bench, with its own --help", metavar="COMMAND")
-    parents = MODEL, DRAFTER, ONLINE, PROMPTS, JSON
+    parents = MODEL, DRAFTER, PROFILE, ONLINE, PROMPTS, JSON
     sub = loads.add_parser("load", help=summary, description=summary, parents=parents, prog="dspark bench load")
     sub.set_defaults(run=commands.run_bench_load)
     sub.add_argument(

@@ -65,6 +65,7 @@ def load(args: argparse.Namespace, max_streams: int) -> "LLM":
         policy=args.policy,
         deterministic=getattr(args, "deterministic", False),
         online_calibration=args.online_calibration,
+        profile=args.profile,
         dtype=args.dtype,
         device=args.device,
         config=EngineConfig(max_streams=max_streams),

@@ -8,6 +8,7 @@ for answer in llm.generate(["What is the capital of France?"], SamplingParams(ma
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -62,6 +63,7 @@ class LLM:
     policy: how many draft tokens are verified, see `engine/policy.py`; None: what suits the drafter.
     dtype: `bf16` or `fp32`. deterministic: the same answer to the last bit alone and in any batch, with and without
     a drafter. online_calibration: the drafter's confidence is corrected while serving, from what is verified.
+    profile: a file of `dspark profile --out` to decide by, in place of the one kept for this machine.
     Raises ValueError for whatever cannot be loaded or does not fit.
     """
 
@@ -75,11 +77,12 @@ class LLM:
         device: str = "cpu",
         deterministic: bool = False,
         online_calibration: bool = False,
+        profile: Path | None = None,
         config: EngineConfig = EngineConfig(),
     ):
         self.target = load_target(model, dtype, device, deterministic)
         self.tokenizer = self.target.tokenizer
-        parts = drafting(self.target, drafter, policy, online_calibration)
+        parts = drafting(self.target, drafter, policy, online_calibration, profile)
         self.policy = parts.policy
         self.engine = parts.engine(self.target, config)
 

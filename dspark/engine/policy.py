@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 from dspark.drafters.interface import Drafter
@@ -73,8 +74,15 @@ def make_calibrator(bound: Drafter, drafter: str, model: str, online: bool) -> C
     return OnlineCalibration(calibration or Calibration.identity(bound.block_size)) if online else calibration
 
 
-def drafting(target: Target, drafter: str, policy: str | None, online_calibration: bool = False) -> Drafting:
-    """drafter: as for `make_drafter`; policy: see POLICIES; online_calibration: see `make_calibrator`.
+def drafting(
+    target: Target,
+    drafter: str,
+    policy: str | None,
+    online_calibration: bool = False,
+    profile: Path | None = None,
+) -> Drafting:
+    """drafter: as for `make_drafter`; policy: see POLICIES; online_calibration: see `make_calibrator`; profile: what
+    `dspark profile --out` wrote, in place of the one kept.
 
     Without a policy a trained drafter gets `foresight`; drafters without a confidence of their own have all of
     their tokens verified. Foresight measures the machine's costs once, in a few seconds. Raises ValueError for
@@ -88,5 +96,5 @@ def drafting(target: Target, drafter: str, policy: str | None, online_calibratio
         return Drafting(None, FixedLength(0), None, "plain")
     if policy is None:
         policy = "foresight" if bound.has_confidence else f"fixed-{bound.block_size}"
-    scheduler = make_policy(policy, bound.block_size, lambda: cost_table(target, bound, drafter))
+    scheduler = make_policy(policy, bound.block_size, lambda: cost_table(target, bound, drafter, profile))
     return Drafting(bound, scheduler, make_calibrator(bound, drafter, name, online_calibration), policy)

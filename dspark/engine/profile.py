@@ -19,9 +19,11 @@ import torch
 from dspark.config import read_json, write_json
 from dspark.drafters.interface import Drafter
 from dspark.drafters.load import drafter_folder
+from dspark.engine.engine import Engine, EngineConfig, StepTimes
 from dspark.engine.kv_cache import KVCache
 from dspark.machine import machine_name
 from dspark.models.attention import CachedAttention, Segment
+from dspark.models.decoder import Decoder
 from dspark.models.download import cache_folder
 from dspark.models.loader import Target
 from dspark.sampling import SamplingParams
@@ -52,7 +54,6 @@ class ProfileConfig:
 
 QUICK = ProfileConfig(QUICK_BATCH_TOKENS, QUICK_REQUESTS, repeats=5)
 MOST_REQUESTS = 64  # with a context of their own; more tokens than that are timed as several of each
-STEP_SECONDS = 3e-4  # planning, committing and Python around a step, measured at one stream
 LONG_ENOUGH = 1.0  # seconds that a job is timed for; where CPUs are slow a forward of 256 tokens takes them all
 TAKEN_IN = 3  # committed tokens of a request that its drafter takes in before it drafts
 
@@ -82,7 +83,7 @@ def measure_costs(
     most = max(config.batch_tokens[-1], config.requests[-1])
     gamma = drafter.block_size if drafter is not None else 0
     regions = min(most, MOST_REQUESTS)
-    room = config.context + max(1 + gamma, -(-most // regions))
+    room = config.context + max(1 + gamma, -(-most // regions), 2 + config.repeats)
     if room > (positions := decoder.config.max_position_embeddings):
         raise ValueError(f"a context of {config.context} tokens leaves no room in the model's {positions}: give less")
     cache = KVCache(decoder.config, regions * room, decoder.kv_dtype, decoder.device)
@@ -152,12 +153,25 @@ def measure_costs(
         [seconds["target", n] + context_seconds * max(0, n - regions) for n in config.batch_tokens],
         requests,
         [seconds["draft", n] for n in requests],
-        step_seconds=STEP_SECONDS,
+        step_seconds=around_a_step(decoder, config),
         context_seconds=context_seconds,
         slots=max(1, gamma),
         short_slots=max(1, short),
         short_draft_seconds=[seconds["short draft", n] for n in requests if short < gamma],
     )
+
+
+def around_a_step(decoder: Decoder, config: ProfileConfig) -> float:
+    """Median seconds of a step of plain decoding, one stream, besides the target forward."""
+    engine = Engine(decoder, config=EngineConfig(1, config.context + 2 + config.repeats, reuse_prefixes=False))
+    engine.add([1] * config.context, SamplingParams(max_new_tokens=2 + config.repeats, ignore_eos=True))
+    seconds = []
+    while engine.has_work:
+        engine.times = StepTimes()
+        engine.step()
+        if engine.times.rounds:
+            seconds.append(engine.times.total - engine.times.target)
+    return statistics.median(seconds)
 
 
 Job = TypeVar("Job")
@@ -201,8 +215,13 @@ def load_profile(path: Path, target: Target) -> CostTable:
     return table
 
 
-def cost_table(target: Target, drafter: Drafter | None, name: str) -> CostTable:
-    """The kept profile of this model, drafter and machine; taken now, in a few seconds, where there is none."""
+def cost_table(target: Target, drafter: Drafter | None, name: str, profile: Path | None = None) -> CostTable:
+    """The profile given, or the one kept of this model, drafter and machine, taken now in seconds where there is none.
+
+    Raises ValueError for a given one that cannot be read or is of another model, dtype or machine.
+    """
+    if profile is not None:
+        return load_profile(profile, target)
     path = profile_path(target, name)
     if path.exists():
         try:

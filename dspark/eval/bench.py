@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import product
+from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from dspark.engine.engine import EngineConfig, StepTimes
 from dspark.engine.llm import encode_prompt
-from dspark.engine.policy import drafting
+from dspark.engine.policy import Drafting, drafting
 from dspark.eval.identity import Difference, first_difference
 from dspark.eval.report import bench_table, print_report
 from dspark.eval.setting import Setting
@@ -32,6 +33,7 @@ class BenchConfig(Setting):
 
     drafter: str = "dspark"
     policy: str | None = None
+    profile: Path | None = None  # costs to decide by, in place of those kept
     streams: tuple[int, ...] = (1, 8)
     temperatures: tuple[float, ...] = (0.0, 1.0)
     systems: tuple[str, ...] = ("transformers", "plain", "ngram", "dspark")
@@ -84,8 +86,7 @@ def figures(batches: list[Batch], streams: int) -> dict:
 class EngineSystem:
     """Our engine with one drafter, or none."""
 
-    def __init__(self, target: Target, drafter: str, policy: str | None, max_streams: int):
-        parts = drafting(target, drafter, policy)
+    def __init__(self, target: Target, parts: Drafting, max_streams: int):
         self.policy = parts.policy
         self.engine = parts.engine(target, EngineConfig(max_streams=max_streams, seed=0))
 
@@ -152,7 +153,8 @@ def make_system(name: str, config: BenchConfig, target: Target) -> System:
         system = TransformersSystem(target)
     else:
         policy = config.policy if name == "dspark" else None
-        system = EngineSystem(target, DRAFTERS.get(name, config.drafter), policy, max(config.streams))
+        parts = drafting(target, DRAFTERS.get(name, config.drafter), policy, profile=config.profile)
+        system = EngineSystem(target, parts, max(config.streams))
     system.run([[1, 2, 3, 4]], SamplingParams(max_new_tokens=4, ignore_eos=True))
     return system
 

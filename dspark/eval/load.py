@@ -52,6 +52,7 @@ class LoadConfig(Setting):
     precision: float = 0.0  # go on in the closed loop until no ratio's standard error is larger; 0: do not
     temperature: float = 0.0
     seed: int = 0
+    profile: Path | None = None  # costs to decide by, in place of those kept
     online_calibration: bool = False  # each policy with one of its own, as a server would have it
     plots: Path | None = None
 
@@ -89,7 +90,7 @@ class LoadBench:
         self.costs: CostTable | None = None
 
         def get_costs() -> CostTable:
-            self.costs = self.costs or cost_table(target, drafter, config.drafter)
+            self.costs = self.costs or cost_table(target, drafter, config.drafter, config.profile)
             return self.costs
 
         def drafting(policy: str) -> Drafting:

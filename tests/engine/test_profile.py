@@ -1,5 +1,6 @@
 """The cost table: measured, kept, and refused where it does not belong; names become prefix schedulers."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,9 +11,10 @@ import pytest
 from dspark.config import write_json
 from dspark.drafters.checkpoint import save_drafter
 from dspark.engine import profile
-from dspark.engine.policy import make_policy
+from dspark.engine.policy import drafting, make_policy
 from dspark.engine.profile import ProfileConfig, cost_table, load_profile, measure_costs
 from dspark.models.loader import Target
+from dspark.spec.calibration import Calibration
 from dspark.spec.prefix_scheduler import FixedLength, Foresight, StaleBudget, Threshold, ThroughputGreedy
 from tests.tiny import tiny_drafter, tiny_model, tiny_target
 
@@ -83,3 +85,29 @@ def test_names_of_policies():
     for name in ("fixed-5", "fixed-0", "best", "threshold-2"):
         with pytest.raises(ValueError, match=r"policy|block"):
             make_policy(name, 4, lambda: table)
+
+
+def test_a_given_profile_is_used_or_refused(target: Target, tmp_path: Path):
+    path = tmp_path / "given.json"
+    table = measure_costs(target, None, SMALL)
+    write_json(table, path)
+    assert cost_table(target, None, "none", path) == table and table.step_seconds > 0
+    with pytest.raises(ValueError, match="cannot be read"):
+        cost_table(target, None, "none", tmp_path / "nowhere.json")
+
+
+def test_a_context_longer_than_the_models_is_refused(target: Target):
+    with pytest.raises(ValueError, match="leaves no room in the model's 256"):
+        measure_costs(target, None, replace(SMALL, context=255))
+
+
+def test_policies_are_checked_without_a_drafter(target: Target):
+    with pytest.raises(ValueError, match="a policy is one of"):
+        drafting(target, "none", "best")
+
+
+def test_a_calibration_of_shorter_blocks_is_refused(target: Target, tmp_path: Path):
+    save_drafter(tiny_model(target.decoder.config, block_size=4), tmp_path)
+    write_json(Calibration.identity(3), tmp_path / "calibration.json")
+    with pytest.raises(ValueError, match=r"blocks of 3 tokens, the drafter's have 4: run 'dspark calibrate"):
+        drafting(target, str(tmp_path), "fixed-2")
