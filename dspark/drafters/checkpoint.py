@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -78,7 +79,7 @@ def read_config(path: Path) -> tuple[DrafterConfig, bool]:
         return from_dict(CONFIGS[kind], data, where), False
     try:
         return official_to_config(data), True
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise ValueError(f"{where}: {error}") from None
 
 

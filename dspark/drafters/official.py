@@ -30,13 +30,17 @@ def official_to_config(config: dict) -> DSparkConfig:
         AutoConfig.for_model("qwen3", **{k: v for k, v in config.items() if k not in ("architectures", "model_type")})
     )
     decoder = replace(layer, num_layers=_field(config, "num_target_layers"))
+    numbers = {name: _field(config, name) for name in ("block_size", "num_hidden_layers", "mask_token_id")}
+    if not all(type(value) is int for value in (*numbers.values(), rank)) or type(has_confidence) is not bool:
+        names = ", ".join(numbers)
+        raise ValueError(f"{names} and markov_rank must be whole numbers, enable_confidence_head a truth value")
     return DSparkConfig(
         decoder=decoder,
         tap_layers=tuple(_field(config, "target_layer_ids")),
-        block_size=_field(config, "block_size"),
-        num_draft_layers=_field(config, "num_hidden_layers"),
+        block_size=numbers["block_size"],
+        num_draft_layers=numbers["num_hidden_layers"],
         markov_rank=rank,
-        mask_token_id=_field(config, "mask_token_id"),
+        mask_token_id=numbers["mask_token_id"],
         draft_vocab_size=decoder.vocab_size,
         markov_head=config.get("markov_head_type", "vanilla"),
         confidence_head=has_confidence,

@@ -75,8 +75,8 @@ def resume_training(trainer: "Trainer", folder: Path) -> None:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        progress, identity = Progress(**json.loads(metadata["progress"])), json.loads(metadata["identity"])
-    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        progress, identity = Progress(**json.loads(metadata["progress"])), dict(json.loads(metadata["identity"]))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"cannot resume from '{path}': {reason}; choose another --out or remove the folder") from None
     if other := "; ".join(differences(identity, json.loads(json.dumps(trainer.identity)))):
@@ -88,6 +88,9 @@ def resume_training(trainer: "Trainer", folder: Path) -> None:
     def part(prefix: str) -> dict:
         return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
+    expected = {name: t.shape for name, t in trainer.model.state_dict().items()}
+    if {name: t.shape for name, t in part("model.").items()} != expected:
+        raise ValueError(f"cannot resume from '{path}': it lacks weights of this drafter; remove the folder")
     set_model_state_dict(trainer.model, part("model."), options=WHOLE)
     state: dict = defaultdict(dict)
     for name, t in part("optimizer.").items():

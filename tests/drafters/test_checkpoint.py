@@ -1,6 +1,7 @@
 """Drafter checkpoints come back bit for bit, and a damaged or foreign one is refused with its name."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dspark.drafters.checkpoint import load_drafter, save_drafter
+from dspark.drafters.layers import check_fit
 from dspark.drafters.model import DSparkModel
 from tests.tiny import tiny_config, tiny_model
 
@@ -60,6 +62,7 @@ def test_a_missing_file_is_named(folder: Path, name: str):
         ({"num_draft_layers": 3}, r"does not fit its config\.json"),
         ({"num_draft_layers": 1}, r"does not fit its config\.json"),
         ({"block_size": 0}, "block_size"),
+        ({"block_size": 10**9}, "block_size"),
         ({"gamma": 4}, "unknown keys gamma"),
     ],
 )
@@ -78,3 +81,9 @@ def test_a_draft_vocabulary_that_is_none_is_refused(folder: Path, token: int):
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ValueError, match="d2t"):
         load_drafter(folder)
+
+
+def test_blocks_longer_than_the_targets_context_are_refused(model: DSparkModel):
+    short = replace(model.config.decoder, max_position_embeddings=4)
+    with pytest.raises(ValueError, match="leave no room in this target's context of 4"):
+        check_fit(model.config, short)
