@@ -68,6 +68,8 @@ def test_prompts_files(capsys, tmp_path):
         (["--samples", "0"], "samples must be above 0"),
         (["--limit", "0"], "limit must be above 0"),
         (["--server", "localhost"], "--server must be an address"),
+        (["--server", "http://127.0.0.1:999999"], "--server must be an address"),
+        (["--server", "http://[bad"], "--server must be an address"),
         (["--server", "http://a", "--keep-answers"], "either kept or asked"),
     ],
 )
@@ -125,3 +127,25 @@ def test_generate_with_stop_strings_bias_and_several_answers(capsys):
     for row in rows:
         assert "7" not in row["text"]
         assert len(row["logprobs"]) == len(row["token_ids"])
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["eval", "--plot", "figure.xyz"], "--plot must be a file of .png"),
+        (["calibrate", "--plot", "/"], "--plot must be a file of .png"),
+        (["profile", "--repeats", "0"], "--repeats must be at least 1"),
+        (["profile", "--context", "-1"], "--context must be at least 1"),
+        (["data", "--self-written", "2", "--out", "/dev/null"], "is no file that could be written"),
+        (["train", "--data", "a", "--out", "b", "--initial", "c", "--drafter", "mtp"], "leave out --drafter"),
+        (["train", "--data", "a", "--out", "b", "--initial", "c", "--window", "4"], "leave out --window"),
+        *(
+            (["train", "--data", "a", "--out", "b", option, value], option[2:].replace("-", "_").removesuffix("_gib"))
+            for option in ("--learning-rate", "--minutes", "--epochs", "--cache-gib", "--feature-cache-gib")
+            for value in ("nan", "inf", "-1")
+        ),
+        (["train", "--data", "a", "--out", "b", "--seed", "9" * 23], "seed"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_work(capsys, argv, message):
+    assert message in error_of(capsys, *argv)

@@ -1,12 +1,15 @@
 """dataclass <-> JSON: what a file says must be what the program uses, or an error that names the place."""
 
-from dataclasses import dataclass, field
+import math
+import os
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dspark.config import from_dict, read_json, write_json
+from tests.tiny import tiny_config
 
 
 @dataclass(frozen=True)
@@ -93,3 +96,40 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path):
     with pytest.raises(TypeError):
         write_json(Outer("a", Inner(1), notes=[object()]), path)  # pyright: ignore[reportArgumentType]
     assert read_json(Outer, path) == FULL
+
+
+def test_a_folder_or_a_device_is_not_written_over(tmp_path: Path):
+    """As root the temporary file used to take the place of /dev/null, for the whole system."""
+    for path in (tmp_path, Path(os.devnull)):
+        with pytest.raises(ValueError, match="is no file that could be written"):
+            write_json({}, path)
+    assert not Path(os.devnull).is_file()
+
+
+def test_numbers_and_nesting_without_end(tmp_path: Path):
+    path = tmp_path / "config.json"
+    for text in ("[" * 100_000, "9" * 10_000):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"config\.json"):
+            read_json(Outer, path)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *(
+            (name, value)
+            for name in ("vocab_size", "hidden_size", "num_layers", "num_heads")
+            for value in (0, -1, 10**13)
+        ),
+        ("num_kv_heads", 3),
+        ("head_dim", 7),
+        ("max_position_embeddings", 10**12),
+        ("rms_norm_eps", -1.0),
+        ("rms_norm_eps", math.nan),
+        ("rope_theta", 0.0),
+    ],
+)
+def test_shapes_of_no_model_are_refused(name: str, value: float):
+    with pytest.raises(ValueError, match=name if name != "num_kv_heads" else "cannot share 3 KV heads"):
+        replace(tiny_config(), **{name: value})

@@ -191,3 +191,21 @@ def test_what_is_refused(tmp_path: Path, model: Path, prompts: Path, capsys: pyt
     (out / "fit.json").write_text(json.dumps(config(out, model, few).settings))
     message = error_of(*command(out, model, prompts))
     assert f"fit prompts was {few} and is now {prompts}" in message and "training minutes was 0.0001" in message
+
+
+def test_prompts_of_the_same_first_turn_stand_on_one_side(tmp_path: Path, model: Path):
+    """Measuring decodes first turns: those trained on with a second one were held out without it."""
+    path, out = tmp_path / "prompts.jsonl", tmp_path / "run"
+    rows = [{"turns": turns} for i in range(16) for turns in ([f"q {i}"], [f"q {i}", "and then?"])]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out.mkdir()
+    fit.split_prompts(config(out, model, path))
+    texts = [(out / name).read_text().splitlines() for name in ("heldout-prompts.jsonl", "training-prompts.jsonl")]
+    heldout, trained = ({json.loads(line)["turns"][0] for line in lines} for lines in texts)
+    assert heldout and len(heldout | trained) == 16 and not heldout & trained
+
+
+def test_answers_that_leave_no_room_for_prompts_are_refused(tmp_path: Path, model: Path, prompts: Path, capsys):
+    assert main(command(tmp_path / "run", model, prompts, "--max-new-tokens", "300")) == 2
+    assert "give --max-new-tokens of at most 256" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers
 
+from dspark.engine.llm import encode_prompt
 from dspark.models.source import load_tokenizer, resolve_model
 from dspark.train.conversation import Conversation, encode_answer, render
 from dspark.train.data import Prompt
@@ -117,3 +118,23 @@ def test_the_template_of_smollm2():
     unmasked = [i for i, _ in enumerate(row["prompt_ids"]) if not any(s <= i < e for s, e in row["earlier"])]
     rest = tokenizer.decode([row["prompt_ids"][i] for i in unmasked])
     assert all(turn in rest for turn in ("Name one.", "More!", "Stop.")) and not any(t in rest for t in texts[:2])
+
+
+def test_a_prompt_that_holds_the_mark_of_answers():
+    conversation = converse(TOKENIZER, ["say ANSWER-HERE", "ANSWER-HERE-11?"], [("ANSWER-HERE", "stop")])
+    conversation.ask(TOKENIZER)
+    token_ids, ((start, end),) = conversation.asked
+    assert TOKENIZER.decode(token_ids[start:end]) == "ANSWER-HERE<|im_end|>"
+
+
+def test_texts_that_are_no_unicode_are_refused():
+    for tokenizer in (TOKENIZER, tiny_tokenizer(None)):
+        with pytest.raises(ValueError, match="no valid Unicode"):
+            encode_prompt(tokenizer, "caf\udce9")
+
+
+def test_an_answer_that_came_as_text_needs_an_end_token():
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="names no end token"):
+        encode_answer(tokenizer, "ab", "stop")

@@ -33,6 +33,20 @@ def test_the_forms_of_a_prompt(tmp_path: Path):
     assert len({prompt.number for prompt in prompts}) == 4
 
 
+def test_an_answer_that_is_blank_ends_what_is_kept(tmp_path: Path):
+    """The next answer used to be taken for the one to the question before."""
+    texts = [
+        ("user", "q1"),
+        ("assistant", "a1"),
+        ("user", "q2"),
+        ("assistant", " "),
+        ("user", "q3"),
+        ("assistant", "a3"),
+    ]
+    line = json.dumps({"messages": [{"role": role, "content": text} for role, text in texts]})
+    assert read_prompts(write(tmp_path, line))[0].answers == ("a1",)
+
+
 @pytest.mark.parametrize(
     "roles, answers",
     [("uaua", ("1", "3")), ("suau", ("2",)), ("uau", ("1",)), ("uu", ()), ("auau", ()), ("uaau", ())],
@@ -208,3 +222,22 @@ def test_a_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="cannot read the dataset 'nobody/nothing-here'"):
         read_prompts(Path("nobody/nothing-here"))
+
+
+def test_a_prompt_is_on_one_side_though_its_first_answer_trains_nothing(tmp_path: Path):
+    """Answers of one token are left out of the mask; the prompt used to end at the second answer then."""
+    rows = [
+        {"prompt_ids": [1, 2, i, *first, 5], "answer_ids": [5, 6, 7], "earlier": [[3, 3 + len(first)]]}
+        for i in range(20)
+        for first in ([9], [9, 9, 9])
+    ]
+    examples = read_examples(write(tmp_path, "\n".join(map(json.dumps, rows))), 64, 99)
+    heldout, (rest,) = split_by_prompt([examples], 8)
+    assert len(heldout) == 8 and not {e.opening for e in heldout} & {e.opening for e in rest}
+    assert {len(e.opening) for e in examples} == {3}
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"prompt": "a", "domain": "\\ud83d"}', '{"a": ' + "9" * 10_000 + "}"])
+def test_hostile_lines_are_named(tmp_path: Path, line: str):
+    with pytest.raises(ValueError, match="line 2"):
+        read_prompts(write(tmp_path, '{"prompt": "good"}\n' + line))

@@ -275,3 +275,23 @@ def test_an_interrupted_run_of_servers_leaves_whole_lines(tmp_path: Path, prompt
         _, errors = process.communicate()
     assert process.returncode == 130 and "Traceback" not in errors
     assert 2 <= len(rows_of(out)) <= 8
+
+
+def test_answers_of_two_models_are_not_mixed(tmp_path: Path, prompts: Path, model: Path):
+    other, out = write_tiny_folder(tmp_path / "other"), tmp_path / "answers.jsonl"
+    write_data(config(prompts, model, out=out, limit=2))
+    with pytest.raises(ValueError, match=f"is an answer of '{model}', not of '{other}'"):
+        write_data(config(prompts, other, out=out))
+
+
+def test_when_no_prompt_fits_it_says_so(tmp_path: Path, prompts: Path, model: Path):
+    with pytest.raises(ValueError, match="no prompt fits: all 24 are longer than 3 tokens"):
+        write_data(config(prompts, model, out=tmp_path / "answers.jsonl", max_prompt_tokens=3))
+
+
+def test_prompts_of_the_users_own_beside_the_output_are_left_alone(tmp_path: Path, model: Path):
+    own = tmp_path / "answers.prompts.jsonl"
+    own.write_text('{"prompt": "my own"}\n')
+    with pytest.raises(ValueError, match="was not written by 'dspark data --self-written'"):
+        write_data(config(None, model, out=tmp_path / "answers.jsonl", self_written=2))
+    assert own.read_text() == '{"prompt": "my own"}\n'

@@ -8,7 +8,9 @@ import torch
 
 from dspark.drafters.checkpoint import load_drafter, save_drafter
 from dspark.models.loader import Target
-from dspark.train.run import TrainRun, make_trainer, read_all
+from dspark.train.output import only_writer
+from dspark.train.run import TrainRun, make_trainer, read_all, train
+from dspark.train.setup import default_recipe
 from tests.tiny import tiny_config, tiny_model, tiny_state_dict, tiny_target
 
 
@@ -76,3 +78,33 @@ def test_files_are_mixed_and_split_by_prompt(tmp_path: Path, data: Path):
     assert abs(len(of_other) - 3 * (len(examples) - len(of_other))) <= 3
     with pytest.raises(ValueError, match="no prompt is left to train on"):
         read_all(TrainRun((data,), tmp_path / "out", heldout=12), tiny_target())
+
+
+def test_a_finished_drafter_is_not_trained_over(tmp_path: Path, data: Path):
+    save_drafter(tiny_model(tiny_target().config), tmp_path / "shipped")
+    before = (tmp_path / "shipped" / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="holds a finished drafter, not a run to resume"):
+        train(TrainRun((data,), tmp_path / "shipped", heldout=3))
+    assert (tmp_path / "shipped" / "model.safetensors").read_bytes() == before
+
+
+def test_two_runs_do_not_train_into_one_folder(tmp_path: Path, data: Path):
+    with only_writer(tmp_path / "out", "dspark train"), pytest.raises(ValueError, match="another 'dspark train'"):
+        train(TrainRun((data,), tmp_path / "out", heldout=3))
+
+
+def test_examples_at_the_end_of_the_models_context(tmp_path: Path):
+    """Blocks reach past it, and batches are padded: both used to end in an IndexError."""
+    path = tmp_path / "long.jsonl"
+    rows = [{"prompt_ids": [1, 2, i], "answer_ids": [5, 7, 9] * 100} for i in range(6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_drafter(tiny_model(tiny_target().config), tmp_path / "trained")
+    run = TrainRun((path,), tmp_path / "out", initial=tmp_path / "trained", heldout=2, max_length=10_000)
+    trainer = make_trainer(run, Target(None, tiny_target(), None, frozenset()))  # pyright: ignore
+    assert {len(e.token_ids) for e in trainer.examples} == {256}
+    assert trainer.step([0, 1]).slots > 0
+
+
+def test_more_draft_layers_than_the_target_can_give():
+    with pytest.raises(ValueError, match="a target of 4 layers gives 1 to 3 draft layers, not 4"):
+        default_recipe(tiny_target(), 1, draft_layers=4)

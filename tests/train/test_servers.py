@@ -159,6 +159,23 @@ def test_what_cannot_work_ends_the_run(run: Run):
             run(servers=(url,))
 
 
+@pytest.mark.parametrize("content", ["half \ud83d", ["a", "part"], 5])
+def test_an_answer_that_is_no_text_is_asked_for_again(run: Run, content: object, monkeypatch: pytest.MonkeyPatch):
+    plain = servers.ServerPool.request
+    spoilt = iter([True, False, True])
+
+    async def request(self, server, method, path, body=None):
+        reply = await plain(self, server, method, path, body)
+        if method == "POST" and next(spoilt, False):
+            reply["choices"][0]["message"]["content"] = content
+        return reply
+
+    monkeypatch.setattr(servers.ServerPool, "request", request)
+    with FakeServer() as fake:
+        run(fake)
+    run.check()
+
+
 def test_addresses():
     assert base_url("http://host:8000") == base_url("http://host:8000/") == "http://host:8000/v1"
     assert base_url("https://host/api/v1/") == "https://host/api/v1"

@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from dspark.drafters.checkpoint import load_drafter
+from dspark.train import parallel
 from dspark.train.checkpoint import RESUME_FILE, resume_training
 from dspark.train.config import TrainConfig
 from dspark.train.data import Example
@@ -240,3 +242,40 @@ def test_a_run_leaves_a_loadable_drafter_and_a_record(tmp_path):
 def test_compiling_around_fsdp_is_refused():
     with pytest.raises(ValueError, match="use --parallel ddp"):
         TrainConfig(compile=True, parallel="fsdp")
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_leaves_the_best_drafter(tmp_path, monkeypatch):
+    trainer = make_trainer(minutes=4 / 60, evaluations=2)
+    plain = Trainer.step
+
+    def step(self, indices):
+        result = plain(self, indices)
+        return replace(result, loss=float("nan")) if self.progress.step == 3 else result
+
+    monkeypatch.setattr(Trainer, "step", step)
+    with pytest.raises(ValueError, match="the loss is nan at step 4"):
+        run_steps(trainer, tmp_path, 99)
+    assert load_drafter(tmp_path).config == trainer.model.config
+
+
+def test_a_new_drafter_takes_no_calibration_of_the_one_before(tmp_path):
+    (tmp_path / "calibration.json").write_text("{}")
+    run_steps(make_trainer(minutes=2 / 60), tmp_path, 99)
+    assert not (tmp_path / "calibration.json").exists()
+
+
+def test_a_state_without_some_weights_is_refused(tmp_path):
+    run_steps(make_trainer(), tmp_path, 1)
+    path = tmp_path / RESUME_FILE
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys() if "layers.0" not in name}
+        save_file(tensors, path, file.metadata())
+    with pytest.raises(ValueError, match="lacks weights of this drafter"):
+        resume_training(make_trainer(), tmp_path)
+
+
+def test_uneven_shares_under_fsdp_are_refused(monkeypatch):
+    """A process with fewer parts of a step would leave the others waiting for its weights for ever."""
+    monkeypatch.setattr(parallel, "size", lambda: 2)
+    with pytest.raises(ValueError, match="a multiple of 2 as sequences_per_step"):
+        make_trainer(parallel="fsdp", sequences_per_step=3)
