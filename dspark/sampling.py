@@ -69,7 +69,7 @@ class SamplingParams:
                 raise ValueError(f"{name} must {rule}, got {getattr(self, name)}.")
 
         # Within these bounds nothing becomes infinite in fp32, whatever the logits are.
-        check("temperature", 0 <= self.temperature <= 1e6, "be from 0 to 1e6")
+        check("temperature", 0 <= self.temperature <= 1e30, "be from 0 to 1e30")
         check("top_k", 0 <= self.top_k < 2**31, "be at least 0 (0 turns it off) and below 2^31")
         check("top_p", 0 < self.top_p <= 1, "be above 0 and at most 1 (1 turns it off)")
         check("min_p", 0 <= self.min_p < 1, "be at least 0 (0 turns it off) and below 1")

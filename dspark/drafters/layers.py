@@ -38,7 +38,7 @@ class DrafterConfig:
         if not self.tap_layers or not all(0 <= i < self.decoder.num_layers for i in self.tap_layers):
             raise ValueError(f"tap layers {self.tap_layers} must lie in 0..{self.decoder.num_layers - 1}")
         if not 1 <= self.block_size <= MOST_SLOTS:
-            raise ValueError(f"block_size must lie in 1..{MOST_SLOTS}, not {self.block_size}")
+            raise ValueError(f"block_size must be at least 1 and at most {MOST_SLOTS}, not {self.block_size}")
         if self.window < 0:
             raise ValueError(f"window must be at least 0, not {self.window}")
         if not 1 <= self.draft_vocab_size <= self.decoder.vocab_size:
