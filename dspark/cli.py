@@ -71,8 +71,13 @@ POLICY.option(
 )
 
 PROFILE = Options(add_help=False)
-text = "costs to decide by, of 'dspark profile --out' (default: those kept for this machine)"
-PROFILE.option("--profile", None, text, type=Path, metavar="JSON")
+PROFILE.option(
+    "--profile",
+    None,
+    "costs to decide by, of 'dspark profile --out' (default: those kept for this machine)",
+    type=Path,
+    metavar="JSON",
+)
 
 ONLINE = Options(add_help=False)
 ONLINE.switch("--online-calibration", "correct the drafter's confidence by what is verified")

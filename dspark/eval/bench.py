@@ -226,6 +226,8 @@ def check_identity(config: BenchConfig, target: Target, result: BenchResult) -> 
     shares, differences = {}, []
     for dtype in ("fp32", "bf16"):
         only = replace(config, dtype=dtype, streams=(streams,), temperatures=(0.0,), systems=("plain", "dspark"))
+        if dtype != config.dtype:
+            only = replace(only, profile=None)  # it belongs to one number format
         model, measured = (target, result) if dtype == config.dtype else (only.load_target(), None)
         if measured is None or not {("plain", 0.0, streams), ("dspark", 0.0, streams)} <= measured.answers.keys():
             measured = run_bench(only, model)
