@@ -69,6 +69,11 @@ def parse_json(path: Path) -> Any:
         raise ValueError(f"'{path}' cannot be read: {error}") from None
 
 
+def is_unicode(text: str) -> bool:
+    """False for lone surrogates: half of a character, which JSON can spell, or bytes that were no UTF-8."""
+    return text == text.encode(errors="ignore").decode()
+
+
 def check_output(path: Path) -> None:
     """Raise ValueError if a file cannot be written there because a folder or a device is."""
     if path.exists() and not path.is_file():

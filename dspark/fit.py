@@ -131,8 +131,7 @@ def split_prompts(config: FitConfig) -> None:
         data = DataConfig(config.out / "self-written.jsonl", self_written=max(FEWEST_PROMPTS, answers // 2))
         with progress_bar() as progress:
             prompts = write_prompts(llm, data, progress)
-    # By what is measured of them: two with the same first turn must not stand on both sides.
-    unique = {replace(p, turns=p.turns[:1]).number: p for p in prompts}
+    unique = by_first_turn(prompts)
     longest = min(LONGEST_PROMPT, llm.engine.longest_request - config.max_new_tokens)
     short = (unique[n] for n in sorted(unique) if len(llm.encode(unique[n].opening)) <= longest)
     chosen = list(islice(short, answers + HELDOUT_PROMPTS))
@@ -145,9 +144,14 @@ def split_prompts(config: FitConfig) -> None:
     write_lines(config.out / "training-prompts.jsonl", lines[count:])
 
 
+def by_first_turn(prompts: list[Prompt]) -> dict[int, Prompt]:
+    """One for each first turn, which is what is measured: two of the same must not stand on both sides."""
+    return {replace(p, turns=p.turns[:1]).number: p for p in prompts}
+
+
 def check_enough(prompts: list[Prompt]) -> None:
     """Raise ValueError if these are too few to train on and to hold some out."""
-    count = len({replace(p, turns=p.turns[:1]).number for p in prompts})
+    count = len(by_first_turn(prompts))
     if count < FEWEST_PROMPTS:
         raise ValueError(
             f"{FEWEST_PROMPTS} different prompts of at most {LONGEST_PROMPT} tokens are the least to train on and hold "

@@ -19,7 +19,7 @@ from dspark.models.config import DecoderConfig
 from dspark.models.layers import apply_rotary, rotary_table
 
 MOST_SLOTS = 512  # of a block
-PADDING = 64  # positions that a batch in training may be longer than its longest example
+LENGTHS = 64  # batches in training are padded to a multiple of it: oneDNN compiles its products anew for every size
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class DraftModel(nn.Module, Generic[Config]):
         self.config = config
         c = config.decoder
         self.register_buffer("d2t", torch.arange(config.draft_vocab_size))
-        positions = c.max_position_embeddings + PADDING + config.block_size  # blocks reach past the end
+        positions = c.max_position_embeddings + LENGTHS + config.block_size  # padding and blocks reach past the end
         table = rotary_table(positions, c.head_dim, c.rope_theta, torch.device("cpu"))
         self.register_buffer("_rotary", table, persistent=False)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from dspark.config import is_unicode
 from dspark.engine.answer_text import AnswerText, Decode
 from dspark.engine.engine import EngineConfig
 from dspark.engine.policy import drafting
@@ -190,6 +191,6 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, 
 
 
 def check_unicode(text: str) -> None:
-    """Raise ValueError for a text with lone surrogates: bytes that were not UTF-8, or half of a character in JSON."""
-    if text != text.encode(errors="ignore").decode():
+    """Raise ValueError for a text that no tokenizer takes."""
+    if not is_unicode(text):
         raise ValueError("the text is no valid Unicode")

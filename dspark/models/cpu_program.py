@@ -26,7 +26,7 @@ class Program:
         self._rows: list[list[int]] = []
         self._named: dict[str, list[int]] = {}  # places of named fields in the flat table
         self._places: dict[str, np.ndarray] = {}  # the same, once all are known
-        self._table = np.empty((0, self.WIDTH), np.int64)
+        self._table = np.empty(0, np.int64)
 
     def add(self, kernel: Kernel, *fields: Field | str) -> None:
         """Fields in the kernel's order; one that is a name gets its value at each run."""
@@ -45,13 +45,12 @@ class Program:
     def run(self, **values: Field | np.ndarray | list[int]) -> None:
         """Give all fields of a name its value, or each its own; one that is not given keeps what it had."""
         if self._rows:  # all are known now; lists of Python's numbers take five times the memory of the table
-            self._table = np.array(self._rows, dtype=np.int64)
+            self._table = np.array(self._rows, dtype=np.int64).reshape(-1)
             self._places = {name: np.array(places) for name, places in self._named.items()}
             self._rows = []
-        table = self._table.reshape(-1)
         for name, value in values.items():
-            table[self._places[name]] = value.data_ptr() if isinstance(value, Tensor) else value
-        kernel("sequence", self.WIDTH)(SERIAL_WORK, self._table.ctypes.data, len(self._table))
+            self._table[self._places[name]] = value.data_ptr() if isinstance(value, Tensor) else value
+        kernel("sequence", self.WIDTH)(SERIAL_WORK, self._table.ctypes.data, len(self._table) // self.WIDTH)
 
 
 class Programs(Generic[Built]):

@@ -37,7 +37,7 @@ def load_target(model: str, dtype: str = "bf16", device: str = "cpu", determinis
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not '{dtype}'")
     try:
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device '{device}' cannot be used: {str(error).splitlines()[0]}") from None
     source = resolve_model(model)
     hf_config = load_hf_config(source)

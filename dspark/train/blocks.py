@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-COUNTS = 32  # anchors are padded to a multiple of it, see `features.LENGTHS`
+COUNTS = 32  # anchors are padded to a multiple of it, see `drafters.layers.LENGTHS`
 
 
 @dataclass

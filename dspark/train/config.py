@@ -46,14 +46,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         positive = {"learning_rate": 1.0, "max_grad_norm": math.inf, "minutes": math.inf, "epochs": math.inf}
-        positive |= {"save_every_minutes": math.inf, "cache_gib": math.inf, "feature_cache_gib": math.inf}
+        positive |= {"save_every_minutes": math.inf, "feature_cache_gib": math.inf}
         for name, most in positive.items():
             value = getattr(self, name)
-            if not (value is None or 0 < value < most or (name == "cache_gib" and value == 0)):
+            if value is not None and not 0 < value < most:
                 raise ValueError(f"{name} must be above 0 and below {most:g}, not {value}")
-        for name in ("warmup_share", "weight_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
+        for name, most in {"warmup_share": 1.0, "weight_decay": 1.0, "cache_gib": math.inf}.items():
+            if not 0 <= getattr(self, name) < most:
+                raise ValueError(f"{name} must be at least 0 and below {most:g}, not {getattr(self, name)}")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"the seed of a training run must lie in 0..{2**31 - 1}, not {self.seed}")
         if self.optimizer not in ("adamw", "muon"):

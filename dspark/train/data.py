@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from typing_extensions import TypeIs
 
+from dspark.config import is_unicode
 from dspark.models.source import first_line
 
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
@@ -163,14 +164,14 @@ def parse_prompt(row: dict, place: str) -> Prompt:
     if not isinstance(turns, list) or not texts or len(texts) != len(turns):
         raise ValueError(f"{place} needs 'turns', 'messages', 'conversations' or 'prompt' with non-empty text")
     domain, task = str(row.get("domain", "other")), str(row.get("task", ""))
-    if not is_text(f"{place}{domain}{task}"):
+    if not is_unicode(domain + task):
         raise ValueError(f"{place}: 'domain' or 'task' is no valid Unicode")
     return Prompt(tuple(texts), domain, task, system if is_text(system) else "", answers, place)
 
 
 def is_text(value: object) -> TypeIs[str]:
-    """Not blank, and valid Unicode: JSON can spell half a character."""
-    return isinstance(value, str) and bool(value.strip()) and value == value.encode(errors="ignore").decode()
+    """Not blank, and valid Unicode."""
+    return isinstance(value, str) and bool(value.strip()) and is_unicode(value)
 
 
 def is_token_list(value: object, vocab_size: int) -> TypeIs[list[int]]:

@@ -15,13 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dspark.drafters.layers import PADDING
+from dspark.drafters.layers import LENGTHS
 from dspark.models.attention import packed_attention
 from dspark.models.decoder import Decoder
 from dspark.train.data import Example
 
 PACK_TOKENS = 512  # positions of one target forward; with more, a CPU is slower: they leave its second-level cache
-LENGTHS = PADDING  # batches are padded to a multiple of it: oneDNN compiles its products anew for every size
 LOGIT_ROWS = 64  # full-vocabulary rows alive at once while the log-normaliser is computed
 LOGIT_TILE = 8  # of them, in a CPU's second-level cache
 

@@ -92,6 +92,8 @@ def train(run: TrainRun) -> bool:
 
     Raises ValueError for data or a checkpoint that cannot be used.
     """
+    if (run.out / "config.json").exists() and not (run.out / RESUME_FILE).exists():
+        raise ValueError(f"'{run.out}' holds a finished drafter, not a run to resume; choose another --out")
     signals = StopSignals()
     try:
         with parallel.processes(run.device) as device:
@@ -104,13 +106,10 @@ def train(run: TrainRun) -> bool:
 
 def run_to_end(run: TrainRun, signals: StopSignals) -> bool:
     """Load, resume if there is something to, train, and show on stderr how it goes; see `train`."""
-    resuming = (run.out / RESUME_FILE).exists()
-    if not resuming and (run.out / "config.json").exists():
-        raise ValueError(f"'{run.out}' holds a finished drafter, not a run to resume; choose another --out")
     target = load_target(run.model, run.dtype, run.device)
     trainer = make_trainer(run, target)
     console = Console(stderr=True, quiet=parallel.rank() > 0)
-    if resuming:
+    if (run.out / RESUME_FILE).exists():
         resume_training(trainer, run.out)
         console.print(f"resuming '{run.out}' at step {trainer.progress.step}")
     scalars = Scalars(run.tensorboard, trainer.progress.step) if run.tensorboard and parallel.rank() == 0 else None

@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 
 import httpx2
 
+from dspark.config import is_unicode
+
 RETRIES = 6  # before a server is dropped, or a request that fails where others are answered
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds after a failure: doubled each time, up to the longest
 LONGEST_RETRY_AFTER = 600.0
@@ -120,7 +122,7 @@ class ServerPool:
             message, finish = reply["choices"][0]["message"], reply["choices"][0]["finish_reason"]
             text, reasoning = message.get("content") or "", message.get("reasoning_content") or message.get("reasoning")
             usage = reply.get("usage") or {}
-            if text.encode(errors="ignore").decode() != text or not isinstance(usage, dict):
+            if not isinstance(text, str) or not is_unicode(text) or not isinstance(usage, dict):
                 raise TypeError("no text, or no usage")
         except (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError, AttributeError, RecursionError):
             raise FailedError("the reply is none of the OpenAI interface") from None

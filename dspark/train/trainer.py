@@ -34,7 +34,7 @@ from dspark.train.features import Batch, FeatureSource, collate, padded_length
 from dspark.train.loss import SlotTargets, dspark_loss
 
 SORTED_STEPS = 32  # in the order of their lengths
-ROWS = 256  # supervised slots are padded to a multiple of it, see `features.LENGTHS`
+ROWS = 256  # supervised slots are padded to a multiple of it, see `drafters.layers.LENGTHS`
 
 
 @dataclass

@@ -1,8 +1,11 @@
 """Whenever the drafter is asked, it knows all committed tokens, however long they waited and wherever they moved."""
 
+from itertools import chain
+
 import pytest
 import torch
 
+from dspark.drafters.bound import BoundDrafter
 from dspark.drafters.interface import DraftRequest
 from dspark.drafters.load import bind
 from dspark.engine import drafter_context
@@ -65,6 +68,18 @@ def test_it_knows_all_committed_tokens(variant: str, slots: int, most_bytes: int
     assert (engine.counters.preemptions > 0) == (slots == 200)
 
 
+def taken_in_by(drafter: BoundDrafter, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The slots of each call of its `extend` from now on."""
+    calls: list[list[int]] = []
+
+    def extend(taps: list[torch.Tensor], *rows: torch.Tensor, extend=drafter.extend) -> None:
+        calls.append(rows[2].tolist())
+        extend(taps, *rows)
+
+    monkeypatch.setattr(drafter, "extend", extend)
+    return calls
+
+
 class FirstOnly(FixedLength):
     """Drafts for the oldest request alone."""
 
@@ -77,22 +92,16 @@ def test_others_wait_and_are_forgotten_when_they_end(monkeypatch: pytest.MonkeyP
     engine = Engine(TARGET, drafter, FirstOnly(2), config=EngineConfig(3, 180, reuse_prefixes=False))
     context = engine.context
     assert context is not None
-    taken_in: list[int] = []
-
-    def extend(taps: list[torch.Tensor], *rows: torch.Tensor, extend=drafter.extend) -> None:
-        taken_in.extend(rows[2].tolist())
-        extend(taps, *rows)
-
-    monkeypatch.setattr(drafter, "extend", extend)
+    calls = taken_in_by(drafter, monkeypatch)
     first, *others = [engine.add(PROMPTS[i], SamplingParams(max_new_tokens=n)) for i, n in enumerate((60, 5, 9))]
     engine.step()
     own = range(first.first_slot, first.first_slot + first.kv.capacity)
     while any(s.finish_reason is None for s in others):
         engine.step()
     assert set(context.waiting) > {first.kv} and context.waiting_bytes > 0
-    assert taken_in and set(taken_in) < set(own)
+    assert calls and set(chain(*calls)) < set(own)
     context.take_in(list(context.waiting))
-    assert set(taken_in) < set(own) and not context.waiting and not context.waiting_bytes
+    assert set(chain(*calls)) < set(own) and not context.waiting and not context.waiting_bytes
 
 
 def test_of_too_much_that_waits_the_oldest_is_taken_in(monkeypatch: pytest.MonkeyPatch):
@@ -104,19 +113,13 @@ def test_of_too_much_that_waits_the_oldest_is_taken_in(monkeypatch: pytest.Monke
     engine = Engine(TARGET, drafter, FixedLength(0), config=EngineConfig(4, 180, reuse_prefixes=False))
     context = engine.context
     assert context is not None
-    taken_in: list[int] = []
-
-    def extend(taps: list[torch.Tensor], *rows: torch.Tensor, extend=drafter.extend) -> None:
-        taken_in.append(len(rows[2]))
-        extend(taps, *rows)
-
-    monkeypatch.setattr(drafter, "extend", extend)
+    calls = taken_in_by(drafter, monkeypatch)
     sequences = [engine.add(PROMPTS[i], SamplingParams(max_new_tokens=90)) for i in range(4)]
     most_a_step = 0
     while engine.has_work:
-        before = len(taken_in)
+        before = len(calls)
         engine.step()
-        most_a_step = max(most_a_step, sum(taken_in[before:]))
+        most_a_step = max(most_a_step, sum(map(len, calls[before:])))
         assert context.waiting_bytes <= 60_000
-    assert max(taken_in) <= 8 < most_a_step < sum(taken_in) / 3
+    assert max(map(len, calls)) <= 8 < most_a_step < sum(map(len, calls)) / 3
     assert [s.output_ids for s in sequences] == [plain_greedy(TARGET, prompt, 90) for prompt in PROMPTS[:4]]
