@@ -7,7 +7,7 @@ Shapes: N = rows (tokens to predict), V = vocabulary size, C = candidates looked
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -111,8 +111,27 @@ class SamplingParams:
 # ---- logits to probabilities
 
 
+def relative_weights(logits: Tensor, temperature: Tensor) -> Tensor:
+    """exp((logit - the row's best) / temperature), in place: logits [N, V] in fp32 or fp64, temperature [N] above 0."""
+    logits.sub_(logits.amax(-1, keepdim=True)).div_(temperature[:, None])
+    least = least_exponent(logits.dtype)
+    return torch.threshold_(logits.clamp_(min=least - 1).exp_(), math.exp(least), 0.0)
+
+
+def least_exponent(dtype: torch.dtype) -> float:
+    """Weights below its exponential are 0: `exp` would be ten times as slow where results are denormal."""
+    return math.log(torch.finfo(dtype).tiny) + 17
+
+
 def truncated_probs(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, *, overwrite: bool = False
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    *,
+    overwrite: bool = False,
+    relative_weights: Callable[[Tensor, Tensor], Tensor] = relative_weights,
 ) -> Tensor:
     """The distribution each row is really sampled from: logits [N, V], parameters [N] -> probs [N, V].
 
@@ -120,7 +139,7 @@ def truncated_probs(
     renormalised), min-p. A row at temperature 0 is the one-hot of its first maximum. Tokens that tie with the
     last one kept are kept too, so that the result does not depend on a sorting order. Float64 logits give
     float64 probabilities, others float32. A filter that no row uses costs nothing. overwrite: the logits may be
-    written over, which saves memory as large as they are.
+    written over, which saves memory as large as they are. relative_weights: another way to compute these.
     """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     temperature, top_p, min_p = temperature.to(dtype), top_p.to(dtype), min_p.to(dtype)
@@ -132,10 +151,7 @@ def truncated_probs(
     # In place from here: at this size memory costs more than arithmetic.
     greedy_rows = _rows(greedy)
     best = _one_hot_argmax(logits[greedy_rows], dtype) if len(greedy_rows) else None
-    weights = logits.to(dtype, copy=not overwrite)  # [N, V]
-    weights.sub_(weights.amax(-1, keepdim=True)).div_(temperature.masked_fill(greedy, 1)[:, None])
-    least = math.log(torch.finfo(dtype).tiny) + 16  # what is below gets 0: `exp` would be ten times as slow
-    torch.threshold_(weights.clamp_(min=least).exp_(), math.exp(least + 1), 0.0)
+    weights = relative_weights(logits.to(dtype, copy=not overwrite), temperature.masked_fill(greedy, 1))  # [N, V]
 
     rows = _rows((top_k > 0) & (top_k < logits.shape[-1]) & ~greedy)
     if len(rows):
@@ -260,7 +276,7 @@ def categorical(probs: Tensor, u: Tensor) -> Tensor:
         return _first_above(cumulative, u * cumulative[:, -1]).squeeze(-1)
     # First the block of the vocabulary, then the id in it: two short cumulative sums instead of one over all of it.
     blocks = _blocks(probs, 0.0)
-    cumulative = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # [N, V / BLOCK]
+    cumulative = blocks.sum(-1).double().cumsum(-1)  # [N, V / BLOCK]
     threshold = u.double() * cumulative[:, -1]
     block = _first_above(cumulative, threshold)
     threshold = threshold - pad(cumulative, (1, 0)).gather(-1, block).squeeze(-1)

@@ -97,6 +97,7 @@ class Runner:
             per_row([p.top_p for p in params]),
             per_row([p.min_p for p in params]),
             overwrite=all(p.logprobs is None for p in params),
+            relative_weights=self.target.relative_weights,
         )[:rows]
         g = draft.tokens.shape[1]
         seeds = [[s.seed] for s in sequences]

@@ -23,6 +23,7 @@ from torch import Tensor
 from dspark.models import cpu_attention, cpu_kernels, cpu_linear
 from dspark.models.cpu_emitter import Machine
 from dspark.models.cpu_linear import TILE_INPUTS, TILE_ROWS, VECTORS, tile_config
+from dspark.sampling import least_exponent
 
 SERIAL_WORK = 1 << 16  # multiply-adds below which waking other threads costs more than it gains
 
@@ -248,6 +249,13 @@ def first_maximum(x: Tensor) -> Tensor:
     indices = x.new_empty(rows, dtype=torch.int64)
     kernel("first_maximum", width)(x.numel(), x, indices, rows)
     return indices
+
+
+def relative_weights(x: Tensor, temperature: Tensor) -> Tensor:
+    """`sampling.relative_weights`: x [N, V] contiguous, in place, temperature [N] above 0."""
+    rows, width = x.shape
+    kernel("relative_weights", width, least_exponent(x.dtype))(x.numel() * 16, x, temperature.contiguous(), rows)
+    return x
 
 
 def store(x: Tensor, cache: Tensor, slots: Tensor) -> None:

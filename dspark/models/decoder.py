@@ -15,7 +15,7 @@ from dspark.models import cpu_ops
 from dspark.models.config import DecoderConfig
 from dspark.models.layer_stack import LayerStack
 from dspark.models.layers import compiled, linear_map, rms_norm, rotary_table, rotate_, silu_mul, storage_dtype
-from dspark.sampling import first_maximum
+from dspark.sampling import first_maximum, relative_weights
 
 
 class Attention(Protocol):
@@ -152,6 +152,12 @@ class Decoder:
         if compiled(logits) and logits.is_contiguous():
             return cpu_ops.first_maximum(logits)
         return first_maximum(logits)
+
+    def relative_weights(self, logits: Tensor, temperature: Tensor) -> Tensor:
+        """Those of `dspark.sampling`, in place: logits [N, V] in fp32, temperature [N] above 0."""
+        if compiled(logits) and logits.is_contiguous():
+            return cpu_ops.relative_weights(logits, temperature)
+        return relative_weights(logits, temperature)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [N, C] -> logits [N, V], valid until the next call."""

@@ -60,7 +60,8 @@ def residual_weights(target_probs: Tensor, support: Tensor, draft_probs: Tensor,
     Where nothing is left, w p equals q up to rounding and the round ends here with probability 0: it is p itself.
     """
     excess = (prefix_probs[:, None] * target_probs).scatter_add_(-1, support, -draft_probs).clamp_(min=0)
-    return torch.where(excess.sum(-1, keepdim=True) > 0, excess, target_probs)
+    nothing = excess.sum(-1) == 0
+    return torch.where(nothing[:, None], target_probs, excess) if bool(nothing.any()) else excess
 
 
 def verify(
@@ -87,11 +88,10 @@ def verify(
     # The longest prefix at which the round may end is kept.
     accepted = torch.zeros_like(verify_lengths).scatter_reduce(0, request, slot * ends, "amax")  # [R]
     row = first_row + accepted
-    weights = target_probs[row]  # [R, V]
-    rejected = (accepted < verify_lengths).nonzero().squeeze(-1)
-    if len(rejected):  # a last row's residual is p itself
-        row = row[rejected]
-        weights[rejected] = residual_weights(weights[rejected], support[row], draft_probs[row], prefix_probs[row])
+    weights = target_probs  # [R, V]
+    if len(row) < len(target_probs):  # with nothing verified the residual is p itself
+        rows = target_probs.index_select(0, row)  # many times as fast as by []
+        weights = residual_weights(rows, support[row], draft_probs[row], prefix_probs[row])
     return Verdict(accepted, categorical(weights, target_uniforms.gather(1, accepted[:, None]).squeeze(1)))
 
 

@@ -1,6 +1,7 @@
 """The compiled operations: right for any shape, and blind to the rows beside a row."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from dspark.models import cpu_ops
 from dspark.models.cpu_chunks import AttentionShape, Chunks, attend_chunks
 from dspark.models.cpu_ops import CompiledLinear, available
 from dspark.models.layers import apply_rotary, rotary_table
+from dspark.sampling import relative_weights
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs an x86 CPU with FMA and PyTorch on GNU OpenMP")
 
@@ -130,6 +132,20 @@ def test_cache_holds_the_nearest_numbers(dtype: torch.dtype):
     cpu_ops.store(rows, cache, slots)
     expected = torch.zeros_like(cache).index_copy_(0, slots, x.to(dtype))
     assert torch.equal(cache.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("width", [3, 64, 1000])
+def test_relative_weights_are_those_of_sampling(width: int):
+    x = 20 * torch.randn(9, width, generator=torch.Generator().manual_seed(width))
+    x[1, 0], x[2] = -math.inf, 3.0
+    temperature = torch.tensor([1.0, 1.0, 1.0, 0.01, 1e-45, 1e30, 0.7, 2.0, 1.0])
+    expected = relative_weights(x.clone(), temperature)
+    found = cpu_ops.relative_weights(x.clone(), temperature)
+    torch.testing.assert_close(found, expected, rtol=3e-6, atol=0, equal_nan=True)
+    assert ((found == 0) == (expected == 0)).all()
+    broken = torch.tensor([[math.nan, 1.0, 1.0], [math.inf, 1.0, 2.0], [-math.inf, -math.inf, -math.inf]])
+    found = cpu_ops.relative_weights(broken, torch.ones(3))
+    assert torch.equal(found, torch.tensor([[0.0, 1.0, 1.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]))
 
 
 @pytest.mark.parametrize("width", [1, 17, 48, 49152])
