@@ -107,9 +107,8 @@ class Runner:
         if len(coupled):
             slot = torch.cat([torch.arange(n + 1) for n in lengths.tolist()])
             draws = bonus[request[coupled], slot[coupled]].to(logits.device)
-            drawn = categorical(target_probs[coupled], draws)
-            target_probs[coupled] = 0.0
-            target_probs[coupled, drawn] = 1.0
+            drawn = categorical(target_probs.index_select(0, coupled), draws)
+            target_probs.index_fill_(0, coupled, 0.0)[coupled, drawn] = 1.0
         accept = torch.from_numpy(uniforms(seeds, positions[:, :g], Purpose.ACCEPT, range(g)))
         return verify(target_probs, draft, lengths, accept.to(logits.device), bonus.to(logits.device))
 
