@@ -9,7 +9,7 @@ from dspark.models.cpu_emitter import F32, I8, I32, I64, VOID, BFloat, Emitter, 
 VECTORS = 2  # vectors of outputs a tile of the linear map is wide
 PREFETCH = 4096  # bytes ahead; hardware prefetching stops at pages. 13.8 GB/s without it, 19 with it, for one row
 CACHE_LINE = 16  # words of 4 bytes
-FEW_ROWS = 6  # whose weights are fetched to the first level; with more rows fetches that wait there hold up products
+FEW_ROWS = 5  # whose weights are fetched to the first level; with more rows fetches that wait there hold up products
 
 
 @dataclass(frozen=True)
