@@ -120,6 +120,10 @@ class DrafterContext:
         for tokens, positions, slots, *taps in pieces:
             self.drafter.extend(taps, tokens, positions, slots)
 
+    def behind(self, sequences: list[Sequence]) -> int:
+        """Committed tokens of these that the drafter has not taken in."""
+        return sum(rows.end - rows.first for s in sequences for rows in self.waiting.get(s.kv, ()))
+
     def copy(self, source_slot: int, target_slot: int, count: int) -> None:
         self.drafter.copy(source_slot, target_slot, count)
 

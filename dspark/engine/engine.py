@@ -19,6 +19,7 @@ from dspark.models.decoder import Decoder
 from dspark.sampling import SamplingParams, sample_seed
 from dspark.spec.calibration import Calibration, Calibrator
 from dspark.spec.draft import Draft
+from dspark.spec.live_costs import StepTaken
 from dspark.spec.prefix_scheduler import FixedLength, PrefixScheduler
 
 
@@ -175,6 +176,7 @@ class Engine:
         planned = time.perf_counter()
         wanted = self.to_draft(plan)
         decided = time.perf_counter()
+        behind = self.context.behind([plan.decoding[i].sequence for i in wanted]) if self.context is not None else 0
         draft = self.draft(plan, wanted) if wanted else None
         drafted = time.perf_counter()
         verify_lengths = self.choose(plan, draft)
@@ -189,13 +191,29 @@ class Engine:
         if self.context is not None:
             self.context.add(outcome.batch, output.taps, accepted)
         ended = time.perf_counter()
-        self.times.draft += (drafted - decided) + (ended - committed)
-        self.times.choose += (decided - planned) + (chosen - drafted)
+        drafting, choosing = (drafted - decided) + (ended - committed), (decided - planned) + (chosen - drafted)
+        self.times.draft += drafting
+        self.times.choose += choosing
         self.times.target += (verified - chosen) - outcome.sample_seconds
         self.times.sample += outcome.sample_seconds
         self.times.other += (planned - started) + (committed - verified)
         self.times.rounds += bool(plan.decoding)
-        self.times.verified += sum(span.verify_length for span in outcome.batch.spans)
+        verify_length = sum(span.verify_length for span in outcome.batch.spans)
+        self.times.verified += verify_length
+        if plan.decoding and not plan.prefill:
+            requests, slots = len(plan.decoding), 0 if draft is None else draft.tokens.shape[1]
+            as_usual = behind <= (1 + self.block_size) * len(wanted)
+            other = ended - started - drafting - choosing
+            self.prefix_scheduler.observe(
+                StepTaken(
+                    requests,
+                    requests + verify_length,
+                    drafted=len(wanted) * as_usual,
+                    slots=slots,
+                    draft_seconds=drafting + choosing,
+                    other_seconds=other,
+                )
+            )
         return new_tokens
 
     def to_draft(self, plan: StepPlan) -> list[int]:

@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from dspark.spec.cost_table import CostTable
+from dspark.spec.live_costs import LiveCosts, StepTaken
 from dspark.spec.survivals import Floats, Ints, Survivals
 from dspark.spec.walk import Drafted, Load, Walk, algorithm_1, best_budget, foresight, step_seconds, survival, walk
 
@@ -38,6 +39,10 @@ class PrefixScheduler(Protocol):
         A request that nothing was drafted for has draft length 0.
         Slots at and past a request's length are padding; confidence may be anything, NaN too.
         """
+        ...
+
+    def observe(self, step: StepTaken) -> None:
+        """What a step without prompts took, after it."""
         ...
 
 
@@ -71,6 +76,9 @@ class FixedLength:
     def choose(self, confidence: Floats, lengths: Ints, load: Load) -> Ints:
         return np.minimum(lengths, self.length)
 
+    def observe(self, step: StepTaken) -> None:
+        pass
+
 
 @dataclass(frozen=True)
 class Threshold:
@@ -91,6 +99,9 @@ class Threshold:
     def choose(self, confidence: Floats, lengths: Ints, load: Load) -> Ints:
         return (survival(confidence, lengths) >= self.threshold).sum(1)
 
+    def observe(self, step: StepTaken) -> None:
+        pass
+
 
 @dataclass
 class _Answer:
@@ -109,10 +120,13 @@ class _Answer:
 class _CostBased:
     """The frame of the three below: for whom to draft, the walk, what is remembered after the choice."""
 
-    def __init__(self, costs: CostTable, decay: float = 0.98, warm_up: int = 16, retry_every: int = 64):
+    def __init__(self, costs: CostTable | LiveCosts, decay: float = 0.98, warm_up: int = 16, retry_every: int = 64):
         """Drafts until about `warm_up` requests were seen; an answer to "for how many does it pay" holds for
-        `retry_every` rounds at most, and longer where it was "for none" again and again or news is dear."""
-        self.costs, self.warm_up, self.retry_every = costs, warm_up, retry_every
+        `retry_every` rounds at most, and longer where it was "for none" again and again or news is dear.
+        costs: `LiveCosts` are kept up to date with what steps take, a table stays as it is."""
+        self.live = costs if isinstance(costs, LiveCosts) else None
+        self.costs = costs.table if isinstance(costs, LiveCosts) else costs
+        self.warm_up, self.retry_every = warm_up, retry_every
         self.history = Survivals(decay)
         self.rounds = 0  # since the warm-up
         self.answers: dict[int, _Answer] = {}  # by load, see `answer`
@@ -228,6 +242,11 @@ class _CostBased:
     def remember(self, today: Floats, order: Walk, lengths: Ints, load: Load) -> None:
         self.history.observe(today, lengths, load.ids)
 
+    def observe(self, step: StepTaken) -> None:
+        if self.live is not None:
+            self.live.observe(step)
+            self.costs = self.live.table
+
 
 def best_first(levels: Floats | Ints) -> Ints:
     return np.argsort(-levels, kind="stable")
@@ -251,7 +270,7 @@ class StaleBudget(_CostBased):
     Until there are two past rounds it is Algorithm 1.
     """
 
-    def __init__(self, costs: CostTable, decay: float = 0.98, warm_up: int = 16, retry_every: int = 64):
+    def __init__(self, costs: CostTable | LiveCosts, decay: float = 0.98, warm_up: int = 16, retry_every: int = 64):
         super().__init__(costs, decay, warm_up, retry_every)
         self.past: tuple[Floats, ...] = ()  # survivals of the last two rounds, as walked, the latest first
 
