@@ -6,6 +6,7 @@ measured, or less. The shape of the curve stays; three factors of it are fitted 
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from dspark.spec.cost_table import CostTable
 
@@ -46,10 +47,8 @@ class LiveCosts:
         self._steps = 0
 
     def observe(self, step: StepTaken) -> None:
-        profile = self.profile
-        first = profile.step_seconds + profile.target_seconds[0]
-        expected = profile.step_seconds + float(profile.target(step.batch_tokens, step.requests))
-        share = min(1.0, first / expected)
+        expected = _without_drafts(self.profile, step.batch_tokens, step.requests)
+        share = min(1.0, _without_drafts(self.profile, 1, 1) / expected)
         x = share, 1.0 - share
         base, rest, _ = self.factors()
         ratio = _unsurprising(step.other_seconds / expected, x[0] * base + x[1] * rest)
@@ -64,12 +63,12 @@ class LiveCosts:
         ratios, weights = self._drafts
         self._drafts = [FORGET * ratios + prior, FORGET * weights + prior]
         if step.drafted:
-            ratio = step.draft_seconds / float(profile.draft(step.drafted, step.slots))
+            ratio = step.draft_seconds / _of_drafts(self.profile, step.drafted, step.slots)
             ratio = _unsurprising(ratio, ratios / weights)
             self._drafts = [self._drafts[0] + ratio, self._drafts[1] + 1.0]
         self._steps += 1
         if self._steps % REFRESH == 0:
-            self.table = scaled(profile, *self.factors())
+            self.table = scaled(self.profile, *self.factors())
 
     def factors(self) -> tuple[float, float, float]:
         """Of a step of one token, of what more of them add, of drafts."""
@@ -90,6 +89,16 @@ def scaled(table: CostTable, base: float, rest: float, drafts: float) -> CostTab
         draft_seconds=tuple(drafts * seconds for seconds in table.draft_seconds),
         short_draft_seconds=tuple(drafts * seconds for seconds in table.short_draft_seconds),
     )
+
+
+@lru_cache(maxsize=4096)
+def _without_drafts(profile: CostTable, batch_tokens: int, requests: int) -> float:
+    return profile.step_seconds + float(profile.target(batch_tokens, requests))
+
+
+@lru_cache(maxsize=4096)
+def _of_drafts(profile: CostTable, drafted: int, slots: int) -> float:
+    return float(profile.draft(drafted, slots))
 
 
 def _unsurprising(ratio: float, expected: float) -> float:
