@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing_extensions import TypeIs
 from dspark.config import is_unicode
 from dspark.models.source import first_line
 
-ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
+ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}  # ShareGPT's names, and OpenAI's latest
 
 
 @dataclass(frozen=True)
@@ -109,16 +110,29 @@ def read_prompts(path: Path, limit: int | None = None, subset: str | None = None
     """Prompts from JSON lines, or from a Hugging Face dataset where `path` is a folder or a hub name (owner/name).
 
     A row holds `turns` (list of user turns), `messages` (role/content), `conversations` (from/value) or `prompt`.
-    Raises ValueError for what cannot be read or is empty and for a row of another form.
+    Conversations that a chat template cannot be asked to continue, and rows of another form in a dataset, are left out
+    and counted on stderr. Raises ValueError for what cannot be read or is empty and for a line of another form.
     """
-    prompts = []
-    for place, row in dataset_rows(path, subset, split) if is_dataset(path) else read_jsonl(path):
-        prompts.append(parse_prompt(row, place))
+    prompts, left_out, reason = [], 0, ""
+    from_dataset = is_dataset(path)
+    for place, row in dataset_rows(path, subset, split) if from_dataset else read_jsonl(path):
+        try:
+            prompts.append(parse_prompt(row, place))
+        except ValueError as error:
+            if not (from_dataset or isinstance(error, UnusableConversation)):
+                raise
+            left_out, reason = left_out + 1, reason or str(error)
         if len(prompts) == limit:
             break
     if not prompts:
-        raise ValueError(f"'{path}' holds no prompts")
+        raise ValueError(f"'{path}' holds no prompts" + (f": {reason}" if reason else ""))
+    if left_out:
+        print(f"left out {left_out} of {left_out + len(prompts)} rows, the first: {reason}", file=sys.stderr)
     return prompts
+
+
+class UnusableConversation(ValueError):
+    """Well-formed, but not of a system prompt, questions and answers alone."""
 
 
 def is_dataset(path: Path) -> bool:
@@ -148,9 +162,13 @@ def parse_prompt(row: dict, place: str) -> Prompt:
     messages = row.get("messages") or row.get("conversations")
     if turns is None and isinstance(messages, list):
         rows = [m if isinstance(m, dict) else {} for m in messages]
-        pairs = [(str(m.get("role") or m.get("from")), m.get("content") or m.get("value")) for m in rows]
+        pairs = [(str(m.get("role") or m.get("from") or ""), m.get("content") or m.get("value")) for m in rows]
         pairs = [(ROLES.get(role, role), text) for role, text in pairs]
         system = pairs.pop(0)[1] if pairs and pairs[0][0] == "system" else system
+        if other := next((role for role, _ in pairs if role not in ("user", "assistant", "")), None):
+            raise UnusableConversation(f"{place}: a message of role '{other}' among questions and answers")
+        if pairs and pairs[0][0] == "assistant":
+            raise UnusableConversation(f"{place}: the conversation does not begin with a question")
         turns = [text for role, text in pairs if role == "user"]
         for (asker, _), (answerer, text) in zip(pairs[::2], pairs[1::2]):
             if (asker, answerer) != ("user", "assistant") or not is_text(text):

@@ -49,12 +49,23 @@ def test_an_answer_that_is_blank_ends_what_is_kept(tmp_path: Path):
 
 @pytest.mark.parametrize(
     "roles, answers",
-    [("uaua", ("1", "3")), ("suau", ("2",)), ("uau", ("1",)), ("uu", ()), ("auau", ()), ("uaau", ())],
+    [("uaua", ("1", "3")), ("suau", ("2",)), ("uau", ("1",)), ("uu", ()), ("uaau", ()), ("duau", ("2",))],
 )
 def test_given_answers_are_kept_where_turns_alternate(tmp_path: Path, roles: str, answers: tuple[str, ...]):
-    names = {"u": "user", "a": "assistant", "s": "system"}
+    names = {"u": "user", "a": "assistant", "s": "system", "d": "developer"}
     messages = [{"role": names[role], "content": str(i)} for i, role in enumerate(roles)]
     assert read_prompts(write(tmp_path, json.dumps({"messages": messages})))[0].answers == answers
+
+
+@pytest.mark.parametrize("roles", [("assistant", "user"), ("user", "tool", "assistant"), ("user", "system"), ("bot",)])
+def test_conversations_that_cannot_be_continued_are_left_out_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], roles: tuple[str, ...]
+):
+    line = json.dumps({"messages": [{"role": role, "content": "text"} for role in roles]})
+    assert len(read_prompts(write(tmp_path, GOOD + line + "\n" + line + "\n" + GOOD))) == 2
+    assert capsys.readouterr().err.startswith(f"left out 2 of 4 rows, the first: '{tmp_path / 'data.jsonl'}' line 2: ")
+    with pytest.raises(ValueError, match=r"holds no prompts: .* line 1: "):
+        read_prompts(write(tmp_path, line))
 
 
 @pytest.mark.parametrize(
@@ -68,7 +79,6 @@ def test_given_answers_are_kept_where_turns_alternate(tmp_path: Path, roles: str
         '{"turns": []}',
         '{"turns": "text"}',
         '{"turns": ["a", null]}',
-        '{"messages": [{"role": "assistant", "content": "a"}]}',
         '{"messages": [{"role": "user"}]}',
         '{"messages": ["text"]}',
         '{"prompt": "half a \\ud83d character"}',
@@ -209,10 +219,13 @@ def test_a_dataset_folder(tmp_path: Path):
         read_prompts(tmp_path, split="nonsense")
 
 
-def test_a_dataset_folder_of_json_lines(tmp_path: Path):
+def test_bad_rows_of_a_dataset_are_left_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("datasets")
-    write(tmp_path, GOOD + '{"prompt": ""}\n')
-    with pytest.raises(ValueError, match=f"'{tmp_path}' row 2 needs"):
+    write(tmp_path, GOOD + '{"prompt": ""}\n' + GOOD)
+    assert len(read_prompts(tmp_path)) == 2
+    assert f"left out 1 of 3 rows, the first: '{tmp_path}' row 2 needs" in capsys.readouterr().err
+    write(tmp_path, '{"prompt": ""}\n')
+    with pytest.raises(ValueError, match=f"'{tmp_path}' holds no prompts: '{tmp_path}' row 1 needs"):
         read_prompts(tmp_path)
 
 
