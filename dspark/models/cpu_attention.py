@@ -10,8 +10,9 @@ read the keys and values once together. A row's result does not depend on the ot
 from llvmlite import ir
 
 from dspark.models.cpu_emitter import F32, I8, I16, I32, I64, VOID, Emitter, Machine, Value, lanes_for
-from dspark.models.cpu_linear import TILE_INPUTS, TILE_ROWS, round_vector, tile_config
+from dspark.models.cpu_linear import TILE_INPUTS, TILE_ROWS, dot, round_vector, tile_config
 
+CHUNK_ROWS = 8  # rows that share the turning of their keys; scores of a chunk stay in the cache nearest to a core
 KEYS_AHEAD = 32  # that attention fetches: 64 requests of 256 tokens take 0.85 ms a layer instead of 1.12
 
 
@@ -28,11 +29,28 @@ def prefetch_slots(e: Emitter, base: Value, slot: Value, count: int, slot_size: 
             e.prefetch(base, e.b.add(ahead, I64(line)), locality=2)
 
 
-def attention_kernel(machine: Machine, kv_heads: int, group: int, head_dim: int, in_bf16: bool) -> ir.Module:
-    """In vectors of fp32. Scratch: a block of keys, then `span` scores for each row and query of a chunk.
+def zip_slots(e: Emitter, values: Value, places: list[Value], starts: range) -> list[Value]:
+    """From bf16 values of two slots, at two places, words of a number of each: 32 numbers from each start on make two
+    vectors."""
+    halves, zipped = ir.VectorType(I16, 32), []
+    for start in starts:
+        rows = [e.b.gep(values, [e.b.add(place, I64(start))]) for place in places]
+        even, odd = (e.b.load(e.b.bitcast(row, halves.as_pointer()), align=2) for row in rows)
+        for k in range(2):
+            order = [16 * k + j // 2 + 32 * (j % 2) for j in range(32)]
+            zipped.append(e.b.shuffle_vector(even, odd, ir.Constant(ir.VectorType(I32, 32), order)))
+    return zipped
+
+
+def attention_kernel(
+    machine: Machine, kv_heads: int, group: int, head_dim: int, in_bf16: bool, dots: bool
+) -> ir.Module:
+    """In vectors of fp32. Scratch: a block of keys, queries in bf16, `span` scores for each row and query of a chunk.
 
     Keys are read and turned once for all rows of a chunk, `lanes` of them at a time, so that the scores of a query
-    against them grow side by side without a sum across lanes.
+    against them grow side by side without a sum across lanes. dots: queries and the softmax's numerators are rounded to
+    bf16 and multiplied in pairs, products summed in fp32; values are paired up slot by slot. For a cache in bf16,
+    head_dim a multiple of 32.
     """
     packed = 2 if in_bf16 else 1  # numbers of a key in 32 bits, which are turned together
     e = Emitter(f"f{'h' if in_bf16 else 'f'}ffqiiii", machine, lanes_for(head_dim // packed, machine))
@@ -40,10 +58,12 @@ def attention_kernel(machine: Machine, kv_heads: int, group: int, head_dim: int,
     words = ir.VectorType(I32, lanes)
     q, kv, out, scratch, chunks, q_stride, room, span, _ = e.fields
     parts, slot_size = head_dim // lanes, 2 * kv_heads * head_dim
+    query_words = group * head_dim // packed
     turned = b.gep(scratch, [b.mul(e.thread, room)])  # [head_dim / packed, lanes]
-    scores = b.gep(turned, [I64(head_dim // packed * lanes)])  # [rows, group, span]
+    rounded = b.gep(turned, [I64(head_dim // packed * lanes)])  # [rows, query_words], with dots
+    scores = b.gep(rounded, [I64(CHUNK_ROWS * query_words if dots else 0)])  # [rows, group, span]
     lane_numbers = ir.Constant(ir.VectorType(I64, lanes), list(range(lanes)))
-    lowest = e.constant(-1e30)
+    lowest, scale = e.constant(-1e30), e.constant(head_dim**-0.5)
 
     def read(pointer: Value, index: Value) -> Value:
         return e.load_bf16(pointer, index) if in_bf16 else e.load(pointer, index)
@@ -55,6 +75,16 @@ def attention_kernel(machine: Machine, kv_heads: int, group: int, head_dim: int,
         bits = b.bitcast(key, words)
         halves = b.shl(bits, ir.Constant(words, [16] * lanes)), b.and_(bits, ir.Constant(words, [-65536] * lanes))
         return [b.bitcast(half, e.vector) for half in halves]
+
+    def add_product(total: Value, x: Value, y: Value) -> Value:
+        return dot(e, total, x, y) if dots else e.fma(x, y, total)
+
+    def paired(values: Value, t: Value, last: Value) -> list[Value]:
+        """Of slots t and t + 1: the numbers of one beside those of the other. Past the last it is the last again, whose
+        weight is 0 there: what lies further on may be no number."""
+        second = b.add(t, I64(1))
+        slots = t, b.select(b.icmp_unsigned("<", second, last), second, last)
+        return zip_slots(e, values, [b.mul(slot, I64(slot_size)) for slot in slots], range(0, head_dim, 2 * lanes))
 
     def before(end: Value, start: Value) -> Value:
         """Which lanes of a vector that begins at `start` lie before `end`."""
@@ -72,6 +102,13 @@ def attention_kernel(machine: Machine, kv_heads: int, group: int, head_dim: int,
         def at(row: Value, g: int, position: Value) -> Value:
             return b.add(b.mul(b.add(b.mul(row, I64(group)), I64(g)), span), position)
 
+        if dots:  # scaled before they are rounded
+            with e.loop(I64(0), count) as row:
+                query = b.gep(q, [b.add(b.mul(b.add(first_row, row), q_stride), b.mul(head, I64(group * head_dim)))])
+                for i in range(0, group * head_dim, lanes):
+                    at_word = b.add(b.mul(row, I64(query_words)), I64(i // 2))
+                    e.store(round_vector(e, b.fmul(e.load(query, I64(i)), scale)), rounded, at_word)
+
         with e.loop(I64(0), length, lanes) as t:
             last = b.sub(length, I64(1))
             places = []  # of the block's keys; past the end the last one again, which is masked below
@@ -86,22 +123,27 @@ def attention_kernel(machine: Machine, kv_heads: int, group: int, head_dim: int,
                     e.store(vector, turned, I64((p * lanes + d) * lanes))
             with e.loop(I64(0), count) as row:
                 query = b.gep(q, [b.add(b.mul(b.add(first_row, row), q_stride), b.mul(head, I64(group * head_dim)))])
-                zeros = [e.constant(0.0)] * (group * parts)
-                with e.sums(I64(0), I64(lanes), zeros) as (d, carried, results):
+                if dots:
+                    query = b.gep(rounded, [b.mul(row, I64(query_words))])
+                numbers = 1 if dots else packed  # of a query, multiplied one after the other
+                chains = parts // packed * numbers
+                with e.sums(I64(0), I64(lanes), [e.constant(0.0)] * (group * chains)) as (d, carried, results):
                     for p in range(parts // packed):
                         here = b.add(d, I64(p * lanes))
-                        for n, key in enumerate(unpacked(e.load(turned, b.mul(here, I64(lanes))))):
-                            at_query = b.add(b.mul(here, I64(packed)), I64(n))
+                        key = e.load(turned, b.mul(here, I64(lanes)))
+                        for n, numbers_of_keys in enumerate([key] if dots else unpacked(key)):
+                            at_query = b.add(b.mul(here, I64(numbers)), I64(n))
                             for g in range(group):
-                                part = e.spread(b.load(b.gep(query, [b.add(at_query, I64(g * head_dim))])))
-                                i = g * parts + p * packed + n
-                                carried[i] = e.fma(part, key, carried[i])
+                                start = I64(g * head_dim * numbers // packed)
+                                part = e.spread(b.load(b.gep(query, [b.add(at_query, start)])))
+                                i = g * chains + p * numbers + n
+                                carried[i] = add_product(carried[i], part, numbers_of_keys)
                 seen = before(visible(row), t)
                 for g in range(group):
-                    score = results[g * parts]
-                    for p in range(1, parts):
-                        score = b.fadd(score, results[g * parts + p])
-                    score = b.fmul(score, e.constant(head_dim**-0.5))
+                    score = results[g * chains]
+                    for p in range(1, chains):
+                        score = b.fadd(score, results[g * chains + p])
+                    score = score if dots else b.fmul(score, scale)
                     e.store(b.select(seen, score, lowest), scores, at(row, g, t))
         with e.loop(I64(0), count) as row:
             end = visible(row)
@@ -114,17 +156,23 @@ def attention_kernel(machine: Machine, kv_heads: int, group: int, head_dim: int,
                 for g in range(group):
                     weight = e.exp(b.fsub(e.load(scores, at(row, g, t)), shifts[g]))
                     weight = b.select(seen, weight, e.constant(0.0))
-                    e.store(weight, scores, at(row, g, t))
+                    if dots:  # in the first half of their scores' place
+                        e.store(round_vector(e, weight), scores, at(row, g, b.udiv(t, I64(2))))
+                    else:
+                        e.store(weight, scores, at(row, g, t))
                     carried[g] = b.fadd(carried[g], weight)
             inverses = [e.spread(b.fdiv(F32(1.0), e.total(value))) for value in sums]
-            with e.sums(I64(0), end, [e.constant(0.0)] * (group * parts)) as (t, carried, results):
-                place = b.mul(t, I64(slot_size))
-                value = [read(values, b.add(place, I64(p * lanes))) for p in range(parts)]
+            slots = 2 if dots else 1  # at a time
+            with e.sums(I64(0), end, [e.constant(0.0)] * (group * parts), slots) as (t, carried, results):
+                if dots:
+                    value = paired(values, t, b.sub(end, I64(1)))
+                else:
+                    value = [read(values, b.add(b.mul(t, I64(slot_size)), I64(p * lanes))) for p in range(parts)]
                 for g in range(group):
-                    weight = e.spread(b.load(b.gep(scores, [at(row, g, t)])))
+                    weight = e.spread(b.load(b.gep(scores, [at(row, g, b.udiv(t, I64(slots)))])))
                     for p in range(parts):
                         i = g * parts + p
-                        carried[i] = e.fma(weight, value[p], carried[i])
+                        carried[i] = add_product(carried[i], weight, value[p])
             rows_before = b.mul(b.add(first_row, row), I64(kv_heads))
             result = b.gep(out, [b.mul(b.add(rows_before, head), I64(group * head_dim))])
             for i, value in enumerate(results):
@@ -255,13 +303,8 @@ def tiled_attention_kernel(machine: Machine, kv_heads: int, group: int, head_dim
             with e.loop(I64(0), padded, TILE_INPUTS) as t:
                 for i in range(16):
                     places = [b.mul(least(b.add(t, I64(2 * i + j)), last_slot), I64(slot_size)) for j in range(2)]
-                    for n in range(0, 4, 2):
-                        pair = [b.gep(values, [b.add(place, I64(dims + n * 16))]) for place in places]
-                        even, odd = (b.load(b.bitcast(x, halves.as_pointer()), align=2) for x in pair)
-                        for k in range(2):
-                            order = [16 * k + j // 2 + 32 * (j % 2) for j in range(32)]
-                            zipped = b.shuffle_vector(even, odd, ir.Constant(ir.VectorType(I32, 32), order))
-                            e.store(zipped, as_halves(paired), I64(((n + k) * 16 + i) * 32))
+                    for n, zipped in enumerate(zip_slots(e, values, places, range(dims, dims + VALUE_DIMS, 32))):
+                        e.store(zipped, as_halves(paired), I64((n * 16 + i) * 32))
                 tile("tileloadd64", I8(4), bytes_at(as_halves(scores), t), b.mul(span, I64(4)))
                 for n in range(4):
                     tile("tileloadd64", I8(5 + n % 2), bytes_at(paired, I64(n * 256)), I64(64))

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from dspark.models import cpu_attention, cpu_ops
+from dspark.models.cpu_attention import CHUNK_ROWS
 from dspark.models.cpu_linear import TILE_INPUTS, TILE_ROWS
 from dspark.models.cpu_ops import Kernel
 
-CHUNK_ROWS = 8  # rows that share the turning of their keys; scores of a chunk stay in the cache nearest to a core
 LANES = 16  # of the widest vector
 
 
@@ -33,11 +33,22 @@ class AttentionShape(NamedTuple):
         return has_tiles and self.in_bf16 and self.head_dim in (64, 128) and self.group <= TILE_ROWS
 
     @property
+    def in_pairs(self) -> bool:
+        """Whether dot products of bf16 pairs do it."""
+        has_dots = cpu_ops.compiler().machine.bf16_dots and not self.tiled
+        return has_dots and self.in_bf16 and self.head_dim % TILE_INPUTS == 0
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether queries and the softmax's numerators are rounded to bf16."""
+        return self.tiled or self.in_pairs
+
+    @property
     def kernel(self) -> Kernel:
         shape = self.kv_heads, self.group, self.head_dim
         if self.tiled:
             return cpu_ops.kernel("tiled_attention", *shape)
-        return cpu_ops.kernel("attention", *shape, self.in_bf16)
+        return cpu_ops.kernel("attention", *shape, self.in_bf16, self.in_pairs)
 
     def chunk_rows(self, requests: int) -> int:
         """Rows of a chunk at most; for few requests fewer, so that all threads have work."""
@@ -51,7 +62,7 @@ class AttentionShape(NamedTuple):
             span = longest + TILE_INPUTS  # whole tiles are written
             return span, cpu_attention.tiled_scratch(self.head_dim) + TILE_ROWS * span
         span = longest + LANES  # whole vectors are written
-        return span, self.head_dim * LANES + CHUNK_ROWS * self.group * span
+        return span, self.head_dim * LANES + CHUNK_ROWS * self.group * (self.head_dim + span)
 
 
 @dataclass

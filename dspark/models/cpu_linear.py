@@ -88,6 +88,13 @@ def round_vector(e: Emitter, value: Value) -> Value:
     return e.b.bitcast(e.b.call(function, [value]), ir.VectorType(I32, 8))
 
 
+def dot(e: Emitter, total: Value, x: Value, y: Value) -> Value:
+    """total + the sum of two bf16 products in each of 16 words of x and y."""
+    pairs = ir.VectorType(BFloat(), 2 * e.lanes)
+    function = e.function("llvm.x86.avx512bf16.dpbf16ps.512", e.vector, [e.vector, pairs, pairs])
+    return e.b.call(function, [total, e.b.bitcast(x, pairs), e.b.bitcast(y, pairs)])
+
+
 def _round_to_bf16(e: Emitter, source: Value, target: Value, count: Value) -> None:
     """`count` fp32 numbers, a multiple of the vector width, to bf16 numbers packed two in a word."""
     with e.loop(I64(0), count, e.lanes) as i:
@@ -112,10 +119,7 @@ def _tile_function(e: Emitter, rows: int, products: Products) -> ir.Function:
     def add(x_value: Value, weight: Value, total: Value) -> Value:
         if products.step == 1:
             return e.fma(e.spread(x_value), weight, total)
-        pairs = ir.VectorType(BFloat(), 2 * lanes)
-        dot = e.function("llvm.x86.avx512bf16.dpbf16ps.512", e.vector, [e.vector, pairs, pairs])
-        spread = e.spread(b.bitcast(x_value, F32))
-        return b.call(dot, [total, b.bitcast(spread, pairs), b.bitcast(weight, pairs)])
+        return dot(e, total, e.spread(b.bitcast(x_value, F32)), weight)
 
     with e.sums(I64(0), inputs, [e.constant(0.0)] * (rows * VECTORS)) as (k, carried, results):
         start = b.mul(k, I64(products.weight_vectors * lanes))

@@ -111,12 +111,12 @@ def test_attention_matches_softmax_in_float64(
             n = length - (rows - 1 - i) * causal
             keys, values = kv[start : start + n].double().repeat_interleave(group, 2).unbind(1)
             query = q[row] * head_dim**-0.5
-            if shape.tiled:
+            if shape.rounds_inputs:
                 query = query.to(torch.bfloat16)
             weights = torch.einsum("hd,thd->ht", query.double(), keys).softmax(-1)
             expected = torch.einsum("ht,thd->hd", weights, values).flatten()
-            # In tiles each weight is rounded to bf16, which is off by 2**-8 of it at most.
-            rounding = torch.einsum("ht,thd->hd", weights, values.abs()).flatten() * 2**-8 * shape.tiled
+            # There each weight is rounded to bf16 too, which is off by 2**-8 of it at most.
+            rounding = torch.einsum("ht,thd->hd", weights, values.abs()).flatten() * 2**-8 * shape.rounds_inputs
             assert bool(((out[row] - expected).abs() <= 5e-5 + 2e-5 * expected.abs() + rounding).all())
             alone = attend_chunks(q[row : row + 1], kv, Chunks.of([(1, start, n, True)], shape))
             assert torch.equal(alone[0], out[row])
