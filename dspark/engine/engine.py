@@ -10,7 +10,7 @@ import torch
 
 from dspark.drafters.interface import Drafter
 from dspark.engine.answer_text import AnswerText, Decode
-from dspark.engine.drafter_context import DrafterContext
+from dspark.engine.drafter_context import MOST_BYTES, DrafterContext
 from dspark.engine.kv_cache import KVCache, slot_bytes
 from dspark.engine.runner import Outcome, Runner
 from dspark.engine.scheduler import Scheduler, StepPlan
@@ -27,7 +27,8 @@ from dspark.spec.prefix_scheduler import FixedLength, PrefixScheduler
 class EngineConfig:
     """The engine's limits; none is ever exceeded.
 
-    kv_gib bounds the KV cache of target and drafter together; prefill_tokens the prompt tokens of a step.
+    kv_gib bounds the KV cache of target and drafter together, `DrafterContext` what waits for the drafter besides;
+    prefill_tokens the prompt tokens of a step.
     reuse_prefixes: copy the KV of leading tokens that another request computed instead of computing it again.
     seed: of requests that bring none, with their number; None: another one each time.
     """
@@ -116,9 +117,11 @@ class Engine:
 
     def limits(self) -> str:
         """One line for humans: what this engine will never exceed."""
+        waits = self.drafter is not None and self.drafter.tap_layers
         return (
             f"limits: {self.config.max_streams} streams, {self.longest_request} tokens a request, "
             f"{self.cache.num_slots} KV slots ({self.kv_bytes / 2**30:.2f} GiB)"
+            + (f", {MOST_BYTES / 2**30:.2f} GiB of what waits for the drafter" if waits else "")
         )
 
     def add(self, prompt_ids: list[int], params: SamplingParams, decode: Decode | None = None) -> Sequence:

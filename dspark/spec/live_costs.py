@@ -2,21 +2,22 @@
 
 A profile is of the minute in which it was taken. Neighbours take memory bandwidth and come and go, requests that
 sample need more work a row than greedy ones: what drafting costs beside a plain step may be half as much again as
-measured, or less. The shape of the curve stays; three factors of it are fitted to the last steps.
+measured, or less. The shape of the curves stays; four factors of them are fitted to the last steps.
 """
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate
 
 from dspark.spec.cost_table import CostTable
 
 __all__ = ["LiveCosts", "StepTaken"]
 
-FORGET = 0.99  # of what a step says, kept at each later one: about the last hundred count
-PRIOR = 0.1  # steps that the profile counts as: a step is off by a tenth, a factor by half, so squares of these
+FORGET = 0.995  # of what a step says, kept at each later one: about the last two hundred count
+PRIOR = 0.5  # steps that the profile counts as, few enough to be forgotten where steps tell the two parts apart
 REFRESH = 32  # steps after which the table is made anew; schedulers keep what they computed from one
 SURPRISE = 2.0  # times what was expected: a step counts as no more, and as no less than its inverse
-LIMIT = 4.0  # of the factors, and of their inverses
+LIMIT = 8.0  # of the factors, and of their inverses
 
 
 @dataclass(frozen=True)
@@ -31,62 +32,74 @@ class StepTaken:
     other_seconds: float  # all the rest
 
 
-class LiveCosts:
-    """`table` is the profile with three factors: of what a step of one token costs, of what more tokens and requests
-    add to that, and of drafts.
+class _Factors:
+    """Of two parts of what something takes: the ridge regression of measured seconds over expected ones on the shares
+    of the parts, of observations weighted by age, the profile (1, 1) being worth `PRIOR` of them."""
 
-    The first two are the ridge regression of measured seconds over expected ones on the shares of the two parts, the
-    third is the mean of its own ratio; of steps weighted by age, the profile (1, 1, 1) being worth `PRIOR` steps.
-    """
+    def __init__(self):
+        self._xx = [PRIOR, 0.0, PRIOR]  # sums of products of the shares: first², first·rest, rest²
+        self._xy = [PRIOR, PRIOR]
+
+    def forget(self) -> None:
+        prior = (1 - FORGET) * PRIOR  # it is not forgotten
+        a, b, c = self._xx
+        self._xx = [FORGET * a + prior, FORGET * b, FORGET * c + prior]
+        self._xy = [FORGET * y + prior for y in self._xy]
+
+    def observe(self, first: float, whole: float, measured: float) -> None:
+        """Expected seconds, of the first part and of both."""
+        share = min(1.0, first / whole)
+        x = share, 1.0 - share
+        expected = sum(factor * part for factor, part in zip(self.values(), x))
+        ratio = min(max(measured / whole, expected / SURPRISE), expected * SURPRISE)
+        a, b, c = self._xx
+        self._xx = [a + x[0] * x[0], b + x[0] * x[1], c + x[1] * x[1]]
+        self._xy = [y + part * ratio for y, part in zip(self._xy, x)]
+
+    def values(self) -> tuple[float, float]:
+        (a, b, c), (y, z) = self._xx, self._xy
+        determinant = a * c - b * b  # above 0: the prior makes it so
+        first, rest = (c * y - b * z) / determinant, (a * z - b * y) / determinant
+        return min(max(first, 1 / LIMIT), LIMIT), min(max(rest, 1 / LIMIT), LIMIT)
+
+
+class LiveCosts:
+    """`table` is the profile with four factors: of what a step of one token costs and of what more tokens and requests
+    add to that; of a draft pass with short blocks and of what longer ones add."""
 
     def __init__(self, profile: CostTable):
         self.profile = self.table = profile
-        self._xx = [PRIOR, 0.0, PRIOR]  # sums of products of the shares: first² , first·rest, rest²
-        self._xy = [PRIOR, PRIOR]
-        self._drafts = [PRIOR, PRIOR]  # sums of ratios, and of weights
+        self._step, self._draft = _Factors(), _Factors()
         self._steps = 0
 
     def observe(self, step: StepTaken) -> None:
-        expected = _without_drafts(self.profile, step.batch_tokens, step.requests)
-        share = min(1.0, _without_drafts(self.profile, 1, 1) / expected)
-        x = share, 1.0 - share
-        base, rest, _ = self.factors()
-        ratio = _unsurprising(step.other_seconds / expected, x[0] * base + x[1] * rest)
-        a, b, c = self._xx
-        prior = (1 - FORGET) * PRIOR  # it is not forgotten
-        self._xx = [
-            FORGET * a + x[0] * x[0] + prior,
-            FORGET * b + x[0] * x[1],
-            FORGET * c + x[1] * x[1] + prior,
-        ]
-        self._xy = [FORGET * old + share * ratio + prior for old, share in zip(self._xy, x)]
-        ratios, weights = self._drafts
-        self._drafts = [FORGET * ratios + prior, FORGET * weights + prior]
+        self._step.forget()
+        self._draft.forget()
+        one, whole = (_without_drafts(self.profile, *size) for size in ((1, 1), (step.batch_tokens, step.requests)))
+        self._step.observe(one, whole, step.other_seconds)
         if step.drafted:
-            ratio = step.draft_seconds / _of_drafts(self.profile, step.drafted, step.slots)
-            ratio = _unsurprising(ratio, ratios / weights)
-            self._drafts = [self._drafts[0] + ratio, self._drafts[1] + 1.0]
+            lengths = min(step.slots, self.profile.short_slots), step.slots
+            short, whole = (_of_drafts(self.profile, step.drafted, slots) for slots in lengths)
+            self._draft.observe(short, whole, step.draft_seconds)
         self._steps += 1
         if self._steps % REFRESH == 0:
             self.table = scaled(self.profile, *self.factors())
 
-    def factors(self) -> tuple[float, float, float]:
-        """Of a step of one token, of what more of them add, of drafts."""
-        (a, b, c), (y, z) = self._xx, self._xy
-        determinant = a * c - b * b  # above 0: the prior makes it so
-        base, rest = (c * y - b * z) / determinant, (a * z - b * y) / determinant
-        return _bounded(base), _bounded(rest), _bounded(self._drafts[0] / self._drafts[1])
+    def factors(self) -> tuple[float, float, float, float]:
+        """Of a step of one token, of what more of them add; of short drafts, of what more slots add."""
+        return *self._step.values(), *self._draft.values()
 
 
-def scaled(table: CostTable, base: float, rest: float, drafts: float) -> CostTable:
+def scaled(table: CostTable, base: float, rest: float, drafts: float, slots: float) -> CostTable:
     """See `LiveCosts`; factors above 0."""
-    first = table.target_seconds[0]
+    first, short = table.target_seconds[0], table.short_draft_seconds or table.draft_seconds
+    whole_drafts = [drafts * s + slots * (whole - s) for s, whole in zip(short, table.draft_seconds)]
     return replace(
         table,
         step_seconds=base * table.step_seconds,
         target_seconds=tuple(base * first + rest * (seconds - first) for seconds in table.target_seconds),
         context_seconds=rest * table.context_seconds,
-        draft_seconds=tuple(drafts * seconds for seconds in table.draft_seconds),
+        draft_seconds=tuple(accumulate(whole_drafts, max)),  # where more requests made slots cheaper, that was noise
         short_draft_seconds=tuple(drafts * seconds for seconds in table.short_draft_seconds),
     )
 
@@ -99,11 +112,3 @@ def _without_drafts(profile: CostTable, batch_tokens: int, requests: int) -> flo
 @lru_cache(maxsize=4096)
 def _of_drafts(profile: CostTable, drafted: int, slots: int) -> float:
     return float(profile.draft(drafted, slots))
-
-
-def _unsurprising(ratio: float, expected: float) -> float:
-    return min(max(ratio, expected / SURPRISE), expected * SURPRISE)
-
-
-def _bounded(factor: float) -> float:
-    return min(max(factor, 1 / LIMIT), LIMIT)

@@ -108,6 +108,7 @@ class _Answer:
     """For how many of `requests` drafting pays, 0: for none, and blocks of how many slots; asked again `interval`
     rounds later, in round `due`."""
 
+    ids: frozenset[int]  # of the requests it was asked for
     requests: int
     paying: int
     slots: int
@@ -165,7 +166,10 @@ class _CostBased:
         """For how many drafting pays at a load like this one, asked anew when that is due."""
         like = round(math.log(load.requests) / OTHER_LOAD)
         known = self.answers.get(like)
-        if known is None or (self.rounds >= known.due and (known.paying or known.tried)):
+        due = known is not None and self.rounds >= known.due and (known.paying or known.tried)
+        # A "no" is of requests that are hard to draft for: it does not hold for others.
+        others = known is not None and not known.paying and len(known.ids & set(load.ids)) <= load.requests / 2
+        if known is None or due or others:
             paying, slots = self.how_many(load)
             interval = self.retry_every
             if paying:  # for few requests it is news of these, not of all there are
@@ -174,7 +178,9 @@ class _CostBased:
                 interval = max(interval, self.rounds_between_probes(load))
                 if known is not None and not known.paying:
                     interval = max(interval, min(2 * known.interval, PATIENCE * self.retry_every))
-            known = self.answers[like] = _Answer(load.requests, paying, slots, interval, self.rounds + interval - 1)
+            known = self.answers[like] = _Answer(
+                frozenset(load.ids), load.requests, paying, slots, interval, self.rounds + interval - 1
+            )
         return known
 
     def rounds_between_probes(self, load: Load) -> int:

@@ -38,47 +38,47 @@ def step_of(costs: CostTable, requests: int, draft_tokens: int, slots: int) -> S
     )
 
 
-@settings(max_examples=30, deadline=None)
-@given(base=factor, rest=factor, drafts=factor, seed=st.integers(0, 99))
-def test_the_factors_of_what_steps_take_are_found(base: float, rest: float, drafts: float, seed: int) -> None:
-    rng, live, truth = np.random.default_rng(seed), LiveCosts(PROFILE), scaled(PROFILE, base, rest, drafts)
-    for _ in range(300):
-        requests, slots = int(rng.integers(1, 9)), int(rng.integers(1, 9))
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(wanted=st.tuples(factor, factor, factor, factor), seed=st.integers(0, 99))
+def test_the_factors_of_what_steps_take_are_found(wanted: tuple[float, float, float, float], seed: int) -> None:
+    rng, live, truth = np.random.default_rng(seed), LiveCosts(PROFILE), scaled(PROFILE, *wanted)
+    for _ in range(600):
+        requests, slots = int(rng.integers(1, 9)), int(rng.integers(2, 9))
         live.observe(step_of(truth, requests, int(rng.integers(0, slots * requests + 1)), slots))
-    assert live.factors() == pytest.approx((base, rest, drafts), rel=0.05)
-    found, wanted = (c.seconds(np.arange(1, 40), 3, 3, 5) for c in (live.table, truth))
-    np.testing.assert_allclose(found, wanted, rtol=0.05)
+    assert live.factors() == pytest.approx(wanted, rel=0.1, abs=0.1)
+    found, expected = (c.seconds(np.arange(1, 40), 3, 3, 5) for c in (live.table, truth))
+    np.testing.assert_allclose(found, expected, rtol=0.05)
 
 
 def test_as_long_as_steps_take_what_was_expected_the_profile_stays() -> None:
     live = LiveCosts(PROFILE)
-    for i in range(200):
+    for i in range(400):
         live.observe(step_of(PROFILE, 1 + i % 3, i % 5, 8))
-    assert live.factors() == pytest.approx((1.0, 1.0, 1.0))
+    assert live.factors() == pytest.approx((1.0,) * 4)
     assert live.table.target_seconds == pytest.approx(PROFILE.target_seconds)
 
 
 def test_plain_decoding_of_one_stream_tells_nothing_of_rows_and_drafts() -> None:
     live = LiveCosts(PROFILE)
-    for _ in range(200):
-        live.observe(step_of(scaled(PROFILE, 1.5, 1.0, 1.0), 1, 0, 0))
-    assert live.factors() == pytest.approx((1.5, 1.0, 1.0), abs=0.01)
+    for _ in range(400):
+        live.observe(step_of(scaled(PROFILE, 1.5, 1.0, 1.0, 1.0), 1, 0, 0))
+    assert live.factors() == pytest.approx((1.5, 1.0, 1.0, 1.0), abs=0.01)
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1e6])
 def test_one_odd_step_does_little(seconds: float) -> None:
     live = LiveCosts(PROFILE)
-    for i in range(200):
+    for i in range(400):
         live.observe(step_of(PROFILE, 1 + i % 3, i % 5, 8))
     live.observe(replace(step_of(PROFILE, 2, 4, 8), draft_seconds=seconds, other_seconds=seconds))
-    assert live.factors() == pytest.approx((1.0, 1.0, 1.0), abs=0.15)
+    assert live.factors() == pytest.approx((1.0,) * 4, abs=0.15)
 
 
 def test_factors_stay_within_reason() -> None:
     live = LiveCosts(PROFILE)
     for i in range(400):
         live.observe(replace(step_of(PROFILE, 1 + i % 3, i % 5, 8), draft_seconds=1e9, other_seconds=0.0))
-    assert all(0.2 < f < 5 for f in live.factors())
+    assert all(0.1 < f < 9 for f in live.factors())
     assert all(0 < s < 1e3 for s in live.table.target_seconds)
 
 
@@ -87,17 +87,17 @@ def test_schedulers_go_by_what_steps_take(make) -> None:
     """Drafting pays by the profile; then draft tokens turn out to be dear, and cheap again."""
     scheduler = make(LiveCosts(PROFILE), warm_up=1, retry_every=8)
     fixed = make(PROFILE, warm_up=1, retry_every=8)
-    dear = scaled(PROFILE, 1.0, 3.5, 3.5)
+    dear = scaled(PROFILE, 1.0, 3.5, 3.5, 3.5)
 
     def share_drafted(which, truth: CostTable) -> float:
         drafted, rng = 0, np.random.default_rng(0)
-        for _ in range(12 * REFRESH):
+        for _ in range(20 * REFRESH):
             wanted, lengths = which.to_draft(Load((0, 1, 2, 3))), np.zeros(4, np.int64)
             lengths[wanted] = min(8, which.slots_to_draft(Load((0, 1, 2, 3))))
             kept = which.choose(rng.uniform(0.2, 0.9, (4, 8)), lengths, Load((0, 1, 2, 3))) if wanted else lengths
-            which.observe(step_of(truth, 4, int(kept.sum()), 8))
+            which.observe(step_of(truth, 4, int(kept.sum()), int(max(lengths))))
             drafted += len(wanted)
-        return drafted / (4 * 12 * REFRESH)
+        return drafted / (4 * 20 * REFRESH)
 
     assert share_drafted(scheduler, PROFILE) > 0.8
     share_drafted(scheduler, dear)

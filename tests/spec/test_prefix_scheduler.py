@@ -394,3 +394,21 @@ def test_a_hard_block_does_not_end_drafting_for_good() -> None:
             drafted += 1
             choose(scheduler, [[0.05, 0.05] if i % 4 == 0 else [0.9, 0.8]])
     assert drafted == 300
+
+
+@pytest.mark.parametrize("make", [ThroughputGreedy, StaleBudget, Foresight])
+def test_a_no_for_hard_requests_does_not_hold_for_others(make: Callable[..., PrefixScheduler]) -> None:
+    """A stream's requests one after the other; the hard one comes after easy ones."""
+    scheduler = make(cost_table([1.0, 1.6, 2.2, 2.8], draft_seconds=0.2), warm_up=1)
+
+    def drafted(request: int, confidence: float, rounds: int) -> list[bool]:
+        decisions = []
+        for _ in range(rounds):
+            decisions.append(bool(scheduler.to_draft(Load((request,)))))
+            if decisions[-1]:
+                scheduler.choose(np.full((1, 2), confidence), np.array([2]), Load((request,)))
+        return decisions
+
+    assert all(drafted(0, 0.95, 80))
+    assert not any(drafted(1, 0.01, 80)[40:])
+    assert all(drafted(2, 0.95, 40))
