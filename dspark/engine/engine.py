@@ -205,7 +205,7 @@ class Engine:
         self.times.verified += verify_length
         if plan.decoding and not plan.prefill:
             requests, slots = len(plan.decoding), 0 if draft is None else draft.tokens.shape[1]
-            as_usual = behind <= (1 + self.block_size) * len(wanted)
+            as_usual = behind <= (1 + self.block_size) * len(wanted)  # more is a backlog, which no profile times
             other = ended - started - drafting - choosing
             self.prefix_scheduler.observe(
                 StepTaken(
