@@ -1,4 +1,5 @@
-"""What attention over the cache of many requests takes: in AMX tiles, in vectors, and PyTorch's, request by request.
+"""What attention over the cache of many requests takes: in AMX tiles, by dot products of bf16 pairs, in vectors of
+fp32, and PyTorch's, request by request.
 
 A step of speculative decoding asks for several rows of each request. Whether those rows are nearly free decides what a
 draft token costs.
@@ -22,8 +23,12 @@ LAYERS = 30  # caches, together larger than what stays in the caches near a core
 CONTEXT = 256
 
 
-class InVectors(AttentionShape):
+class InPairs(AttentionShape):
     tiled = False  # pyright: ignore
+
+
+class InFp32(InPairs):
+    in_pairs = False  # pyright: ignore
 
 
 def measure(requests: int, rows_each: int) -> dict[str, float]:
@@ -32,9 +37,9 @@ def measure(requests: int, rows_each: int) -> dict[str, float]:
     q = torch.randn(requests * rows_each, KV_HEADS * GROUP, HEAD_DIM)
     segments = [(rows_each, i * slots, slots, True) for i in range(requests)]
     row: dict[str, float] = {"requests": requests, "rows_each": rows_each}
-    for name, kind in (("tiles", AttentionShape), ("vectors", InVectors)):
+    for name, kind in (("tiles", AttentionShape), ("pairs", InPairs), ("fp32", InFp32)):
         shape = kind(KV_HEADS, GROUP, HEAD_DIM, in_bf16=True)
-        if name == "vectors" or shape.tiled:
+        if name == "fp32" or (shape.tiled if name == "tiles" else shape.in_pairs):
             chunks = Chunks.of(segments, shape)
             row[f"{name}_us"] = median_microseconds(lambda kv, chunks=chunks: attend_chunks(q, kv, chunks), caches)
     mask = causal_mask(rows_each, slots, GROUP, torch.bfloat16, q.device)

@@ -105,11 +105,10 @@ class Threshold:
 
 @dataclass
 class _Answer:
-    """For how many of `requests` drafting pays, 0: for none, and blocks of how many slots; asked again `interval`
+    """For how many of the requests drafting pays, 0: for none, and blocks of how many slots; asked again `interval`
     rounds later, in round `due`."""
 
     ids: frozenset[int]  # of the requests it was asked for
-    requests: int
     paying: int
     slots: int
     interval: int
@@ -153,7 +152,7 @@ class _CostBased:
             return []
         if self.rounds + 1 < answer.due:
             self.slots = answer.slots
-        if answer.paying == answer.requests or answer.paying >= count:
+        if answer.paying == len(answer.ids) or answer.paying >= count:
             return list(range(count))
         levels, idle = self.history.levels(load.ids)
         unknown = np.flatnonzero(idle >= self.retry_every)[:PROBES]
@@ -179,7 +178,7 @@ class _CostBased:
                 if known is not None and not known.paying:
                     interval = max(interval, min(2 * known.interval, PATIENCE * self.retry_every))
             known = self.answers[like] = _Answer(
-                frozenset(load.ids), load.requests, paying, slots, interval, self.rounds + interval - 1
+                frozenset(load.ids), paying, slots, interval, due=self.rounds + interval - 1
             )
         return known
 
