@@ -47,14 +47,14 @@ class PrefixScheduler(Protocol):
 
 
 PATIENCE = 8  # how many times `retry_every` rounds a "no" holds at most, twice as long each time in a row
-OFTEN = 8  # rounds for each request that an answer other than "no" holds, if that is less than `retry_every`
+OFTEN = 16  # rounds for each request that an answer other than "no" holds, if that is less than `retry_every`
 OTHER_LOAD = 1 / 8  # change of the number of requests that is a load of its own
 PAYS = 1.05  # times plain decoding that drafting must promise: a promise is kept to within a few percent
 SHARES = 8  # parts of the running requests that drafting may be tried for
 LENGTHS = 4  # parts of a block that may be drafted alone
 WHOLE = 1 << 16  # slots, more than any block has
 PROBES = 2  # requests drafted for, now and then, while drafting does not pay; their contexts are taken in first
-NEWS = 1 / 512  # of the time is what those drafts may cost
+NEWS = 1 / 512  # of the time is what those drafts may lose
 
 
 @dataclass(frozen=True)
@@ -170,12 +170,10 @@ class _CostBased:
         others = known is not None and not known.paying and len(known.ids & set(load.ids)) <= load.requests / 2
         if known is None or due or others:
             paying, slots = self.how_many(load)
-            interval = self.retry_every
-            if paying:  # for few requests it is news of these, not of all there are
-                interval = min(interval, OFTEN * load.requests)
-            else:
+            interval = min(self.retry_every, OFTEN * load.requests)  # for few it is news of these, not of all there are
+            if not paying:
                 interval = max(interval, self.rounds_between_probes(load))
-                if known is not None and not known.paying:
+                if known is not None and not known.paying and not others:
                     interval = max(interval, min(2 * known.interval, PATIENCE * self.retry_every))
             known = self.answers[like] = _Answer(
                 frozenset(load.ids), paying, slots, interval, due=self.rounds + interval - 1
@@ -183,9 +181,11 @@ class _CostBased:
         return known
 
     def rounds_between_probes(self, load: Load) -> int:
-        """How many plain rounds make what drafting for a few costs no more than `NEWS` of the time."""
-        probes = float(self.costs.draft(min(PROBES, load.requests)))
-        return math.ceil(probes / (NEWS * float(self.costs.seconds(load.requests, load.requests))))
+        """How many plain rounds make what drafting for a few is expected to lose no more than `NEWS` of the time."""
+        rounds = self.rounds_best_first(load)
+        probes = Drafted(min(PROBES, load.requests), rounds.shape[2])
+        lost = 1 - self.expected_rates(rounds, Load(load.ids), [probes])[0] / self.plain_rate(load)
+        return math.ceil(max(0.0, lost) / NEWS)
 
     def how_many(self, load: Load) -> tuple[int, int]:
         """For how many of the requests, the best first, to draft in a step without prompts, 0 where it does not pay;

@@ -161,10 +161,11 @@ def test_running_means() -> None:
 
 @pytest.mark.parametrize("make", [ThroughputGreedy, StaleBudget, Foresight])
 def test_drafting_stops_where_it_does_not_pay(make: Callable[..., PrefixScheduler]) -> None:
-    """Tried again, so that it may recover: after 10 rounds, then after twice as many each time; but never so often that
-    the drafts cost more than a 512th of the time."""
+    """Tried again, so that it may recover: after 10 rounds, then after twice as many each time; but never so
+    often that the drafts are expected to lose more than a 512th of the time."""
     cheap, dear = cost_table([1.0, 3.0, 5.0], draft_seconds=0.01), cost_table([1.0, 1.0, 1.0], draft_seconds=1.0)
-    for costs, confidence, gaps in ((cheap, 0.2, [10, 20, 40, 80]), (dear, 0.2, [512]), (dear, 0.9, [1] * 596)):
+    lost = math.ceil(512 * (1 - (1 + 0.2 + 0.04) / 2))
+    for costs, confidence, gaps in ((cheap, 0.2, [10, 20, 40, 80]), (dear, 0.2, [lost] * 2), (dear, 0.9, [1] * 596)):
         scheduler = make(costs, warm_up=4, retry_every=10)
         decisions = []
         for _ in range(600):
@@ -410,5 +411,5 @@ def test_a_no_for_hard_requests_does_not_hold_for_others(make: Callable[..., Pre
         return decisions
 
     assert all(drafted(0, 0.95, 80))
-    assert not any(drafted(1, 0.01, 80)[40:])
+    assert sum(drafted(1, 0.01, 80)[40:]) <= 1  # it may be asked again
     assert all(drafted(2, 0.95, 40))
