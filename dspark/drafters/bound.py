@@ -47,13 +47,7 @@ class Settings(NamedTuple):
     @classmethod
     def of(cls, requests: list[DraftRequest], device: torch.device) -> "Settings":
         params = [q.params for q in requests]
-        rows = [
-            (1.0, 1, 1.0, 0.0) if p.greedy else (p.temperature, p.top_k or NUM_CANDIDATES, p.top_p, p.min_p)
-            for p in params
-        ]
-        temperature, top_k, top_p, min_p = torch.tensor(rows, device=device).T[..., None]
-        tiny = torch.finfo(temperature.dtype).tiny
-        temperature, top_p = temperature.clamp(min=tiny), top_p.clamp(min=tiny)  # they may have become 0
+        temperature, top_k, top_p, min_p = cls.rows(requests).to(device).T[..., None]
         by_count, by_mass = any(p.greedy or p.top_k for p in params), any(p.top_p < 1 for p in params)
         return cls(
             temperature,
@@ -61,6 +55,17 @@ class Settings(NamedTuple):
             top_p if by_mass else None,
             min_p if any(p.min_p for p in params) else None,
         )
+
+    @staticmethod
+    def rows(requests: list[DraftRequest]) -> Tensor:
+        """The same as numbers, [R, 4] fp32: those that truncate nothing have values that do not."""
+        params = [q.params for q in requests]
+        rows = [
+            (1.0, 1, 1.0, 0.0) if p.greedy else (p.temperature, p.top_k or NUM_CANDIDATES, p.top_p, p.min_p)
+            for p in params
+        ]
+        tiny = torch.finfo(torch.float32).tiny  # temperature and top-p may have become 0
+        return torch.tensor(rows).clamp_(min=torch.tensor([tiny, 1.0, tiny, 0.0]))
 
     def probs(self, logits: Tensor) -> Tensor:
         """Logits of candidates [R, M], descending -> their law. Not all tokens that tie with the last one kept need be
@@ -138,7 +143,7 @@ class BoundDrafter(ABC):
         """What draws slot k of all blocks from its logits [R, V'], each by its request's parameters and seed."""
         if all(q.params.greedy for q in requests):
             return lambda k, logits: self.best(logits)
-        settings, draws = Settings.of(requests, self.d2t.device), self._draws(requests)
+        settings, draws = Settings.of(requests, self.d2t.device), self.draws(requests)
         return lambda k, logits: self.sample(logits, settings, draws[:, k])
 
     def best(self, logits: Tensor) -> Slot:
@@ -155,7 +160,7 @@ class BoundDrafter(ABC):
         index = categorical(draft_probs, draws)[:, None]
         return Slot(support.gather(1, index).squeeze(1), support, draft_probs)
 
-    def _draws(self, requests: list[DraftRequest]) -> Tensor:
+    def draws(self, requests: list[DraftRequest]) -> Tensor:
         """The uniform [R, G] that samples each slot; the token of slot k lands at anchor position + 1 + k."""
         slots = range(self.block_size)
         seeds = [[q.seed] for q in requests]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dspark.drafters.bound import BoundDrafter, Slot, whole_draft
+from dspark.drafters.bound import BoundDrafter, Settings, Slot, whole_draft
 from dspark.drafters.copying import CopyBias
 from dspark.drafters.interface import DraftRequest
 from dspark.drafters.model import DSparkModel
@@ -167,9 +167,14 @@ class DSparkDrafter(BoundDrafter):
         logits = self.logits(hidden.flatten(0, 1)).view(r, g, -1)  # [R, G, V'], without the head's bias
         previous = torch.tensor([q.token_ids[-1] for q in requests], device=hidden.device)
         spans = None if self.copies is None else self.copies.spans(requests)
-        if self.markov_program is not None and all(q.params.greedy for q in requests):
-            tokens, *seen = self.markov_program.greedy(previous, logits, self._history, spans)
-            return Draft.unsampled(tokens, torch.full((r,), g), self.signals(requests, hidden, *seen))
+        if self.markov_program is not None:
+            greedy = all(q.params.greedy for q in requests)
+            sampling = None if greedy else (Settings.rows(requests), self.draws(requests)[:, :g])
+            tokens, *seen, support, draft_probs = self.markov_program(previous, logits, self._history, spans, sampling)
+            lengths, signals = torch.full((r,), g), self.signals(requests, hidden, *seen)
+            if greedy:
+                return Draft.unsampled(tokens, lengths, signals)
+            return Draft(tokens, support.clone(), draft_probs.clone(), lengths, signals)
         draw = self.sampler(requests)
         slots: list[Slot] = []
         rank = self.config.markov_rank
@@ -177,16 +182,12 @@ class DSparkDrafter(BoundDrafter):
         lengths = torch.zeros(r, g, device=hidden.device)
         # The Markov bias decides most later slots: candidates are picked after it, never before.
         for k in range(g):
-            if self.markov_program is not None:
-                seen = self.markov_program.add_(k, previous, logits, self._history, spans)
-                embeddings[:, k], lengths[:, k] = seen
-            else:
-                if self.markov is not None:
-                    embeddings[:, k] = self.markov.markov_w1(previous)
-                    features, state = self.markov.step(embeddings[:, k], hidden[:, k], state)
-                    logits[:, k] += self.w2(features)
-                if self.copies is not None and spans is not None:
-                    lengths[:, k] = self.copies.add_(logits[:, k], self._history, spans, previous, k)
+            if self.markov is not None:
+                embeddings[:, k] = self.markov.markov_w1(previous)
+                features, state = self.markov.step(embeddings[:, k], hidden[:, k], state)
+                logits[:, k] += self.w2(features)
+            if self.copies is not None and spans is not None:
+                lengths[:, k] = self.copies.add_(logits[:, k], self._history, spans, previous, k)
             slots.append(draw(k, logits[:, k]))
             previous = slots[-1].token
         logprobs = logits.log_softmax(-1)

@@ -6,14 +6,17 @@ vocabulary, r head rank.
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from dspark.drafters import bound
 from dspark.drafters.copying import CopyBias
 from dspark.models import cpu_ops
 from dspark.models.config import DecoderConfig
 from dspark.models.cpu_ops import CompiledLinear
 from dspark.models.cpu_program import Program, Programs
+from dspark.sampling import least_exponent
 
 
 class ContextProgram:
@@ -88,87 +91,83 @@ class BlockInputs:
         return program
 
 
-class GreedyBlock(NamedTuple):
-    """What was drafted, W1 of the token before each slot; at temperature 1, each token's probability and the entropy of
-    its slot; and how long a match the copy head saw."""
+class DraftedBlock(NamedTuple):
+    """What was drafted, W1 of the token before each slot; at temperature 1, each slot's largest probability and its
+    entropy; how long a match the copy head saw; and what the tokens were drawn from, as in `Draft`."""
 
     tokens: Tensor  # [R, G]
     embeddings: Tensor  # [R, G, r]
     largest: Tensor  # [R, G]
     entropy: Tensor  # [R, G]
     lengths: Tensor  # [R, G]
+    support: Tensor  # [R, G, M]; M is 0 for blocks drafted greedily
+    draft_probs: Tensor  # [R, G, M]
 
 
 class MarkovProgram:
-    """The vanilla Markov head and the copy head, of a whole block drafted greedily or slot by slot.
-
-    Shapes: previous tokens [R], logits [R, G, V'] without bias; history [slots] and spans [2, R], see `CopyBias`: with
-    a copy head only.
-    """
+    """The vanilla Markov head and the copy head of whole blocks, each slot from the token drafted before it."""
 
     def __init__(self, w1: Tensor, w2: CompiledLinear, d2t: Tensor, copies: CopyBias | None = None):
         """w1 [V, r] fp32, w2 [R, r] -> [R, V'], d2t [V'] the drafted ids."""
         self.w1, self.w2, self.d2t, self.copies = w1.contiguous(), w2, d2t.contiguous(), copies
-        widths = {"bias": len(d2t)}
-        self._blocks = Programs(self._build_block, widths, w1.shape[1])
-        self._slots = Programs(self._build_slot, widths, w1.shape[1])
+        self._programs = Programs(self._build, {"bias": len(d2t), "settings": 4}, w1.shape[1])
 
-    def greedy(
-        self, previous: Tensor, logits: Tensor, history: Tensor | None = None, spans: Tensor | None = None
-    ) -> GreedyBlock:
-        """Slot k is the likeliest token under its logits, the bias of the slot before it and that of the copy head."""
+    def __call__(
+        self,
+        previous: Tensor,
+        logits: Tensor,
+        history: Tensor | None = None,
+        spans: Tensor | None = None,
+        sampling: tuple[Tensor, Tensor] | None = None,
+    ) -> DraftedBlock:
+        """Slot k is the likeliest token under its logits, the bias of the slot before it and that of the copy head, or
+        drawn from the NUM_CANDIDATES likeliest.
+
+        Previous tokens [R], logits [R, G, V'] without bias, which are read only; history [slots] and spans [2, R] with
+        a copy head, see `CopyBias`; sampling: `Settings.rows` and draws [R, G] in fp64. The result's tensors but for
+        the tokens are valid until the next call.
+        """
         r, g, vocab = logits.shape
-        program, tokens, block = self._blocks.get(r, g)
+        program, tokens, block = self._programs.get(r, g, 0 if sampling is None else min(bound.NUM_CANDIDATES, vocab))
         tokens[:, 0] = previous
         logits = logits.contiguous()
+        readers = 1 if sampling is None else 2  # kernels of a slot
         of_slots = [logits.data_ptr() + logits.itemsize * vocab * k for k in range(g)]
-        program.run(logits=of_slots, **self._text(history, spans))
+        values: dict = {"logits": np.repeat(of_slots, readers)}
+        if self.copies is not None and history is not None and spans is not None:
+            values |= {"history": history, "spans": spans}
+        if sampling is not None:
+            settings, draws = (t.contiguous() for t in sampling)
+            self._programs.buffers["settings"][:r] = settings
+            values["draws"] = [draws.data_ptr() + draws.itemsize * k for k in range(g)]
+        program.run(**values)
         return block._replace(tokens=tokens[:, 1:].clone(), entropy=block.entropy - block.largest.log())
 
-    def add_(
-        self, slot: int, previous: Tensor, logits: Tensor, history: Tensor | None = None, spans: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Add a slot's biases to its logits -> W1 of the token before it [R, r] and lengths of matches [R], both valid
-        until the next call."""
-        program, features, lengths = self._slots.get(len(previous), slot)
-        previous = previous.contiguous()
-        program.run(previous=previous, **self._text(history, spans))
-        logits[:, slot] += self._slots.buffers["bias"][: len(previous)]
-        return features, lengths
-
-    def _text(self, history: Tensor | None, spans: Tensor | None) -> dict[str, Tensor]:
-        return {} if self.copies is None or history is None or spans is None else {"history": history, "spans": spans}
-
-    def _build_block(self, r: int, g: int) -> tuple[Program, Tensor, GreedyBlock]:
+    def _build(self, r: int, g: int, candidates: int) -> tuple[Program, Tensor, DraftedBlock]:
         """The program for R blocks, the tokens [R, 1 + G] that it begins with and writes, and all that it writes."""
         program, tokens = Program(), torch.zeros(r, g + 1, dtype=torch.int64)
         features, (largest, below, lengths) = torch.empty(g, r, self.w1.shape[1]), torch.zeros(3, g, r)
-        vocab, likeliest = len(self.d2t), cpu_ops.kernel("likeliest", len(self.d2t))
+        support, probs = torch.zeros(r, g, candidates, dtype=torch.int64), torch.zeros(r, g, candidates)
+        vocab, bias = len(self.d2t), self._programs.buffers["bias"]
+        likeliest = cpu_ops.kernel("likeliest", vocab)
         for k in range(g):
-            self._add_bias(program, self._blocks, k, tokens[:, k], g + 1, features[k], lengths[k])
-            read = "logits", self._blocks.buffers["bias"], self.d2t
-            program.add(likeliest, *read, tokens[:, k + 1], largest[k], below[k], g * vocab, g + 1, r)
-        return program, tokens, GreedyBlock(tokens[:, 1:], features.transpose(0, 1), largest.T, below.T, lengths.T)
-
-    def _build_slot(self, r: int, slot: int) -> tuple[Program, Tensor, Tensor]:
-        program, features, lengths = Program(), torch.empty(r, self.w1.shape[1]), torch.zeros(r)
-        self._add_bias(program, self._slots, slot, "previous", 1, features, lengths)
-        return program, features, lengths
+            self._add_bias(program, k, tokens[:, k], features[k], lengths[k], g + 1)
+            stride = g * vocab, g + 1
+            program.add(likeliest, "logits", bias, self.d2t, tokens[:, k + 1], largest[k], below[k], *stride, r)
+            if candidates:
+                draw = cpu_ops.kernel("draw", vocab, candidates, -bound.LEAST, least_exponent(torch.float32))
+                own = tokens[:, k + 1], support[:, k], probs[:, k]
+                program.add(draw, "logits", bias, self.d2t, self._programs.buffers["settings"], "draws", *own, g, r)
+        block = tokens[:, 1:], features.transpose(0, 1), largest.T, below.T, lengths.T, support, probs
+        return program, tokens, DraftedBlock(*block)
 
     def _add_bias(
-        self,
-        program: Program,
-        of: Programs,
-        slot: int,
-        previous: Tensor | str,
-        stride: int,
-        features: Tensor,
-        lengths: Tensor,
+        self, program: Program, slot: int, previous: Tensor, features: Tensor, lengths: Tensor, stride: int
     ) -> None:
         """From the tokens before a slot, `stride` apart, to the bias of its logits in the buffer."""
-        r, bias = len(lengths), of.buffers["bias"]
+        r, bias = len(lengths), self._programs.buffers["bias"]
         program.add(cpu_ops.kernel("embed", self.w1.shape[1]), previous, self.w1, features, stride, r)
-        program.add_linear(self.w2, features, bias, of.scratch, r)
+        program.add_linear(self.w2, features, bias, self._programs.scratch, r)
         if self.copies is not None:
             read = "history", "spans", previous, self.copies.ids, self.copies.weights[slot]
             program.add(self.copies.kernel, *read, bias, lengths, slot, stride, len(self.d2t), r)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from llvmlite import ir
 from torch import Tensor
 
-from dspark.models import cpu_attention, cpu_kernels, cpu_linear
+from dspark.models import cpu_attention, cpu_draw, cpu_kernels, cpu_linear
 from dspark.models.cpu_emitter import Machine
 from dspark.models.cpu_linear import TILE_INPUTS, TILE_ROWS, VECTORS, tile_config
 from dspark.sampling import least_exponent
@@ -110,7 +110,7 @@ def usable(x: Tensor) -> bool:
 @functools.cache
 def kernel(name: str, *shape: int | float) -> Kernel:
     """The kernel of that name in the modules of kernels. Raises RuntimeError where there are none."""
-    modules = {"linear": cpu_linear, "attention": cpu_attention}
+    modules = {"linear": cpu_linear, "attention": cpu_attention, "draw": cpu_draw}
     module = modules.get(name.removeprefix("tiled_"), cpu_kernels)
     return compiler().compile(getattr(module, f"{name}_kernel")(compiler().machine, *shape))
 

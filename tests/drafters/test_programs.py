@@ -1,12 +1,17 @@
 """The compiled programs do what the operations do one by one, for any number of rows."""
 
+from types import SimpleNamespace
+from typing import Any, cast
+
 import pytest
 import torch
 
+from dspark.drafters.bound import NUM_CANDIDATES, BoundDrafter, Settings
 from dspark.drafters.programs import BlockInputs, ContextProgram, MarkovProgram
 from dspark.models.attention import store
 from dspark.models.cpu_ops import CompiledLinear, available
 from dspark.models.layers import rms_norm, rotary_table, rotate_
+from dspark.sampling import SamplingParams
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs an x86 CPU with FMA and PyTorch on GNU OpenMP")
@@ -23,13 +28,11 @@ def test_matches_argmax_slot_by_slot(dtype: torch.dtype):
     for r in (1, 5, 40, 2):
         logits, previous = torch.randn(r, g, vocab), torch.randint(0, 200, (r,))
         logits[0, 1, 7] = logits[0, 1, 70] = 1e30  # of equals the first
-        tokens, embeddings, largest, entropy, _ = chain.greedy(previous, logits)
+        tokens, embeddings, largest, entropy, *_ = chain(previous, logits)
         assert tokens.shape == (r, g) and embeddings.shape == (r, g, rank)
         for k in range(g):
             assert torch.equal(embeddings[:, k], w1[previous])
-            biased, alone = logits[:, k] + w2(w1[previous]), logits.clone()
-            assert torch.equal(chain.add_(k, previous, alone)[0], w1[previous])
-            assert torch.equal(alone[:, k], biased) and torch.equal(alone[:, k + 1 :], logits[:, k + 1 :])
+            biased = logits[:, k] + w2(w1[previous])
             expected = d2t[biased.argmax(-1)]
             torch.testing.assert_close(largest[:, k], biased.softmax(-1).amax(-1), rtol=1e-5, atol=1e-6)
             if k != 1:  # where two logits were 1e30
@@ -64,8 +67,71 @@ def test_block_inputs_equal_their_operations_one_by_one(dtype: torch.dtype):
 def test_nan_logits_give_a_token_of_the_vocabulary():
     d2t = torch.arange(0, 64, 2)
     chain = MarkovProgram(torch.randn(64, 16), CompiledLinear(torch.randn(32, 16)), d2t)
-    tokens, *_ = chain.greedy(torch.tensor([1, 2]), torch.full((2, 4, 32), torch.nan))
-    assert bool(torch.isin(tokens, d2t).all())
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        logits, previous = torch.full((2, 4, 32), bad), torch.tensor([1, 2])
+        logits[0, :, 5] = 1.0
+        sampling = Settings.rows([request(temperature=0.7), request(top_p=0.9)]), torch.rand(2, 4, dtype=torch.float64)
+        for block in (chain(previous, logits), chain(previous, logits, sampling=sampling)):
+            assert bool(torch.isin(block.tokens, d2t).all())
+        assert bool(torch.isin(block.support, d2t).all())
+        torch.testing.assert_close(block.draft_probs.sum(-1), torch.ones(2, 4))
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.0},
+    {"temperature": 0.2, "top_p": 0.9},
+    {"top_k": 3},
+    {"temperature": 2.5, "top_k": 40, "top_p": 0.6},
+    {"min_p": 0.1},
+    {"temperature": 1.5, "top_p": 1e-46, "min_p": 0.02},
+    {"temperature": 1e-39},
+    {"temperature": 1e30},
+]
+
+
+def request(**settings: Any) -> Any:
+    settings.setdefault("temperature", 1.0)
+    return SimpleNamespace(params=SamplingParams(**settings))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("vocab", [32, 96, 1024])  # fewer than the candidates, and more
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_draws_as_the_operations_do(vocab: int, dtype: torch.dtype):
+    torch.manual_seed(0)
+    rank, g = 32, 3
+    w1, d2t = torch.randn(2000, rank), torch.randperm(2000)[:vocab].sort().values
+    w2 = CompiledLinear((0.1 * torch.randn(vocab, rank)).to(dtype))
+    chain, by_operations = MarkovProgram(w1, w2, d2t), cast(BoundDrafter, SimpleNamespace(d2t=d2t))
+    for requests in ([request()], [request(**s) for s in SETTINGS], [request()] * 40, [request(top_p=0.9)] * 2):
+        r = len(requests)
+        logits, previous = 2 * torch.randn(r, g, vocab), torch.randint(0, 2000, (r,))
+        settings, draws = Settings.of(requests, d2t.device), torch.rand(r, g, dtype=torch.float64)
+        block = chain(previous, logits, sampling=(Settings.rows(requests), draws))
+        for k in range(g):
+            slot = BoundDrafter.sample(by_operations, logits[:, k] + w2(w1[previous]), settings, draws[:, k])
+            laws = (
+                torch.zeros(r, 2000).scatter_add_(1, support, probs)
+                for support, probs in ((slot.support, slot.draft_probs), (block.support[:, k], block.draft_probs[:, k]))
+            )
+            torch.testing.assert_close(*laws, rtol=1e-4, atol=1e-6)
+            assert torch.equal(block.tokens[:, k], slot.token)
+            previous = slot.token
+
+
+@torch.inference_mode()
+def test_draws_from_candidates_in_the_order_of_ids():
+    """So that a shared draw lands in the same place; of equals beyond the candidates' number the first are taken."""
+    vocab, d2t = 256, torch.arange(256)
+    chain = MarkovProgram(torch.zeros(256, 16), CompiledLinear(torch.randn(vocab, 16)), d2t)
+    logits = torch.zeros(1, 1, vocab)
+    logits[0, 0, 200:220] = 1.0
+    for draw, token in ((0.0, 0), (1 - 2.0**-53, 219)):
+        draws = torch.tensor([[draw]], dtype=torch.float64)
+        block = chain(torch.tensor([1]), logits, sampling=(Settings.rows([request()]), draws))
+        assert block.support[0, 0].tolist() == [*range(NUM_CANDIDATES - 20), *range(200, 220)]
+        assert block.tokens.item() == token
 
 
 @torch.inference_mode()
