@@ -17,9 +17,10 @@ from dspark.drafters.interface import DraftRequest
 from dspark.drafters.layers import DrafterConfig, DraftModel
 from dspark.drafters.model import DSparkConfig, DSparkModel
 from dspark.drafters.mtp import MtpConfig, MtpModel
+from dspark.draws import Purpose, uniform
 from dspark.models.config import DecoderConfig
 from dspark.models.decoder import Decoder, layer_shapes
-from dspark.sampling import Purpose, SamplingParams, categorical, truncated_probs, uniform
+from dspark.sampling import SamplingParams, categorical, truncated_probs
 from dspark.spec.draft import Draft
 
 AnyModel = TypeVar("AnyModel", bound=DraftModel)

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from dspark.drafters.interface import DraftRequest
 from dspark.drafters.layers import DraftModel, check_fit
+from dspark.draws import Purpose, uniforms
 from dspark.models.attention import Segment, copy_slots
 from dspark.models.cpu_ops import CompiledLinear, ReusedMemory
 from dspark.models.decoder import Decoder
 from dspark.models.layers import linear_map
-from dspark.sampling import Purpose, categorical, first_maximum, uniforms
+from dspark.sampling import categorical, first_maximum
 from dspark.spec.draft import Draft
 
 LEAST = torch.finfo(torch.float32).min / 4  # a logit; differences of two are finite

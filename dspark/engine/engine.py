@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from dspark.drafters.interface import Drafter
+from dspark.draws import sample_seed
 from dspark.engine.answer_text import AnswerText, Decode
 from dspark.engine.drafter_context import MOST_BYTES, DrafterContext
 from dspark.engine.kv_cache import KVCache, slot_bytes
@@ -16,7 +17,7 @@ from dspark.engine.runner import Outcome, Runner
 from dspark.engine.scheduler import Scheduler, StepPlan
 from dspark.engine.sequence import Sequence
 from dspark.models.decoder import Decoder
-from dspark.sampling import SamplingParams, sample_seed
+from dspark.sampling import SamplingParams
 from dspark.spec.calibration import Calibration, Calibrator
 from dspark.spec.draft import Draft
 from dspark.spec.live_costs import StepTaken

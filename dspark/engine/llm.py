@@ -14,12 +14,13 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from dspark.config import is_unicode
+from dspark.draws import sample_seed
 from dspark.engine.answer_text import AnswerText, Decode
 from dspark.engine.engine import EngineConfig
 from dspark.engine.policy import drafting
 from dspark.engine.sequence import Sequence
 from dspark.models.loader import load_target
-from dspark.sampling import SamplingParams, TokenLogprobs, sample_seed
+from dspark.sampling import SamplingParams, TokenLogprobs
 
 Prompt = str | list[int] | list[dict[str, str]]
 

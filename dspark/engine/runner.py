@@ -11,20 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dspark.draws import Purpose, uniforms
 from dspark.engine.batch import Batch, build_batch
 from dspark.engine.kv_cache import KVCache
 from dspark.engine.scheduler import StepPlan
 from dspark.engine.sequence import Sequence
 from dspark.models.decoder import Decoder, DecoderOutput
 from dspark.penalties import Prefix, adjusted_logits
-from dspark.sampling import (
-    Purpose,
-    TokenLogprobs,
-    categorical,
-    token_logprobs,
-    truncated_probs,
-    uniforms,
-)
+from dspark.sampling import TokenLogprobs, categorical, token_logprobs, truncated_probs
 from dspark.spec.draft import Draft
 from dspark.spec.verify import Verdict, verify, verify_greedy
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
-from dspark.sampling import SamplingParams, sample_seed
+from dspark.draws import sample_seed
+from dspark.sampling import SamplingParams
 from dspark.train.conversation import Conversation
 from dspark.train.data import Prompt
 from dspark.train.output import write_row

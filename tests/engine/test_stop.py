@@ -6,11 +6,12 @@ from typing import Any, cast
 
 import pytest
 
+from dspark.draws import sample_seed
 from dspark.engine import llm as llm_module
 from dspark.engine.answer_text import AnswerText
 from dspark.engine.engine import Engine, EngineConfig
 from dspark.engine.llm import LLM, TextStream
-from dspark.sampling import SamplingParams, sample_seed
+from dspark.sampling import SamplingParams
 from tests.engine.plain import AdjustedTarget, Answer, plain_answer
 from tests.tiny import AdversarialDrafter, OracleDrafter, tiny_drafter, tiny_target
 

@@ -15,7 +15,8 @@ import torch
 from scipy.stats import chisquare
 from torch import Tensor
 
-from dspark.sampling import Purpose, categorical, truncated_probs, uniforms
+from dspark.draws import Purpose, uniforms
+from dspark.sampling import categorical, truncated_probs
 from dspark.spec.draft import Draft
 from dspark.spec.verify import verify
 from tests.spec.exact import (
