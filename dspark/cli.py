@@ -189,7 +189,11 @@ def add_training(command: Command) -> None:
     )
     sub.add_argument("--out", type=Path, required=True, help="checkpoint folder to make; a run found there is resumed")
     sub.option(
-        "--initial", None, "a trained drafter to start from; only --block-size may differ", type=Path, metavar="FOLDER"
+        "--initial",
+        None,
+        "a trained drafter to start from; --block-size may differ, --draft-vocab-size be larger",
+        type=Path,
+        metavar="FOLDER",
     )
     sub.option("--minutes", 60.0, "training time, the schedule follows it")
     sub.option("--epochs", None, "passes over the data, instead of minutes; repeatable to the bit", type=float)
@@ -199,6 +203,7 @@ def add_training(command: Command) -> None:
     text = "what is trained (default dspark); dflash-zlab has masks predict their own position"
     sub.option("--drafter", None, text, choices=kinds)
     sub.option("--block-size", None, "draft tokens a round (default: dspark 6, mtp 1, others 4)", type=int)
+    sub.option("--draft-vocab-size", None, "tokens that may be drafted, the likeliest (default 8192)", type=int)
     sub.option("--draft-layers", None, "layers copied from the target's end (default 2; eagle3, mtp 1)", type=int)
     sub.option(
         "--markov-head", None, "of dspark: sequential head (default vanilla)", choices=("vanilla", "gated", "rnn")

@@ -26,7 +26,14 @@ from dspark.train.data import Example, mix, read_examples, split_by_prompt
 from dspark.train.evaluate import decoded_acceptance
 from dspark.train.output import only_writer
 from dspark.train.scalars import Scalars
-from dspark.train.setup import DrafterRecipe, default_recipe, mask_token, new_drafter, with_block_size
+from dspark.train.setup import (
+    DrafterRecipe,
+    default_recipe,
+    mask_token,
+    new_drafter,
+    with_block_size,
+    with_draft_vocabulary,
+)
 from dspark.train.trainer import StepResult, Trainer
 
 SMOOTHING = 0.05  # weight of the newest step in the figures beside the progress bar
@@ -36,9 +43,9 @@ SMOOTHING = 0.05  # weight of the newest step in the figures beside the progress
 class TrainRun:
     """All that a training run depends on.
 
-    `initial` continues from a trained drafter and keeps its shape, but for a `block_size` that is given; otherwise
-    `drafter` is the shape: a recipe, or a name in `setup.DRAFTERS` of which the fields up to `official` make one (see
-    `default_recipe`).
+    `initial` continues from a trained drafter and keeps its shape, but for a `block_size` that is given and a
+    `draft_vocab_size` that its draft vocabulary grows to; otherwise `drafter` is the shape: a recipe, or a name in
+    `setup.DRAFTERS` of which the fields up to `official` make one (see `default_recipe`).
     """
 
     data: tuple[Path, ...]
@@ -49,6 +56,7 @@ class TrainRun:
     initial: Path | None = None  # a drafter checkpoint to start from instead of the target's layers
     drafter: DrafterRecipe | str | None = None  # None: "dspark"
     block_size: int | None = None
+    draft_vocab_size: int | None = None
     draft_layers: int | None = None
     markov_head: Literal["vanilla", "gated", "rnn"] | None = None
     window: int = 0
@@ -161,10 +169,12 @@ def make_trainer(run: TrainRun, target: Target) -> Trainer:
         check_fit(model.config, decoder.config)
         if run.block_size is not None:
             model = with_block_size(model, run.block_size)
+        if run.draft_vocab_size is not None:
+            model = with_draft_vocabulary(model, run.draft_vocab_size, examples, decoder.lm_head_weight)
     else:
         recipe = run.drafter or "dspark"
         if isinstance(recipe, str):
-            shape = (run.block_size, run.draft_layers, run.markov_head, run.window, run.official)
+            shape = (run.block_size, run.draft_layers, run.markov_head, run.window, run.official, run.draft_vocab_size)
             recipe = default_recipe(decoder, mask_token(target.tokenizer), recipe, *shape)
         model = new_drafter(decoder, load_state_dict(target.source), recipe, examples, run.train.seed)
     decode = partial(decoded_acceptance, target, heldout=heldout)

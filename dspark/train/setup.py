@@ -1,6 +1,7 @@
 """From a recipe and a target to an untrained drafter: shape, draft vocabulary, initial weights."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -16,6 +17,7 @@ from dspark.train.features import FeatureSource
 
 BLOCK_SIZES = {"dspark": 6, "mtp": 1}  # with a copy head, later slots are accepted as often as the first
 COPY_LENGTH = 4  # longer matches are rare, and hardly surer
+W2 = "markov_head.markov_w2.weight"  # of DSpark: all that has a row for each token of the draft vocabulary
 DRAFTERS = ("dspark", "dflash", "dflash-zlab", "eagle3", "mtp")  # what can be trained
 
 
@@ -60,10 +62,12 @@ def default_recipe(
     markov_head: Literal["vanilla", "gated", "rnn"] | None = None,
     window: int = 0,
     official: bool = False,
+    draft_vocab_size: int | None = None,
 ) -> DrafterRecipe:
     """Taps spread over the depth, the last one being the input of the first copied layer and the output after it.
 
-    drafter: one of DRAFTERS. Block size 4, of DSpark 6 and of MTP 1; two draft layers, of EAGLE-3 and MTP one.
+    drafter: one of DRAFTERS. Block size 4, of DSpark 6 and of MTP 1; two draft layers, of EAGLE-3 and MTP one; 8,192
+    tokens that are drafted.
     official: as `write_official` can write it, over the whole vocabulary and without the feature input and the copy
     head that DSpark has otherwise.
     Raises ValueError for another name, for what the drafter does not have and for what the official format has not.
@@ -77,6 +81,8 @@ def default_recipe(
         raise ValueError("the official format is for DSpark and DFlash without a window; leave --official out")
     if drafter != "dspark" and markov_head is not None:
         raise ValueError(f"{drafter} has no sequential head that could be {markov_head}")
+    if official and draft_vocab_size is not None:
+        raise ValueError("a drafter in the official format drafts the whole vocabulary: leave --draft-vocab-size out")
     n, vocab_size = target.config.num_layers, target.config.vocab_size
     if draft_layers is None:
         draft_layers = 1 if is_chain else min(2, n - 1)
@@ -93,7 +99,9 @@ def default_recipe(
         mask_token_id=mask_token_id,
         block_size=block_size,
         markov_rank=min(DrafterRecipe.markov_rank, target.config.hidden_size) if drafter == "dspark" else 0,
-        draft_vocab_size=vocab_size if official else min(DrafterRecipe.draft_vocab_size, vocab_size),
+        draft_vocab_size=vocab_size
+        if official
+        else draft_vocab_size or min(DrafterRecipe.draft_vocab_size, vocab_size),
         feature_input=drafter == "dspark" and not official,
         copy_length=COPY_LENGTH if drafter == "dspark" and not official else 0,
         markov_head=markov_head or "vanilla",
@@ -145,9 +153,31 @@ def with_block_size(model: DraftModel, block_size: int) -> DraftModel:
     return resized
 
 
-def draft_vocabulary(examples: list[Example], size: int, vocab_size: int) -> Tensor:
-    """The `size` token ids that occur most in the answers, topped up with low ids (frequent in BPE order), sorted."""
+def with_draft_vocabulary(model: DraftModel, size: int, examples: list[Example], lm_head: Tensor) -> DraftModel:
+    """The drafter with the tokens that occur most in the answers added to those it can draft, until they are `size`.
+
+    lm_head [V, C] of the target. A ridge regression on it of the old rows of W2 gives the new ones. Until it is trained
+    the drafter takes tokens that it never learned to tell from others for likely ones, so it accepts less than before.
+    Raises ValueError for fewer tokens than there are.
+    """
+    if size < len(model.d2t):
+        raise ValueError(
+            f"a draft vocabulary can grow, not shrink: it has {len(model.d2t)} tokens, {size} were asked for"
+        )
+    grown = type(model)(replace(model.config, draft_vocab_size=size))
+    d2t = draft_vocabulary(examples, size, model.config.decoder.vocab_size, model.d2t.tolist())
+    weights = model.state_dict()
+    if (w2 := weights.get(W2)) is not None:
+        head = lm_head.float().cpu()
+        old = head[model.d2t]
+        weights[W2] = head[d2t] @ torch.linalg.solve(old.T @ old + torch.eye(old.shape[1]), old.T @ w2)
+        weights[W2][torch.searchsorted(d2t, model.d2t)] = w2
+    grown.load_state_dict({**weights, "d2t": d2t})
+    return grown
+
+
+def draft_vocabulary(examples: list[Example], size: int, vocab_size: int, kept: Sequence[int] = ()) -> Tensor:
+    """Sorted token ids [size]: what is to be kept, what occurs most in the answers, low ids (frequent in BPE order)."""
     counts = Counter(token for e in examples for token in e.answer_tokens)
-    common = [token for token, _ in counts.most_common(size)]
-    ids = dict.fromkeys([*common, *range(vocab_size)])
+    ids = dict.fromkeys([*kept, *(token for token, _ in counts.most_common()), *range(vocab_size)])
     return torch.tensor(sorted(list(ids)[:size]))
