@@ -2,7 +2,6 @@
 
 import itertools
 import random
-import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +15,7 @@ from dspark.engine.kv_cache import KVCache, slot_bytes
 from dspark.engine.runner import Outcome, Runner
 from dspark.engine.scheduler import Scheduler, StepPlan
 from dspark.engine.sequence import Sequence
+from dspark.engine.times import StepClock, StepTimes
 from dspark.models.decoder import Decoder
 from dspark.sampling import SamplingParams
 from dspark.spec.calibration import Calibration, Calibrator
@@ -45,24 +45,6 @@ class EngineConfig:
         for name in ("max_streams", "max_model_len", "kv_gib", "prefill_tokens"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-
-
-@dataclass
-class StepTimes:
-    """Seconds since the start, by part of a step, and what these steps did."""
-
-    draft: float = 0.0  # proposing, and taking in committed tokens
-    choose: float = 0.0  # whether to draft, and verify lengths
-    target: float = 0.0
-    sample: float = 0.0  # from the target's logits to verdicts
-    other: float = 0.0  # admission and bookkeeping
-    rounds: int = 0  # steps in which at least one sequence decoded
-    drafted: int = 0  # slots of the drafts made
-    verified: int = 0  # draft tokens sent to the target
-
-    @property
-    def total(self) -> float:
-        return self.draft + self.choose + self.target + self.sample + self.other
 
 
 @dataclass
@@ -175,47 +157,44 @@ class Engine:
         """Schedule, draft, choose, verify, commit; without requests, nothing."""
         if not self.has_work:
             return []
-        started = time.perf_counter()
+        clock = StepClock()
         plan = self.scheduler.schedule()
-        planned = time.perf_counter()
+        clock.lap("other")
         wanted = self.to_draft(plan)
-        decided = time.perf_counter()
+        clock.lap("choose")
         behind = self.context.behind([plan.decoding[i].sequence for i in wanted]) if self.context is not None else 0
         draft = self.draft(plan, wanted) if wanted else None
-        drafted = time.perf_counter()
+        clock.lap("draft")
         verify_lengths = self.choose(plan, draft)
-        chosen = time.perf_counter()
+        clock.lap("choose")
         outcome, output = self.runner.verify(plan, draft, verify_lengths)
-        verified = time.perf_counter()
+        clock.lap("target")
         if draft is not None:
             kept = outcome.verdict.accepted[: len(plan.decoding)]
             self.calibration.observe(draft.signals, verify_lengths, kept)
         new_tokens, accepted = self.commit(outcome)
-        committed = time.perf_counter()
+        clock.lap("other")
         if self.context is not None:
             self.context.add(outcome.batch, output.taps, accepted)
-        ended = time.perf_counter()
-        drafting, choosing = (drafted - decided) + (ended - committed), (decided - planned) + (chosen - drafted)
-        self.times.draft += drafting
-        self.times.choose += choosing
-        self.times.target += (verified - chosen) - outcome.sample_seconds
-        self.times.sample += outcome.sample_seconds
-        self.times.other += (planned - started) + (committed - verified)
-        self.times.rounds += bool(plan.decoding)
-        verify_length = sum(span.verify_length for span in outcome.batch.spans)
-        self.times.verified += verify_length
+        clock.lap("draft")
+
+        took, requests = clock.times, len(plan.decoding)
+        took.sample = outcome.sample_seconds
+        took.target -= took.sample
+        took.rounds = int(requests > 0)
+        took.drafted = draft.tokens.shape[1] * len(wanted) if draft is not None else 0
+        took.verified = sum(span.verify_length for span in outcome.batch.spans)
+        self.times.add(took)
         if plan.decoding and not plan.prefill:
-            requests, slots = len(plan.decoding), 0 if draft is None else draft.tokens.shape[1]
             as_usual = behind <= (1 + self.block_size) * len(wanted)  # more is a backlog, which no profile times
-            other = ended - started - drafting - choosing
             self.prefix_scheduler.observe(
                 StepTaken(
                     requests,
-                    requests + verify_length,
+                    requests + took.verified,
                     drafted=len(wanted) * as_usual,
-                    slots=slots,
-                    draft_seconds=drafting + choosing,
-                    other_seconds=other,
+                    slots=0 if draft is None else draft.tokens.shape[1],
+                    draft_seconds=took.draft + took.choose,
+                    other_seconds=took.target + took.sample + took.other,
                 )
             )
         return new_tokens
@@ -234,7 +213,6 @@ class Engine:
         """Proposals for these of the decoding sequences, empty ones for the others."""
         assert self.context is not None
         slots = min(self.prefix_scheduler.slots_to_draft(plan.load), self.block_size)
-        self.times.drafted += slots * len(wanted)
         draft = self.context.propose([plan.decoding[i].sequence for i in wanted], slots)
         return draft.placed(wanted, len(plan.decoding))
 

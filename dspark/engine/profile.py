@@ -19,8 +19,9 @@ import torch
 from dspark.config import read_json, write_json
 from dspark.drafters.interface import Drafter
 from dspark.drafters.load import drafter_folder
-from dspark.engine.engine import Engine, EngineConfig, StepTimes
+from dspark.engine.engine import Engine, EngineConfig
 from dspark.engine.kv_cache import KVCache
+from dspark.engine.times import StepTimes
 from dspark.machine import machine_name
 from dspark.models.attention import CachedAttention, Segment
 from dspark.models.decoder import Decoder

@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from dspark.engine.engine import EngineConfig, StepTimes
+from dspark.engine.engine import EngineConfig
 from dspark.engine.llm import encode_prompt
 from dspark.engine.policy import Drafting, drafting
+from dspark.engine.times import StepTimes
 from dspark.eval.identity import Difference, first_difference
 from dspark.eval.report import bench_table, print_report
 from dspark.eval.setting import Setting

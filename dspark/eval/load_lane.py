@@ -5,8 +5,9 @@ import time
 from collections import deque
 from dataclasses import dataclass, field, replace
 
-from dspark.engine.engine import Engine, StepTimes
+from dspark.engine.engine import Engine
 from dspark.engine.sequence import Sequence
+from dspark.engine.times import StepTimes
 from dspark.eval.load_stats import Tally
 from dspark.sampling import SamplingParams
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dspark.engine.engine import StepTimes
+from dspark.engine.times import StepTimes
 
 SHARES = {  # parts of StepTimes -> columns of a row
     "draft": "draft_share",
@@ -45,8 +45,7 @@ class Tally:
         """Book one engine step, which took `times`, into the current slice."""
         self.slices[-1][0] += tokens
         self.slices[-1][1] += seconds
-        for name, value in vars(times).items():
-            setattr(self.times, name, getattr(self.times, name) + value)
+        self.times.add(times)
 
     def add_round(self, request_id: int, tokens: int, seconds: float) -> None:
         """Book what a step meant to one decoding request."""
