@@ -2,8 +2,8 @@
 
 `dspark` gives in ten minutes what `longer` goes on from. The shipped one is older than these defaults: 80 minutes at
 block 4 without a copy head, 55 more with block 6 and a copy head, three runs like `whole_blocks`, 72 minutes in two
-processes, `short_blocks` to `refresh`, the last of these again on other answers, and the last two (docs/results.md has
-the curves, and what differed).
+processes, the last three below, and the last of these again on other answers (docs/results.md has the curves, and what
+differed).
 
 dspark data --prompts train.jsonl --out runs/answers.jsonl
 dspark data --self-written 2000 --out runs/self-written.jsonl
@@ -12,8 +12,6 @@ OMP_NUM_THREADS=1 python recipes/smollm2_135m.py longer
 OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 recipes/smollm2_135m.py short_blocks
 OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 recipes/smollm2_135m.py whole_blocks
 OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 recipes/smollm2_135m.py refresh
-OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 recipes/smollm2_135m.py more_tokens
-OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 recipes/smollm2_135m.py more_tokens_whole
 """
 
 import sys
@@ -142,55 +140,5 @@ def refresh() -> TrainRun:
     )
 
 
-def more_tokens() -> TrainRun:
-    """Twice the draft vocabulary: 6.5 % of what is said at temperature 1 was out of reach. Short blocks first, on fresh
-    answers, three quarters of them at temperature 1."""
-    return TrainRun(
-        data=DATA[:1],
-        out=Path("runs/smollm2-135m-more-tokens"),
-        initial=Path("checkpoints/smollm2-135m"),
-        block_size=4,
-        draft_vocab_size=16_384,
-        max_length=448,
-        heldout=48,
-        train=TrainConfig(
-            minutes=36,
-            learning_rate=7e-4,
-            optimizer="muon",
-            sequences_per_step=12,
-            compile=True,
-            feature_cache="runs/features",
-            evaluations=4,
-            loss=LossWeights(distillation=0.2),
-            seed=51,
-        ),
-    )
-
-
-def more_tokens_whole() -> TrainRun:
-    """From there, the blocks that are drafted."""
-    return TrainRun(
-        data=DATA[:1],
-        out=Path("runs/smollm2-135m-more-tokens-whole"),
-        initial=Path("runs/smollm2-135m-more-tokens"),
-        block_size=8,
-        max_length=448,
-        heldout=48,
-        train=TrainConfig(
-            minutes=10,
-            learning_rate=2.5e-4,
-            optimizer="muon",
-            sequences_per_step=8,
-            compile=True,
-            feature_cache="runs/features",
-            evaluations=2,
-            loss=LossWeights(distillation=0.1),
-            seed=52,
-        ),
-    )
-
-
-RUNS = (dspark, longer, short_blocks, whole_blocks, refresh, more_tokens, more_tokens_whole)
-
 if __name__ == "__main__":
-    train({f.__name__: f for f in RUNS}[sys.argv[1]]())
+    train({f.__name__: f for f in (dspark, longer, short_blocks, whole_blocks, refresh)}[sys.argv[1]]())
