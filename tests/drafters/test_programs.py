@@ -5,6 +5,8 @@ from typing import Any, cast
 
 import pytest
 import torch
+from scipy.stats import chisquare
+from torch import Tensor
 
 from dspark.drafters.bound import NUM_CANDIDATES, BoundDrafter, Settings
 from dspark.drafters.programs import BlockInputs, ContextProgram, MarkovProgram
@@ -118,6 +120,35 @@ def test_draws_as_the_operations_do(vocab: int, dtype: torch.dtype):
             torch.testing.assert_close(*laws, rtol=1e-4, atol=1e-6)
             assert torch.equal(block.tokens[:, k], slot.token)
             previous = slot.token
+
+
+@torch.inference_mode()
+def test_tokens_follow_the_law_that_is_reported():
+    """Which is all that verification asks of it; that another law would be seen is shown by one without truncation."""
+    torch.manual_seed(0)
+    vocab, r = 32, 4096
+    chain = MarkovProgram(torch.randn(vocab, 16), CompiledLinear(torch.randn(vocab, 16)), torch.arange(vocab))
+    logits, previous = torch.randn(1, 2, vocab).expand(r, -1, -1), torch.full((r,), 3)
+    draws = torch.rand(r, 2, dtype=torch.float64)
+
+    def drafted(**settings: Any) -> tuple[Tensor, Tensor]:
+        block = chain(previous, logits, sampling=(Settings.rows([request(temperature=2.0, **settings)] * r), draws))
+        return block.tokens, block.draft_probs.clone()
+
+    (tokens, laws), (free_tokens, free_laws) = drafted(top_p=0.9), drafted()
+
+    def p_value(tokens: Tensor, law: Tensor) -> float:
+        """Ids are places of the law, as all 32 tokens are candidates."""
+        common = law * len(tokens) >= 5
+        observed, expected = tokens.bincount(minlength=vocab)[common].double(), law[common].double() * len(tokens)
+        if bool((law[tokens] == 0).any()):
+            return 0.0
+        return float(chisquare(observed, expected * (observed.sum() / expected.sum())).pvalue)
+
+    assert p_value(tokens[:, 0], laws[0, 0]) > 1e-3
+    assert p_value(free_tokens[:, 0], laws[0, 0]) < 1e-6 and p_value(tokens[:, 0], free_laws[0, 0]) < 1e-6
+    rows = (tokens[:, 0] == tokens[:, 0].mode().values).nonzero()[:, 0]
+    assert len(rows) > 400 and p_value(tokens[rows, 1], laws[rows[0], 1]) > 1e-3
 
 
 @torch.inference_mode()
