@@ -12,6 +12,7 @@ import argparse
 import json
 import random
 from collections.abc import Callable
+from itertools import count, takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -35,7 +36,7 @@ from dspark.spec.walk import Load
 
 
 class Answer(NamedTuple):
-    """confidence [T, G] of drafts after each of its tokens but the last two, and how much would be accepted [T]."""
+    """Of drafts after each of its tokens but the last: confidence [T, G], and how many tokens would be accepted [T]."""
 
     confidence: NDArray[np.float64]
     accepted: list[int]
@@ -56,9 +57,9 @@ def record(llm: LLM, prompt: list[int], tokens: list[int]) -> Answer:
         request = SimpleNamespace(token_ids=text[: anchor + 1], params=SamplingParams(), first_slot=0)
         draft = drafter.propose([request], drafter.block_size)  # pyright: ignore
         confidence.append(engine.calibration.confidence(draft.signals)[0])
-        pairs = zip(draft.tokens[0].tolist(), text[anchor + 1 :])
-        accepted.append(next((k for k, (ours, theirs) in enumerate(pairs) if ours != theirs), len(confidence)))
-    return Answer(np.array(confidence[::-1]), [min(n, drafter.block_size) for n in accepted[::-1]])
+        agreeing = takewhile(lambda pair: pair[0] == pair[1], zip(draft.tokens[0].tolist(), text[anchor + 1 :]))
+        accepted.append(len(list(agreeing)))
+    return Answer(np.array(confidence[::-1]), accepted[::-1])
 
 
 class Replayed(NamedTuple):
@@ -71,7 +72,7 @@ def replay(scheduler: PrefixScheduler, answers: list[Answer], costs: CostTable, 
     """So many tokens, in a closed loop of so many streams."""
     draws, deck, seconds, committed, rounds, plain, verified = random.Random(0), [], 0.0, 0, 0, 0, 0
     running: list[tuple[int, Answer, int]] = []  # id, answer, place
-    ids = iter(range(1 << 40))
+    ids = count()
     while committed < tokens:
         while len(running) < streams:
             if not deck:

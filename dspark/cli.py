@@ -203,7 +203,7 @@ def add_training(command: Command) -> None:
     text = "what is trained (default dspark); dflash-zlab has masks predict their own position"
     sub.option("--drafter", None, text, choices=kinds)
     sub.option("--block-size", None, "draft tokens a round (default: dspark 6, mtp 1, others 4)", type=int)
-    sub.option("--draft-vocab-size", None, "tokens that may be drafted, the likeliest (default 8192)", type=int)
+    sub.option("--draft-vocab-size", None, "tokens that may be drafted, the commonest (default 8192)", type=int)
     sub.option("--draft-layers", None, "layers copied from the target's end (default 2; eagle3, mtp 1)", type=int)
     sub.option(
         "--markov-head", None, "of dspark: sequential head (default vanilla)", choices=("vanilla", "gated", "rnn")

@@ -154,7 +154,7 @@ class MarkovProgram:
             self._add_bias(program, k, tokens[:, k], features[k], lengths[k], g + 1)
             stride = g * vocab, g + 1
             program.add(likeliest, "logits", bias, self.d2t, tokens[:, k + 1], largest[k], below[k], *stride, r)
-            if candidates:
+            if candidates:  # another token in place of the likeliest, of which the probability and entropy stay
                 draw = cpu_ops.kernel("draw", vocab, candidates, -bound.LEAST, least_exponent(torch.float32))
                 own = tokens[:, k + 1], support[:, k], probs[:, k]
                 program.add(draw, "logits", bias, self.d2t, self._programs.buffers["settings"], "draws", *own, g, r)

@@ -47,7 +47,7 @@ class PrefixScheduler(Protocol):
 
 
 PATIENCE = 8  # how many times `retry_every` rounds a "no" holds at most, twice as long each time in a row
-OFTEN = 16  # rounds for each request that an answer other than "no" holds, if that is less than `retry_every`
+OFTEN = 16  # rounds for each request that an answer holds, if that is less than `retry_every`; a "no" often longer
 OTHER_LOAD = 1 / 8  # change of the number of requests that is a load of its own
 PAYS = 1.05  # times plain decoding that drafting must promise: a promise is kept to within a few percent
 SHARES = 8  # parts of the running requests that drafting may be tried for

@@ -84,6 +84,8 @@ def default_recipe(
     if official and draft_vocab_size is not None:
         raise ValueError("a drafter in the official format drafts the whole vocabulary: leave --draft-vocab-size out")
     n, vocab_size = target.config.num_layers, target.config.vocab_size
+    if draft_vocab_size is None:
+        draft_vocab_size = vocab_size if official else min(DrafterRecipe.draft_vocab_size, vocab_size)
     if draft_layers is None:
         draft_layers = 1 if is_chain else min(2, n - 1)
     if n < 2 or not 1 <= draft_layers < n:
@@ -99,9 +101,7 @@ def default_recipe(
         mask_token_id=mask_token_id,
         block_size=block_size,
         markov_rank=min(DrafterRecipe.markov_rank, target.config.hidden_size) if drafter == "dspark" else 0,
-        draft_vocab_size=vocab_size
-        if official
-        else draft_vocab_size or min(DrafterRecipe.draft_vocab_size, vocab_size),
+        draft_vocab_size=draft_vocab_size,
         feature_input=drafter == "dspark" and not official,
         copy_length=COPY_LENGTH if drafter == "dspark" and not official else 0,
         markov_head=markov_head or "vanilla",

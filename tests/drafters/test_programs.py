@@ -110,7 +110,9 @@ def test_draws_as_the_operations_do(vocab: int, dtype: torch.dtype):
         r = len(requests)
         logits, previous = 2 * torch.randn(r, g, vocab), torch.randint(0, 2000, (r,))
         settings, draws = Settings.of(requests, d2t.device), torch.rand(r, g, dtype=torch.float64)
+        given = logits.clone()
         block = chain(previous, logits, sampling=(Settings.rows(requests), draws))
+        assert torch.equal(logits, given)
         for k in range(g):
             slot = BoundDrafter.sample(by_operations, logits[:, k] + w2(w1[previous]), settings, draws[:, k])
             laws = (

@@ -90,6 +90,12 @@ def test_what_the_official_format_has_not_is_refused_before_training(kind: str, 
         default_recipe(TARGET, 63, kind, window=window, official=True)
 
 
+def test_the_size_of_the_draft_vocabulary():
+    assert [default_recipe(TARGET, 63, draft_vocab_size=n).draft_vocab_size for n in (None, 20)] == [64, 20]
+    with pytest.raises(ValueError, match="leave --draft-vocab-size out"):
+        default_recipe(TARGET, 63, official=True, draft_vocab_size=20)
+
+
 def test_an_official_drafter_can_be_written_as_one(tmp_path, monkeypatch):
     target = Decoder(replace(tiny_config(), qk_norm=True), tiny_state_dict(replace(tiny_config(), qk_norm=True)))
     for official in (False, True):
