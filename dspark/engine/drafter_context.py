@@ -19,7 +19,6 @@ from dspark.engine.kv_cache import Region
 from dspark.engine.sequence import Sequence
 from dspark.spec.draft import Draft
 
-MOST_BYTES = 256 << 20  # of steps that wait, 64 requests of 220 tokens twice over; of more the oldest are taken in
 MOST_ROWS = 1024  # that a drafter is given at once
 PIECE_BYTES = 8 << 20  # taken in at a time, so that no step takes much longer than others
 
@@ -57,8 +56,9 @@ class DrafterContext:
     """A drafter behind its backlog, and the KV cache's companion. A region that was given up has length 0: its rows are
     dropped, and those of one that moved are written where it lies when they are taken in."""
 
-    def __init__(self, drafter: Drafter):
-        self.drafter = drafter
+    def __init__(self, drafter: Drafter, most_bytes: int):
+        """most_bytes: of steps that may wait; of more the oldest are taken in."""
+        self.drafter, self.most_bytes = drafter, most_bytes
         self.waiting: dict[Region, list[Rows]] = {}
         self.waiting_bytes = 0
         self._numbers = itertools.count()
@@ -74,10 +74,10 @@ class DrafterContext:
             rows = Rows(step, span.first_row, span.first_row + span.count - rejected, span.position)
             self.waiting.setdefault(span.region, []).append(rows)
         self.waiting_bytes += step.num_bytes
-        if self.waiting_bytes > MOST_BYTES:
+        if self.waiting_bytes > self.most_bytes:
             self.take_in([region for region in self.waiting if not region.length])  # forgets them, no more
-        if self.waiting_bytes > MOST_BYTES:
-            self.take_in(list(self.waiting), newest=self.oldest(self.waiting_bytes - MOST_BYTES + PIECE_BYTES))
+        if self.waiting_bytes > self.most_bytes:
+            self.take_in(list(self.waiting), newest=self.oldest(self.waiting_bytes - self.most_bytes + PIECE_BYTES))
 
     def oldest(self, num_bytes: int) -> float:
         """Number of the step up to which so many bytes wait."""
@@ -116,7 +116,8 @@ class DrafterContext:
         parts = [step.rows([row for row, _ in wanted[step]]) for step in in_order]
         tokens, positions, *taps = parts[0] if len(parts) == 1 else (torch.cat(column) for column in zip(*parts))
         slots = torch.tensor([slot for step in in_order for _, slot in wanted[step]], device=tokens.device)
-        pieces = zip(*(column.split(MOST_ROWS) for column in (tokens, positions, slots, *taps)))
+        columns = (tokens, positions, slots, *taps)
+        pieces = [columns] if len(slots) <= MOST_ROWS else zip(*(column.split(MOST_ROWS) for column in columns))
         for tokens, positions, slots, *taps in pieces:
             self.drafter.extend(taps, tokens, positions, slots)
 

@@ -10,7 +10,7 @@ import torch
 from dspark.drafters.interface import Drafter
 from dspark.draws import sample_seed
 from dspark.engine.answer_text import AnswerText, Decode
-from dspark.engine.drafter_context import MOST_BYTES, DrafterContext
+from dspark.engine.drafter_context import DrafterContext
 from dspark.engine.kv_cache import KVCache, slot_bytes
 from dspark.engine.runner import Outcome, Runner
 from dspark.engine.scheduler import Scheduler, StepPlan
@@ -23,13 +23,15 @@ from dspark.spec.draft import Draft
 from dspark.spec.live_costs import StepTaken
 from dspark.spec.prefix_scheduler import FixedLength, PrefixScheduler
 
+WAITING_PARTS = 8  # of the memory, one for what waits for the drafter: of 2 GiB, 220 tokens of 64 requests twice over
+
 
 @dataclass(frozen=True)
 class EngineConfig:
     """The engine's limits; none is ever exceeded.
 
-    kv_gib bounds the KV cache of target and drafter together, `DrafterContext` what waits for the drafter besides;
-    prefill_tokens the prompt tokens of a step.
+    kv_gib bounds what is kept of requests: KV cache of target and drafter and, an eighth of it at most, what waits for
+    the drafter (`DrafterContext`); prefill_tokens the prompt tokens of a step.
     reuse_prefixes: copy the KV of leading tokens that another request computed instead of computing it again.
     seed: of requests that bring none, with their number; None: another one each time.
     """
@@ -74,14 +76,16 @@ class Engine:
         self.calibration = calibration or Calibration.identity(self.block_size)
         self.max_model_len = min(config.max_model_len, target.config.max_position_embeddings - self.block_size)
         per_slot = slot_bytes(target.config, target.kv_dtype) + (drafter.slot_bytes if drafter is not None else 0)
+        kept = int(config.kv_gib * 2**30)
+        self.waiting_bytes = kept // WAITING_PARTS if drafter is not None and drafter.tap_layers else 0
         num_slots = min(
-            int(config.kv_gib * 2**30) // per_slot,
+            (kept - self.waiting_bytes) // per_slot,
             config.max_streams * (self.max_model_len + self.block_size),
         )
         if num_slots <= self.block_size + 1:
             raise ValueError(f"kv_gib={config.kv_gib} does not hold a single token; {per_slot} bytes are one slot")
         self.kv_bytes = num_slots * per_slot
-        self.context = DrafterContext(drafter) if drafter is not None else None
+        self.context = DrafterContext(drafter, self.waiting_bytes) if drafter is not None else None
         reuse = config.reuse_prefixes
         self.cache = KVCache(target.config, num_slots, target.kv_dtype, target.device, self.context, reuse)
         if drafter is not None:
@@ -100,11 +104,10 @@ class Engine:
 
     def limits(self) -> str:
         """One line for humans: what this engine will never exceed."""
-        waits = self.drafter is not None and self.drafter.tap_layers
         return (
             f"limits: {self.config.max_streams} streams, {self.longest_request} tokens a request, "
             f"{self.cache.num_slots} KV slots ({self.kv_bytes / 2**30:.2f} GiB)"
-            + (f", {MOST_BYTES / 2**30:.2f} GiB of what waits for the drafter" if waits else "")
+            + (f" and {self.waiting_bytes / 2**30:.2f} GiB of what waits for the drafter" if self.waiting_bytes else "")
         )
 
     def add(self, prompt_ids: list[int], params: SamplingParams, decode: Decode | None = None) -> Sequence:

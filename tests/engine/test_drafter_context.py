@@ -35,13 +35,15 @@ class Sometimes(FixedLength):
 @pytest.mark.parametrize("slots", [200, 900], ids=["preempting", "roomy"])
 @pytest.mark.parametrize("variant", ["feature input", "eagle3"])
 def test_it_knows_all_committed_tokens(variant: str, slots: int, most_bytes: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(drafter_context, "MOST_BYTES", most_bytes)
     model = tiny_variant(variant, TARGET)
     drafter = bind(model, TARGET)
     engine = Engine(TARGET, drafter, Sometimes(2), config=EngineConfig(4, 180, prefill_tokens=9))
     per_slot = engine.kv_bytes // engine.cache.num_slots
-    config = EngineConfig(4, 180, kv_gib=slots * per_slot / 2**30, prefill_tokens=9)
+    config = EngineConfig(4, 180, kv_gib=slots * per_slot * 8 / 7 / 2**30, prefill_tokens=9)
     engine = Engine(TARGET, drafter, Sometimes(2), config=config)
+    assert engine.context is not None
+    assert engine.kv_bytes + engine.context.most_bytes <= config.kv_gib * 2**30
+    engine.context.most_bytes = most_bytes
     asked = 0
 
     def propose(requests: list[DraftRequest], slots: int, propose=drafter.propose) -> Draft:
@@ -106,13 +108,13 @@ def test_others_wait_and_are_forgotten_when_they_end(monkeypatch: pytest.MonkeyP
 
 def test_of_too_much_that_waits_the_oldest_is_taken_in(monkeypatch: pytest.MonkeyPatch):
     """A little at a time: all at once would make one step last as long as dozens of others."""
-    monkeypatch.setattr(drafter_context, "MOST_BYTES", 60_000)
     monkeypatch.setattr(drafter_context, "PIECE_BYTES", 4_000)
     monkeypatch.setattr(drafter_context, "MOST_ROWS", 8)
     drafter = bind(tiny_variant("feature input", TARGET), TARGET)
     engine = Engine(TARGET, drafter, FixedLength(0), config=EngineConfig(4, 180, reuse_prefixes=False))
     context = engine.context
     assert context is not None
+    context.most_bytes = 60_000
     calls = taken_in_by(drafter, monkeypatch)
     sequences = [engine.add(PROMPTS[i], SamplingParams(max_new_tokens=90)) for i in range(4)]
     most_a_step = 0

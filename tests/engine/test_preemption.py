@@ -29,6 +29,8 @@ def make_engine(drafter: str, num_slots: int = 10_000, growth: int = 4, reuse: b
     made = DRAFTERS[drafter]()
     per_slot = slot_bytes(TARGET.config, torch.float32) + (made.slot_bytes if made is not None else 0)
     kv_gib = (num_slots + 0.5) * per_slot / 2**30
+    if made is not None and made.tap_layers:
+        kv_gib *= 8 / 7  # an eighth is for what waits for the drafter
     limits = {"max_streams": 8, "max_model_len": 96, **limits}
     engine = Engine(TARGET, made, config=EngineConfig(kv_gib=kv_gib, reuse_prefixes=reuse, **limits))
     engine.scheduler.growth = growth
