@@ -50,9 +50,9 @@ def uniform(seed: int, position: int, purpose: Purpose, slot: int = 0) -> float:
     return (_bits(0, words) >> 11) * 2.0**-53
 
 
-def uniforms(seeds: ArrayLike, positions: ArrayLike, purpose: Purpose, slots: ArrayLike = 0) -> NDArray[np.float64]:
+def uniforms(seeds: ArrayLike, positions: ArrayLike, purposes: ArrayLike, slots: ArrayLike = 0) -> NDArray[np.float64]:
     """`uniform` for integer arrays, broadcast against each other."""
-    words = (np.asarray(word).astype(np.uint64) for word in (seeds, positions, int(purpose), slots))
+    words = (np.asarray(word).astype(np.uint64) for word in (seeds, positions, purposes, slots))
     with np.errstate(over="ignore"):  # wrapping around is the point
         return (_bits(np.zeros((), np.uint64), words) >> 11) * 2.0**-53
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -118,10 +119,10 @@ def least_exponent(dtype: torch.dtype) -> float:
 
 def truncated_probs(
     logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
+    temperature: ArrayLike,
+    top_k: ArrayLike,
+    top_p: ArrayLike,
+    min_p: ArrayLike,
     *,
     overwrite: bool = False,
     relative_weights: Callable[[Tensor, Tensor], Tensor] = relative_weights,
@@ -135,39 +136,42 @@ def truncated_probs(
     written over, which saves memory as large as they are. relative_weights: another way to compute these.
     """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    temperature, top_p, min_p = temperature.to(dtype), top_p.to(dtype), min_p.to(dtype)
-    greedy = temperature == 0
+    kind = np.float64 if dtype == torch.float64 else np.float32
+    temperature, top_p, min_p = (np.asarray(values, kind) for values in (temperature, top_p, min_p))
+    greedy, top_k = temperature == 0, np.asarray(top_k)
     if greedy.all():
         return _one_hot_argmax(logits, dtype)
 
+    def on_device(values: NDArray) -> Tensor:
+        return torch.from_numpy(values).to(logits.device)
+
     # Probability relative to the row's best token, whose weight is 1. Each filter is a floor for the weight.
     # In place from here: at this size memory costs more than arithmetic.
-    greedy_rows = _rows(greedy)
+    greedy_rows = on_device(np.flatnonzero(greedy))
     best = _one_hot_argmax(logits[greedy_rows], dtype) if len(greedy_rows) else None
-    weights = relative_weights(logits.to(dtype, copy=not overwrite), temperature.masked_fill(greedy, 1))  # [N, V]
+    weights = relative_weights(
+        logits.to(dtype, copy=not overwrite), on_device(np.where(greedy, kind(1), temperature))
+    )  # [N, V]
 
-    rows = _rows((top_k > 0) & (top_k < logits.shape[-1]) & ~greedy)
+    rows = np.flatnonzero((top_k > 0) & (top_k < logits.shape[-1]) & ~greedy)
     if len(rows):
-        k = top_k[rows].long()[:, None]
-        floor = _take(weights, rows).topk(int(k.max())).values.gather(-1, k - 1)  # [rows, 1]
-        _drop_below(weights, torch.zeros_like(top_p).index_copy(0, rows, floor.squeeze(-1)))
+        k, index = top_k[rows].astype(np.int64), on_device(rows)
+        largest = _take(weights, index).topk(int(k.max())).values.gather(-1, on_device(k)[:, None] - 1)  # [rows, 1]
+        _drop_below(weights, weights.new_zeros(len(weights)).index_copy(0, index, largest.squeeze(-1)))
 
-    floor = min_p  # already relative to the best token
-    rows = _rows((top_p < 1) & ~greedy)
+    floor = on_device(min_p)  # already relative to the best token
+    rows = np.flatnonzero((top_p < 1) & ~greedy)
     if len(rows):
-        nucleus_floor = _nucleus_floor(_take(weights, rows), top_p[rows])
-        floor = floor.index_copy(0, rows, nucleus_floor.maximum(min_p[rows]))
-    if (floor > 0).any():
+        index = on_device(rows)
+        nucleus_floor = _nucleus_floor(_take(weights, index), on_device(top_p[rows]))
+        floor = floor.index_copy(0, index, nucleus_floor.maximum(floor[index]))
+    if len(rows) or min_p.any():
         _drop_below(weights, floor)
 
     probs = weights.div_(weights.sum(-1, keepdim=True))
     if best is not None:
         probs[greedy_rows] = best
     return probs
-
-
-def _rows(mask: Tensor) -> Tensor:
-    return mask.nonzero().squeeze(-1)
 
 
 def _take(weights: Tensor, rows: Tensor) -> Tensor:
@@ -258,23 +262,28 @@ def token_logprobs(logits: Tensor, tokens: Tensor, tops: list[int]) -> list[Toke
 # ---- probabilities to tokens
 
 
-def categorical(probs: Tensor, u: Tensor) -> Tensor:
+def categorical(probs: Tensor, u: ArrayLike) -> Tensor:
     """Draw one id per row by inverting the CDF: probs [N, V], u [N] in [0, 1) -> ids [N].
 
     Rows need a positive sum but need not be normalised. An id of probability 0 is never returned: its
     cumulative sum equals the one before it, and the first sum above the threshold is taken.
     """
-    if probs.shape[-1] <= BLOCK:
-        cumulative = probs.double().cumsum(-1)
-        return _first_above(cumulative, u * cumulative[:, -1]).squeeze(-1)
-    # First the block of the vocabulary, then the id in it: two short cumulative sums instead of one over all of it.
-    blocks = _blocks(probs, 0.0)
-    cumulative = blocks.sum(-1).double().cumsum(-1)  # [N, V / BLOCK]
-    threshold = u.double() * cumulative[:, -1]
-    block = _first_above(cumulative, threshold)
-    threshold = threshold - pad(cumulative, (1, 0)).gather(-1, block).squeeze(-1)
-    inside = blocks[torch.arange(len(blocks), device=blocks.device), block.squeeze(-1)].double().cumsum(-1)
-    return (block * BLOCK + _first_above(inside, threshold)).squeeze(-1).clamp(max=probs.shape[-1] - 1)
+    rows, draws = np.arange(len(probs)), np.asarray(u, np.float64)
+    block = np.zeros_like(rows)
+    if probs.shape[-1] > BLOCK:
+        # First the block of the vocabulary, then the id in it: two short cumulative sums instead of one over all of it.
+        blocks = _blocks(probs, 0.0)
+        held = _cumulative(blocks.sum(-1))  # [N, V / BLOCK]
+        threshold = draws * held[:, -1]
+        block = _first_above(held, threshold)
+        threshold -= np.where(block > 0, held[rows, block - 1], 0.0)
+        index = torch.from_numpy(rows * blocks.shape[1] + block).to(probs.device)
+        inside = _cumulative(blocks.flatten(0, 1).index_select(0, index))
+    else:
+        inside = _cumulative(probs)
+        threshold = draws * inside[:, -1]
+    ids = (block * BLOCK + _first_above(inside, threshold)).clip(max=probs.shape[-1] - 1)
+    return torch.from_numpy(ids).to(probs.device)
 
 
 BLOCK = 256
@@ -286,14 +295,19 @@ def _blocks(rows: Tensor, filler: float) -> Tensor:
     return (pad(rows, (0, missing), value=filler) if missing else rows).unflatten(-1, (-1, BLOCK))
 
 
-def _first_above(cumulative: Tensor, threshold: Tensor) -> Tensor:
-    """Index [N, 1] of the first sum [N, C] above the threshold [N], which rounding may have left out of their range.
+def _cumulative(values: Tensor) -> NDArray[np.float64]:
+    """Along rows, on the host, where so few numbers are summed faster than an operation is called on a device."""
+    return values.cpu().numpy().cumsum(-1, dtype=np.float64)
+
+
+def _first_above(cumulative: NDArray[np.float64], threshold: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Index [N] of the first sum [N, C] above the threshold [N], which rounding may have left out of their range.
 
     Of sums that are NaN it is some index.
     """
     total = cumulative[:, -1]
-    threshold = torch.minimum(threshold.clamp(min=0), torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, threshold[:, None], right=True).clamp(max=cumulative.shape[-1] - 1)
+    threshold = np.minimum(np.maximum(threshold, 0), np.nextafter(total, 0))
+    return (cumulative <= threshold[:, None]).sum(-1).clip(max=cumulative.shape[-1] - 1)
 
 
 def first_maximum(values: Tensor) -> Tensor:

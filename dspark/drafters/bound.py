@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from dspark.drafters.interface import DraftRequest
@@ -152,7 +153,7 @@ class BoundDrafter(ABC):
         token = self.d2t[first_maximum(logits)]
         return Slot(token, token[:, None], torch.ones_like(logits[:, :1]))
 
-    def sample(self, logits: Tensor, settings: Settings, draws: Tensor) -> Slot:
+    def sample(self, logits: Tensor, settings: Settings, draws: ArrayLike) -> Slot:
         """Logits [R, V'] and draws [R] -> one token a row, from its likeliest candidates."""
         logits = logits.nan_to_num(nan=LEAST, posinf=-LEAST, neginf=LEAST)  # a broken drafter costs time, no more
         logits, candidates = logits.topk(min(NUM_CANDIDATES, logits.shape[-1]))
@@ -161,16 +162,15 @@ class BoundDrafter(ABC):
         index = categorical(draft_probs, draws)[:, None]
         return Slot(support.gather(1, index).squeeze(1), support, draft_probs)
 
-    def draws(self, requests: list[DraftRequest]) -> Tensor:
+    def draws(self, requests: list[DraftRequest]) -> NDArray[np.float64]:
         """The uniform [R, G] that samples each slot; the token of slot k lands at anchor position + 1 + k."""
-        slots = range(self.block_size)
-        seeds = [[q.seed] for q in requests]
-        positions = [[len(q.token_ids) + k for k in slots] for q in requests]
-        draws = uniforms(seeds, positions, Purpose.DRAFT, list(slots))
+        slots = np.arange(self.block_size)
+        seeds, starts = np.array([(q.seed, len(q.token_ids)) for q in requests]).T[..., None]  # [R, 1] each
+        draws = uniforms(seeds, starts + slots, Purpose.DRAFT, slots)
         coupled = np.array([[q.coupled] for q in requests])
         if coupled.any():  # the target's own draw for the position
-            draws = np.where(coupled, uniforms(seeds, positions, Purpose.TARGET), draws)
-        return torch.from_numpy(draws).to(self.d2t.device)
+            draws = np.where(coupled, uniforms(seeds, starts + slots, Purpose.TARGET), draws)
+        return draws
 
 
 def whole_draft(slots: list[Slot], signals: Tensor | None = None) -> Draft:

@@ -5,6 +5,7 @@ Shapes: R requests, G slots, N committed or block tokens, C width, V' draft voca
 
 import copy
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -169,7 +170,7 @@ class DSparkDrafter(BoundDrafter):
         spans = None if self.copies is None else self.copies.spans(requests)
         if self.markov_program is not None:
             greedy = all(q.params.greedy for q in requests)
-            sampling = None if greedy else (Settings.rows(requests), self.draws(requests)[:, :g])
+            sampling = None if greedy else (Settings.rows(requests), torch.from_numpy(self.draws(requests)[:, :g]))
             tokens, *seen, support, draft_probs = self.markov_program(previous, logits, self._history, spans, sampling)
             lengths, signals = torch.full((r,), g), self.signals(requests, hidden, *seen)
             if greedy:
@@ -203,18 +204,22 @@ class DSparkDrafter(BoundDrafter):
         entropy: Tensor,
         lengths: Tensor,
     ) -> Tensor:
-        """What tells whether slots are accepted [R, G, 6]: confidence logits, zeros without that head, and evidence.
+        """What tells whether slots are accepted [R, G, 6], on the host: confidence logits, zeros without that head, and
+        evidence.
 
         hidden [R, G, C], W1 of the token before each slot [R, G, r] -> the logits. Evidence, [R, G] each: the largest
         probability of a slot at temperature 1, its log-odds, the entropy, how long a match the copy head saw, and the
         request's temperature.
         """
-        temperatures = largest.new_tensor([[min(q.params.temperature, 1.0)] for q in requests]).expand_as(largest)
-        if self.confidence_head is None:
-            logits = torch.zeros_like(largest)
-        else:
+        probability = largest.cpu().numpy()
+        signals = np.zeros((*probability.shape, 6), np.float32)
+        if self.confidence_head is not None:
             of_hidden, of_embedding, bias = self.confidence_head
             logits = torch.addmv(bias.expand(largest.numel()), embeddings.flatten(0, 1), of_embedding)
-            logits = torch.addmv(logits, hidden.flatten(0, 1), of_hidden).view(largest.shape).float()
-        odds = largest.logit(ODDS_EPS)
-        return torch.stack([logits, largest, odds, entropy, lengths, temperatures], -1)
+            logits = torch.addmv(logits, hidden.flatten(0, 1), of_hidden).view(largest.shape)
+            signals[..., 0] = logits.float().cpu().numpy()
+        capped = probability.clip(ODDS_EPS, 1 - ODDS_EPS)
+        signals[..., 1], signals[..., 2] = probability, np.log(capped / (1 - capped))
+        signals[..., 3], signals[..., 4] = entropy.cpu().numpy(), lengths.cpu().numpy()
+        signals[..., 5] = [[min(q.params.temperature, 1.0)] for q in requests]
+        return torch.from_numpy(signals)

@@ -74,37 +74,29 @@ class Runner:
             lengths = torch.nn.functional.pad(lengths, (0, len(sequences) - len(lengths)))
         if all(s.params.greedy for s in sequences):
             return verify_greedy(self.target.likeliest(logits), draft.tokens, lengths)
-        request = torch.arange(len(sequences)).repeat_interleave(lengths + 1)
-
-        def per_row(values: list[float]) -> Tensor:
-            return torch.tensor(values, device=logits.device)[request]
-
-        params = [s.params for s in sequences]
-        rows = len(logits)
+        params, counts, rows = [s.params for s in sequences], lengths.numpy(force=True) + 1, len(logits)
+        settings = np.array([(p.temperature, p.top_k, p.top_p, p.min_p) for p in params]).repeat(counts, 0)  # [L, 4]
         if self.target.deterministic and rows == 1:
             # PyTorch sums a lone row with all threads, in another order than a row among others.
-            logits, request = logits.repeat(2, 1), request.repeat(2)
+            logits, settings = logits.repeat(2, 1), settings.repeat(2, 0)
         target_probs = truncated_probs(
             logits,
-            per_row([p.temperature for p in params]),
-            per_row([p.top_k for p in params]),
-            per_row([p.top_p for p in params]),
-            per_row([p.min_p for p in params]),
+            *settings.T,
             overwrite=all(p.logprobs is None for p in params),
             relative_weights=self.target.relative_weights,
         )[:rows]
-        g = draft.tokens.shape[1]
-        seeds = [[s.seed] for s in sequences]
-        positions = np.array([[len(s.token_ids)] for s in sequences]) + np.arange(g + 1)  # [R, G+1]
-        bonus = torch.from_numpy(uniforms(seeds, positions, Purpose.TARGET))
-        coupled = torch.tensor([s.coupled for s in sequences])[request[:rows]].nonzero().squeeze(-1)
-        if len(coupled):
-            slot = torch.cat([torch.arange(n + 1) for n in lengths.tolist()])
-            draws = bonus[request[coupled], slot[coupled]].to(logits.device)
-            drawn = categorical(target_probs.index_select(0, coupled), draws)
-            target_probs.index_fill_(0, coupled, 0.0)[coupled, drawn] = 1.0
-        accept = torch.from_numpy(uniforms(seeds, positions[:, :g], Purpose.ACCEPT, range(g)))
-        return verify(target_probs, draft, lengths, accept.to(logits.device), bonus.to(logits.device))
+        slots = np.arange(draft.tokens.shape[1] + 1)
+        seeds, anchors = np.array([(s.seed, len(s.token_ids)) for s in sequences]).T[..., None]  # [R, 1] each
+        purposes = np.array([Purpose.TARGET, Purpose.ACCEPT])[:, None, None]
+        own, accept = uniforms(seeds, anchors + slots, purposes, [0 * slots[None], slots[None]])  # [R, G+1] each
+        coupled = np.array([s.coupled for s in sequences])
+        if coupled.any():
+            row = coupled.repeat(counts).nonzero()[0]
+            slot = np.concatenate([slots[:count] for count in counts])[row]
+            index = torch.from_numpy(row).to(logits.device)
+            drawn = categorical(target_probs.index_select(0, index), own.repeat(counts, 0)[row, slot])
+            target_probs.index_fill_(0, index, 0.0)[index, drawn] = 1.0
+        return verify(target_probs, draft, lengths, accept[:, :-1], own)
 
     def padded(self, draft: Draft | None, plan: StepPlan, sequences: list[Sequence]) -> Draft:
         """The draft extended by empty rows for prompts that end in this step."""

@@ -20,12 +20,14 @@ draft distribution there, and 0 in a request's last row, where nothing is verifi
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
-from torch.nn.functional import pad
 
 from dspark.sampling import categorical
 from dspark.spec.draft import Draft
+from dspark.spec.survivals import Floats, Ints
 
 __all__ = ["Verdict", "ending_probs", "likelihood_ratios", "residual_weights", "verify", "verify_greedy"]
 
@@ -35,23 +37,21 @@ class Verdict(NamedTuple):
     next_token: Tensor  # [R] int64: the target's token after them, from residual or bonus row
 
 
-def likelihood_ratios(target_probs: Tensor, tokens: Tensor, support: Tensor, draft_probs: Tensor) -> Tensor:
-    """p(x) / q(x) of each row's draft token: [N, V], [N], [N, M], [N, M] -> [N]."""
-    target_prob = target_probs.gather(-1, tokens[:, None]).squeeze(-1)
-    draft_prob = (draft_probs * (support == tokens[:, None])).sum(-1)
-    tiny = torch.finfo(draft_prob.dtype).tiny  # padding rows have q(x) = 0; no NaN from them
-    return target_prob / draft_prob.clamp(min=tiny)
+def likelihood_ratios(target_prob: Floats, tokens: Ints, support: Ints, draft_probs: Floats) -> Floats:
+    """p(x) / q(x) of each slot's draft token: p(x) and x [...], support and q [..., M] -> [...]."""
+    draft_prob = (draft_probs * (support == tokens[..., None])).sum(-1)
+    return target_prob / np.maximum(draft_prob, np.finfo(draft_prob.dtype).tiny)  # padding has q(x) = 0; no NaN from it
 
 
-def ending_probs(target_probs: Tensor, support: Tensor, draft_probs: Tensor, prefix_probs: Tensor) -> Tensor:
-    """P(the round ends before this row's slot, given that it does not end later): [N, V], [N, M], [N, M], [N] -> [N].
+def ending_probs(target_probs: Floats, draft_probs: Floats, prefix_probs: Floats) -> Floats:
+    """P(the round ends before this slot, given that it does not end later): p and q on q's support [..., M], [...].
 
-    prefix_probs: P(all draft tokens before the row stay), w. With the residual's mass m, the sum of max(w p - q, 0), it
-    is m / (m + 1 - w). In a last row q = 0, so m = w, and that is w.
+    prefix_probs: P(all draft tokens before the slot stay), w. With m, the sum of max(w p - q, 0), it is
+    m / (m + 1 - w). Where nothing is verified q = 0, so m = w, and that is w.
     """
-    overlap = torch.minimum(prefix_probs[:, None] * target_probs.gather(-1, support), draft_probs).sum(-1)
-    mass = (prefix_probs - overlap).clamp(min=0)
-    return torch.where(prefix_probs < 1, mass / (mass + 1 - prefix_probs), 1.0)
+    overlap = np.minimum(prefix_probs[..., None] * target_probs, draft_probs).sum(-1)
+    mass = np.maximum(prefix_probs - overlap, 0)
+    return np.where(prefix_probs < 1, mass / np.maximum(mass + 1 - prefix_probs, np.finfo(mass.dtype).tiny), 1.0)
 
 
 def residual_weights(target_probs: Tensor, support: Tensor, draft_probs: Tensor, prefix_probs: Tensor) -> Tensor:
@@ -68,31 +68,47 @@ def verify(
     target_probs: Tensor,  # [B, V]
     draft: Draft,
     verify_lengths: Tensor,  # [R], at most draft.lengths
-    accept_uniforms: Tensor,  # [R, G] float64: entry k decides whether the first k + 1 draft tokens stay
-    target_uniforms: Tensor,  # [R, G + 1] float64: entry k draws the token at anchor position + 1 + k
+    accept_uniforms: ArrayLike,  # [R, G] float64: entry k decides whether the first k + 1 draft tokens stay
+    target_uniforms: ArrayLike,  # [R, G + 1] float64: entry k draws the token at anchor position + 1 + k
 ) -> Verdict:
-    """One round for all requests; every draw is given, so the result is a function of the arguments."""
-    assert bool((verify_lengths <= draft.lengths).all()), "a slot without a draft token cannot be verified"
-    first_row, request, slot = _ragged_index(verify_lengths, len(target_probs))
-    tokens = pad(draft.tokens, (0, 1))[request, slot]  # x [B]; a slot of padding gives the last rows an index
-    support = pad(draft.support, (0, 0, 0, 1))[request, slot]  # [B, M]
-    draft_probs = pad(draft.draft_probs, (0, 0, 0, 1))[request, slot].to(target_probs.dtype)  # q [B, M]
-    draft_probs.masked_fill_((slot == verify_lengths[request])[:, None], 0.0)
+    """One round for all requests; every draw is given, so the result is a function of the arguments.
 
-    ratios = target_probs.new_ones(len(verify_lengths), draft.tokens.shape[1] + 1)  # [R, G+1]
-    ratios[request, slot] = likelihood_ratios(target_probs, tokens, support, draft_probs)
-    prefix_probs = _prefix_probs(ratios)[request, slot]  # [B]
-    ending = ending_probs(target_probs, support, draft_probs, prefix_probs)  # [B]; 1 in a request's first row
-    ends = pad(accept_uniforms, (1, 0))[request, slot] < ending  # [B]
+    Only what is as wide as the vocabulary stays on the target's device: the rest are small numbers, where the host is
+    faster.
+    """
+    drafted, lengths, tokens, support, draft_probs = (
+        t.cpu().numpy() for t in (draft.lengths, verify_lengths, draft.tokens, draft.support, draft.draft_probs)
+    )
+    assert (lengths <= drafted).all(), "a slot without a draft token cannot be verified"
+    requests, vocab = np.arange(len(lengths)), target_probs.shape[1]
+    first_row = np.cumsum(lengths + 1) - lengths - 1
+    assert first_row[-1] + lengths[-1] + 1 == len(target_probs), "the target must have 1 + verify length rows a request"
+    accepted, weights = np.zeros_like(lengths), target_probs  # with nothing verified the residual is p itself
+    if len(target_probs) > len(lengths):
+        slots = np.arange(draft.tokens.shape[1] + 1)
+        verified = slots < lengths[:, None]  # [R, G+1]
+        request, slot = verified.nonzero()  # [n]
+        x, ids, q = (values[request, slot] for values in (tokens, support, draft_probs))  # [n], [n, M], [n, M]
+        wanted = (first_row[request] + slot)[:, None] * vocab + np.concatenate([ids, x[:, None]], 1)
+        p = torch.take(target_probs, torch.from_numpy(wanted).to(target_probs.device)).cpu().numpy()  # [n, M+1]
+        on_support, of_draft = np.zeros((2, *verified.shape, ids.shape[1]))  # p and q [R, G+1, M], 0 elsewhere
+        on_support[verified], of_draft[verified] = p[:, :-1], q
+        ratios = np.ones(verified.shape)
+        ratios[verified] = likelihood_ratios(p[:, -1], x, ids, q)
+        prefix_probs = _prefix_probs(ratios)
+        ends = verified | (slots == lengths[:, None])
+        ends[:, 1:] &= np.asarray(accept_uniforms) < ending_probs(on_support, of_draft, prefix_probs)[:, 1:]
+        accepted = (ends * slots).max(1)  # the longest prefix at which the round may end is kept
 
-    # The longest prefix at which the round may end is kept.
-    accepted = torch.zeros_like(verify_lengths).scatter_reduce(0, request, slot * ends, "amax")  # [R]
-    row = first_row + accepted
-    weights = target_probs  # [R, V]
-    if len(row) < len(target_probs):  # with nothing verified the residual is p itself
-        rows = target_probs.index_select(0, row)  # many times as fast as by []
-        weights = residual_weights(rows, support[row], draft_probs[row], prefix_probs[row])
-    return Verdict(accepted, categorical(weights, target_uniforms.gather(1, accepted[:, None]).squeeze(1)))
+        def of_last(values: NDArray) -> Tensor:
+            """[R, G+1, ...], or [R, G, ...] of what does not matter where nothing was verified -> [R, ...]."""
+            return torch.from_numpy(values[requests, accepted.clip(max=values.shape[1] - 1)]).to(target_probs.device)
+
+        rows = target_probs.index_select(0, torch.from_numpy(first_row + accepted).to(target_probs.device))
+        weights = residual_weights(
+            rows, of_last(support), of_last(of_draft).to(rows.dtype), of_last(prefix_probs).to(rows.dtype)
+        )
+    return Verdict(torch.from_numpy(accepted), categorical(weights, np.asarray(target_uniforms)[requests, accepted]))
 
 
 def verify_greedy(target_argmax: Tensor, tokens: Tensor, verify_lengths: Tensor) -> Verdict:
@@ -113,19 +129,9 @@ def verify_greedy(target_argmax: Tensor, tokens: Tensor, verify_lengths: Tensor)
     return Verdict(*torch.tensor([accepted, next_token], device=target_argmax.device))
 
 
-def _ragged_index(verify_lengths: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where each request begins [R]; which request [B] and slot [B] each row belongs to."""
-    counts = verify_lengths + 1
-    first_row = counts.cumsum(0) - counts
-    request = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
-    assert len(request) == num_rows, "the target must have 1 + verify length rows for each request"
-    slot = torch.arange(num_rows, device=counts.device) - first_row[request]
-    return first_row, request, slot
-
-
-def _prefix_probs(ratios: Tensor) -> Tensor:
+def _prefix_probs(ratios: Floats) -> Floats:
     """P(the draft tokens before slot k stay), given these tokens, by p(x) / q(x) of each: [R, G+1] -> [R, G+1]."""
-    probs = torch.ones_like(ratios)
+    probs = np.ones_like(ratios)
     for k in range(1, ratios.shape[1]):
-        probs[:, k] = (probs[:, k - 1] * ratios[:, k - 1]).clamp(max=1)
+        probs[:, k] = np.minimum(probs[:, k - 1] * ratios[:, k - 1], 1)
     return probs

@@ -46,12 +46,24 @@ class Request:
     confidence: Confidence = lambda prefix, block: 1.0
 
 
+def ratios_of_rows(target_probs: Tensor, tokens: Tensor, support: Tensor, draft_probs: Tensor) -> Tensor:
+    """`likelihood_ratios` from whole rows [N, V]."""
+    target_prob = target_probs.gather(-1, tokens[:, None]).squeeze(-1)
+    return torch.from_numpy(likelihood_ratios(*(t.numpy() for t in (target_prob, tokens, support, draft_probs))))
+
+
+def ending_of_rows(target_probs: Tensor, support: Tensor, draft_probs: Tensor, prefix_probs: Tensor) -> Tensor:
+    """`ending_probs` from whole rows [N, V]."""
+    on_support = target_probs.gather(-1, support)
+    return torch.from_numpy(ending_probs(*(t.numpy() for t in (on_support, draft_probs, prefix_probs))))
+
+
 @dataclass(frozen=True)
 class Rules:
     """The verifier's three formulas; wrong ones go here to see them caught."""
 
-    ratios: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = likelihood_ratios
-    ending: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = ending_probs
+    ratios: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = ratios_of_rows
+    ending: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = ending_of_rows
     residual: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = residual_weights
 
 

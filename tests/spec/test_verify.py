@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dspark.spec.draft import Draft
-from dspark.spec.verify import ending_probs, likelihood_ratios, residual_weights, verify, verify_greedy
+from dspark.spec.verify import residual_weights, verify, verify_greedy
+from tests.spec.exact import ending_of_rows, ratios_of_rows
 from tests.spec.reference import verify_reference
 
 
@@ -148,14 +149,14 @@ def test_the_formulas_by_hand() -> None:
     target_probs = torch.tensor([[0.5, 0.3, 0.2, 0.0]]).expand(4, -1)
     support = torch.tensor([[2, 0, 0]]).expand(4, -1)
     draft_probs = torch.tensor([[0.8, 0.2, 0.0]]).expand(4, -1)
-    ratios = likelihood_ratios(target_probs, torch.arange(4), support, draft_probs)
+    ratios = ratios_of_rows(target_probs, torch.arange(4), support, draft_probs)
     torch.testing.assert_close(ratios[[0, 2, 3]], torch.tensor([2.5, 0.25, 0.0]))
     prefix_probs = torch.tensor([1.0, 0.6])
     rows = target_probs[:2], support[:2], draft_probs[:2], prefix_probs
     torch.testing.assert_close(residual_weights(*rows), torch.tensor([[0.3, 0.3, 0, 0], [0.1, 0.18, 0, 0]]))
-    torch.testing.assert_close(ending_probs(*rows), torch.tensor([1.0, 0.28 / (0.28 + 0.4)]))
+    torch.testing.assert_close(ending_of_rows(*rows), torch.tensor([1.0, 0.28 / (0.28 + 0.4)]))
     last = target_probs[:2], support[:2], torch.zeros(2, 3), prefix_probs
-    torch.testing.assert_close(ending_probs(*last), prefix_probs)
+    torch.testing.assert_close(ending_of_rows(*last), prefix_probs)
     torch.testing.assert_close(residual_weights(*last), prefix_probs[:, None] * target_probs[:2])
 
 
