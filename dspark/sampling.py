@@ -6,7 +6,7 @@ Shapes: N = rows (tokens to predict), V = vocabulary size, C = candidates looked
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -125,7 +125,6 @@ def truncated_probs(
     min_p: ArrayLike,
     *,
     overwrite: bool = False,
-    relative_weights: Callable[[Tensor, Tensor], Tensor] = relative_weights,
 ) -> Tensor:
     """The distribution each row is really sampled from: logits [N, V], parameters [N] -> probs [N, V].
 
@@ -133,7 +132,7 @@ def truncated_probs(
     renormalised), min-p. A row at temperature 0 is the one-hot of its first maximum. Tokens that tie with the
     last one kept are kept too, so that the result does not depend on a sorting order. Float64 logits give
     float64 probabilities, others float32. A filter that no row uses costs nothing. overwrite: the logits may be
-    written over, which saves memory as large as they are. relative_weights: another way to compute these.
+    written over, which saves memory as large as they are.
     """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     kind = np.float64 if dtype == torch.float64 else np.float32

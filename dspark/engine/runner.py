@@ -16,9 +16,11 @@ from dspark.engine.batch import Batch, build_batch
 from dspark.engine.kv_cache import KVCache
 from dspark.engine.scheduler import StepPlan
 from dspark.engine.sequence import Sequence
+from dspark.models import cpu_ops
 from dspark.models.decoder import Decoder, DecoderOutput
+from dspark.models.layers import compiled
 from dspark.penalties import Prefix, adjusted_logits
-from dspark.sampling import TokenLogprobs, categorical, token_logprobs, truncated_probs
+from dspark.sampling import TokenLogprobs, categorical, token_logprobs
 from dspark.spec.draft import Draft
 from dspark.spec.verify import Verdict, verify, verify_greedy
 
@@ -74,17 +76,11 @@ class Runner:
             lengths = torch.nn.functional.pad(lengths, (0, len(sequences) - len(lengths)))
         if all(s.params.greedy for s in sequences):
             return verify_greedy(self.target.likeliest(logits), draft.tokens, lengths)
-        params, counts, rows = [s.params for s in sequences], lengths.numpy(force=True) + 1, len(logits)
+        params, counts = [s.params for s in sequences], lengths.cpu().numpy() + 1
         settings = np.array([(p.temperature, p.top_k, p.top_p, p.min_p) for p in params]).repeat(counts, 0)  # [L, 4]
-        if self.target.deterministic and rows == 1:
-            # PyTorch sums a lone row with all threads, in another order than a row among others.
-            logits, settings = logits.repeat(2, 1), settings.repeat(2, 0)
-        target_probs = truncated_probs(
-            logits,
-            *settings.T,
-            overwrite=all(p.logprobs is None for p in params),
-            relative_weights=self.target.relative_weights,
-        )[:rows]
+        if any(p.logprobs is not None for p in params):
+            logits = logits.clone()
+        target_probs = self.target.truncated_probs(logits, settings)
         slots = np.arange(draft.tokens.shape[1] + 1)
         seeds, anchors = np.array([(s.seed, len(s.token_ids)) for s in sequences]).T[..., None]  # [R, 1] each
         purposes = np.array([Purpose.TARGET, Purpose.ACCEPT])[:, None, None]
@@ -96,7 +92,8 @@ class Runner:
             index = torch.from_numpy(row).to(logits.device)
             drawn = categorical(target_probs.index_select(0, index), own.repeat(counts, 0)[row, slot])
             target_probs.index_fill_(0, index, 0.0)[index, drawn] = 1.0
-        return verify(target_probs, draft, lengths, accept[:, :-1], own)
+        judge = cpu_ops.verify if compiled(target_probs) else verify
+        return Verdict(*judge(target_probs, draft, lengths, accept[:, :-1], own))
 
     def padded(self, draft: Draft | None, plan: StepPlan, sequences: list[Sequence]) -> Draft:
         """The draft extended by empty rows for prompts that end in this step."""

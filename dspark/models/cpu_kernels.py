@@ -251,27 +251,6 @@ def copy_bias_kernel(machine: Machine, longest: int) -> ir.Module:
     return e.module
 
 
-def relative_weights_kernel(machine: Machine, width: int, least: float) -> ir.Module:
-    """exp((x - the row's best) / temperature) in place, 0 where that is below exp(least) or not a number.
-
-    Fields: x [N, width], temperature [N]; items: rows.
-    """
-    e = Emitter("ffi", machine, lanes_for(width, machine))
-    b = e.b
-    x, temperature, _ = e.fields
-    with e.loop(e.first, e.last) as row:
-        start = b.mul(row, I64(width))
-        with e.sums(I64(0), I64(width), [e.constant(-math.inf)], e.lanes) as (i, carried, results):
-            carried[0] = e.maximum(carried[0], e.load(x, b.add(start, i)))
-        best, divisor = e.spread(e.highest(results[0])), e.spread(b.load(b.gep(temperature, [row])))
-        with e.loop(I64(0), I64(width), e.lanes) as i:
-            exponent = b.fdiv(b.fsub(e.load(x, b.add(start, i)), best), divisor)
-            seen = b.fcmp_ordered(">=", exponent, e.constant(least))
-            e.store(b.select(seen, e.exp(exponent), e.constant(0.0)), x, b.add(start, i))
-    b.ret_void()
-    return e.module
-
-
 def first_maximum_kernel(machine: Machine, width: int) -> ir.Module:
     """Index of each row's first maximum. Fields: x [N, width], indices [N]; items: rows."""
     e = Emitter("fqi", machine, lanes_for(width, machine))

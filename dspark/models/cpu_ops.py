@@ -15,15 +15,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import llvmlite.binding as llvm
+import numpy as np
 import torch
 import torch.nn.functional as F
 from llvmlite import ir
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from dspark.models import cpu_attention, cpu_draw, cpu_kernels, cpu_linear
 from dspark.models.cpu_emitter import Machine
 from dspark.models.cpu_linear import TILE_INPUTS, TILE_ROWS, VECTORS, tile_config
 from dspark.sampling import least_exponent
+from dspark.spec.draft import Draft
 
 SERIAL_WORK = 1 << 16  # multiply-adds below which waking other threads costs more than it gains
 
@@ -110,9 +113,9 @@ def usable(x: Tensor) -> bool:
 @functools.cache
 def kernel(name: str, *shape: int | float) -> Kernel:
     """The kernel of that name in the modules of kernels. Raises RuntimeError where there are none."""
-    modules = {"linear": cpu_linear, "attention": cpu_attention, "draw": cpu_draw}
-    module = modules.get(name.removeprefix("tiled_"), cpu_kernels)
-    return compiler().compile(getattr(module, f"{name}_kernel")(compiler().machine, *shape))
+    modules = cpu_kernels, cpu_linear, cpu_attention, cpu_draw
+    make = next(make for module in modules if (make := getattr(module, f"{name}_kernel", None)))
+    return compiler().compile(make(compiler().machine, *shape))
 
 
 LARGE_PAGE = 2 << 20
@@ -251,11 +254,38 @@ def first_maximum(x: Tensor) -> Tensor:
     return indices
 
 
-def relative_weights(x: Tensor, temperature: Tensor) -> Tensor:
-    """`sampling.relative_weights`: x [N, V] contiguous, in place, temperature [N] above 0."""
+def truncated_probs(x: Tensor, settings: NDArray[np.float32]) -> Tensor:
+    """`sampling.truncated_probs` in place: x [N, V] contiguous; temperature, top-k, top-p and min-p [N, 4]."""
     rows, width = x.shape
-    kernel("relative_weights", width, least_exponent(x.dtype))(x.numel() * 16, x, temperature.contiguous(), rows)
+    greedy = torch.from_numpy(np.flatnonzero(settings[:, 0] == 0))
+    best = first_maximum(x.index_select(0, greedy)) if len(greedy) else None
+    top_k = settings[:, 1]
+    own = settings.copy()
+    own[:, 0] = np.where(settings[:, 0] == 0, 1, settings[:, 0])
+    own[:, 1] = np.where((top_k > 0) & (top_k < width), top_k, width)
+    scratch = torch.empty(torch.get_num_threads() * (width + 16))
+    run = kernel("truncated_probs", width, least_exponent(x.dtype))
+    run(x.numel() * 16, x, torch.from_numpy(own), scratch, rows)
+    if best is not None:
+        x.index_fill_(0, greedy, 0.0)[greedy, best] = 1.0
     return x
+
+
+def verify(
+    target_probs: Tensor, draft: Draft, verify_lengths: Tensor, accept_uniforms: ArrayLike, target_uniforms: ArrayLike
+) -> tuple[Tensor, Tensor]:
+    """`spec.verify.verify`: accepted and next tokens [R]. target_probs [B, V] contiguous are written over."""
+    requests, slots = draft.tokens.shape
+    draws = np.zeros((2, requests, slots + 1))
+    draws[0, :, 1:], draws[1] = accept_uniforms, target_uniforms
+    accept, own = torch.from_numpy(draws[0]), torch.from_numpy(draws[1])
+    accepted, next_token = torch.empty(2, requests, dtype=torch.int64)
+    drafted = (t.contiguous() for t in (verify_lengths, draft.tokens, draft.support, draft.draft_probs.float()))
+    run = kernel("verify", target_probs.shape[1], draft.support.shape[2])
+    run(
+        requests * target_probs.shape[1] * 4, target_probs, *drafted, accept, own, accepted, next_token, slots, requests
+    )
+    return accepted, next_token
 
 
 def store(x: Tensor, cache: Tensor, slots: Tensor) -> None:

@@ -8,14 +8,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dspark.models import cpu_ops
 from dspark.models.config import DecoderConfig
 from dspark.models.layer_stack import LayerStack
 from dspark.models.layers import compiled, linear_map, rms_norm, rotary_table, rotate_, silu_mul, storage_dtype
-from dspark.sampling import first_maximum, relative_weights
+from dspark.sampling import first_maximum, truncated_probs
 
 
 class Attention(Protocol):
@@ -153,11 +155,14 @@ class Decoder:
             return cpu_ops.first_maximum(logits)
         return first_maximum(logits)
 
-    def relative_weights(self, logits: Tensor, temperature: Tensor) -> Tensor:
-        """Those of `dspark.sampling`, in place: logits [N, V] in fp32, temperature [N] above 0."""
+    def truncated_probs(self, logits: Tensor, settings: NDArray[np.float64]) -> Tensor:
+        """`dspark.sampling.truncated_probs` of logits [N, V] in fp32, which may be written over.
+
+        settings [N, 4]: temperature, top-k, top-p and min-p of each row.
+        """
         if compiled(logits) and logits.is_contiguous():
-            return cpu_ops.relative_weights(logits, temperature)
-        return relative_weights(logits, temperature)
+            return cpu_ops.truncated_probs(logits, settings.astype(np.float32))
+        return truncated_probs(logits, *settings.T, overwrite=True)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [N, C] -> logits [N, V], valid until the next call."""

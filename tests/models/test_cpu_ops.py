@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,9 @@ from dspark.models import cpu_ops
 from dspark.models.cpu_chunks import AttentionShape, Chunks, attend_chunks
 from dspark.models.cpu_ops import CompiledLinear, available
 from dspark.models.layers import apply_rotary, rotary_table
-from dspark.sampling import relative_weights
+from dspark.sampling import truncated_probs
+from dspark.spec.draft import Draft
+from dspark.spec.verify import verify
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs an x86 CPU with FMA and PyTorch on GNU OpenMP")
 
@@ -134,18 +137,96 @@ def test_cache_holds_the_nearest_numbers(dtype: torch.dtype):
     assert torch.equal(cache.nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
-@pytest.mark.parametrize("width", [3, 64, 1000])
-def test_relative_weights_are_those_of_sampling(width: int):
-    x = 20 * torch.randn(9, width, generator=torch.Generator().manual_seed(width))
-    x[1, 0], x[2] = -math.inf, 3.0
-    temperature = torch.tensor([1.0, 1.0, 1.0, 0.01, 1e-45, 1e30, 0.7, 2.0, 1.0])
-    expected = relative_weights(x.clone(), temperature)
-    found = cpu_ops.relative_weights(x.clone(), temperature)
-    torch.testing.assert_close(found, expected, rtol=3e-6, atol=0, equal_nan=True)
-    assert ((found == 0) == (expected == 0)).all()
-    broken = torch.tensor([[math.nan, 1.0, 1.0], [math.inf, 1.0, 2.0], [-math.inf, -math.inf, -math.inf]])
-    found = cpu_ops.relative_weights(broken, torch.ones(3))
-    assert torch.equal(found, torch.tensor([[0.0, 1.0, 1.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]))
+FILTERS = [  # temperature, top-k, top-p, min-p
+    (1.0, 0, 1.0, 0.0),
+    (0.0, 0, 0.5, 0.0),
+    (0.2, 0, 0.9, 0.0),
+    (1.0, 5, 1.0, 0.0),
+    (1.5, 40, 0.7, 0.0),
+    (1.0, 0, 0.999, 0.01),
+    (3.0, 0, 1.0, 0.2),
+    (2.0, 10**6, 1e-60, 0.0),
+    (0.01, 1, 1.0, 0.0),
+    (1e-45, 0, 1.0, 0.0),
+    (1e30, 2, 1.0, 0.0),
+    (1e30, 0, 0.3, 0.0),
+]
+
+
+@pytest.mark.parametrize("width", [3, 64, 1000, 20_000])
+@pytest.mark.parametrize("spread", [0.1, 3.0, 20.0])
+def test_truncated_probs_are_those_of_sampling(width: int, spread: float):
+    """Where few tokens are likely and where nearly all are, each row by its own settings."""
+    settings = np.array(FILTERS, np.float32)
+    x = spread * torch.randn(len(settings), width, generator=torch.Generator().manual_seed(width))
+    x[::2, 0] = -math.inf
+    expected = truncated_probs(x, *settings.T)
+    found = cpu_ops.truncated_probs(x.clone(), settings)
+    torch.testing.assert_close(found.sum(-1), torch.ones(len(x)))
+    # The end of a nucleus may move by tokens as likely as rounding errors of sums.
+    both = (found > 0) & (expected > 0)
+    torch.testing.assert_close(found[both], expected[both], rtol=2e-4, atol=0)
+    assert (found * (expected == 0)).sum() < 1e-4 and (expected * (found == 0)).sum() < 1e-4
+    alone = torch.cat([cpu_ops.truncated_probs(x[i : i + 1].clone(), settings[i : i + 1]) for i in range(len(x))])
+    assert torch.equal(alone, found)
+
+
+def test_truncation_keeps_ties_and_drops_what_is_no_number():
+    ties = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]]).repeat(3, 1)
+    settings = np.array([(1, 2, 1, 0), (1, 0, 0.3, 0), (1, 0, 1, 0.99)], np.float32)
+    expected = torch.tensor([0, 1 / 3, 1 / 3, 1 / 3, 0]).expand(3, -1)
+    torch.testing.assert_close(cpu_ops.truncated_probs(ties, settings), expected)
+    broken = torch.tensor([[math.nan, 1.0, 1.0], [-math.inf, 1.0, -math.inf]])
+    found = cpu_ops.truncated_probs(broken, np.array([(1, 0, 1, 0)] * 2, np.float32))
+    assert torch.equal(found, torch.tensor([[0.0, 0.5, 0.5], [0.0, 1.0, 0.0]]))
+
+
+@given(
+    st.sampled_from([(5, 3), (64, 1), (64, 8), (1000, 64)]),
+    st.lists(st.integers(0, 4), min_size=1, max_size=5),
+    st.integers(0, 2**31),
+)
+@settings(max_examples=60, deadline=None)
+def test_verdicts_are_those_of_the_formulas(sizes: tuple[int, int], verified: list[int], seed: int):
+    """Sparse and full rows, some nearly as the draft's; supports that repeat ids with probability 0; several blocks."""
+    (vocab, candidates), lengths, generator = sizes, torch.tensor(verified), torch.Generator().manual_seed(seed)
+    r, g, rows = len(verified), max(verified), sum(verified) + len(verified)
+
+    def law(*shape: int) -> torch.Tensor:
+        weights = torch.rand(shape, generator=generator) * (torch.rand(shape, generator=generator) < 0.7)
+        weights[..., 0] += 0.01
+        return weights / weights.sum(-1, keepdim=True)
+
+    draft_probs, target_probs = law(r, g, candidates), law(rows, vocab)
+    support = torch.rand(r, g, vocab, generator=generator).argsort(-1)[..., :candidates]
+    support = torch.where(draft_probs > 0, support, support[..., :1])
+    below = torch.rand(r, g, 1, generator=generator) >= draft_probs.cumsum(-1)
+    drawn = below.sum(-1, keepdim=True).clamp(max=candidates - 1)
+    draft = Draft(support.gather(-1, drawn).squeeze(-1), support, draft_probs, lengths, torch.zeros(r, g, 1))
+    row = 0
+    for i, length in enumerate(verified):
+        for k in range(0, length, 2):
+            target_probs[row + k] *= 0.02
+            target_probs[row + k].scatter_add_(0, support[i, k], 0.98 * draft_probs[i, k])
+        row += length + 1
+    accept, own = torch.rand(2, r, g + 1, generator=generator, dtype=torch.float64).numpy()
+    expected = verify(target_probs, draft, lengths, accept[:, 1:], own)
+    accepted, next_token = cpu_ops.verify(target_probs.clone(), draft, lengths, accept[:, 1:], own)
+    assert accepted.tolist() == expected.accepted.tolist()
+    assert next_token.tolist() == expected.next_token.tolist()
+
+
+def test_a_verdict_where_nothing_is_left_is_the_target_itself():
+    law = torch.tensor([[0.25, 0.0, 0.75, 0.0]])
+    draft = Draft(torch.tensor([[2]]), torch.arange(4)[None, None], law[None], torch.tensor([1]), torch.zeros(1, 1, 1))
+    for draw, token in ((0.1, 0), (0.3, 2), (1 - 2**-53, 2)):
+        rows, uniforms = law.repeat(2, 1), (np.zeros((1, 1)), np.full((1, 2), draw))
+        accepted, next_token = cpu_ops.verify(rows, draft, torch.tensor([1]), *uniforms)
+        assert (accepted.tolist(), next_token.tolist()) == ([1], [token])
+    rows = torch.full((1, 4), math.nan)
+    none = Draft(draft.tokens[:, :0], draft.support[:, :0], law[None, :0], torch.tensor([0]), torch.zeros(1, 0, 1))
+    _, next_token = cpu_ops.verify(rows, none, none.lengths, np.zeros((1, 0)), np.full((1, 1), 0.5))
+    assert 0 <= next_token.item() < 4
 
 
 @pytest.mark.parametrize("width", [1, 17, 48, 49152])
