@@ -1,6 +1,6 @@
 """What trained drafters share when they serve: their target, per-token storage, and the drawing of slots.
 
-Shapes: R requests, G slots, M candidates, S signals, V' draft vocabulary.
+Shapes: R requests, G slots, M candidates, S signals, V' draft vocabulary, C width, r head rank.
 """
 
 import math
@@ -24,6 +24,7 @@ from dspark.sampling import categorical, first_maximum
 from dspark.spec.draft import Draft
 
 LEAST = torch.finfo(torch.float32).min / 4  # a logit; differences of two are finite
+ODDS_EPS = 1e-4  # probabilities are at most 1 less this in log-odds
 NUM_CANDIDATES = 64  # tokens a slot is sampled from: the likeliest, after a sequential head's bias if there is one
 
 
@@ -171,6 +172,26 @@ class BoundDrafter(ABC):
         if coupled.any():  # the target's own draw for the position
             draws = np.where(coupled, uniforms(seeds, starts + slots, Purpose.TARGET), draws)
         return draws
+
+
+def slot_signals(
+    hidden: Tensor,
+    embeddings: Tensor,
+    weights: Tensor,
+    largest: Tensor,
+    entropy: Tensor,
+    lengths: Tensor,
+    temperatures: Tensor,
+) -> Tensor:
+    """What tells whether slots are accepted [R, G, 6]: confidence logits and evidence.
+
+    hidden [R, G, C], W1 of the token before each slot [R, G, r] and the confidence head's weights and bias [C + r + 1]
+    -> the logits. Evidence, [R, G] each: the largest probability of a slot at temperature 1, its log-odds, the entropy,
+    how long a match the copy head saw; and the temperature of each request [R].
+    """
+    logits = torch.cat([hidden, embeddings], -1).float() @ weights[:-1] + weights[-1]
+    odds = largest.logit(ODDS_EPS)
+    return torch.stack([logits, largest, odds, entropy, lengths, temperatures[:, None].expand_as(largest)], -1)
 
 
 def whole_draft(slots: list[Slot], signals: Tensor | None = None) -> Draft:

@@ -5,12 +5,11 @@ Shapes: R requests, G slots, N committed or block tokens, C width, V' draft voca
 
 import copy
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dspark.drafters.bound import BoundDrafter, Settings, Slot, whole_draft
+from dspark.drafters.bound import BoundDrafter, Settings, Slot, slot_signals, whole_draft
 from dspark.drafters.copying import CopyBias
 from dspark.drafters.interface import DraftRequest
 from dspark.drafters.model import DSparkModel
@@ -21,8 +20,6 @@ from dspark.models.decoder import Decoder, DecoderLayer, layer_shapes
 from dspark.models.layer_stack import LayerStack
 from dspark.models.layers import linear_map, rms_norm, rotate_
 from dspark.spec.draft import Draft
-
-ODDS_EPS = 1e-4  # probabilities are at most 1 less this in log-odds
 
 
 class DSparkDrafter(BoundDrafter):
@@ -64,6 +61,10 @@ class DSparkDrafter(BoundDrafter):
             if isinstance(self.input_proj, CompiledLinear) and self.input_proj.dense:
                 weights = self.feature_norm, self.token_norm, self.mask
                 self.input_program = BlockInputs(target.embedding, weights, self.input_proj, c.rms_norm_eps)
+        self.has_confidence = model.confidence_head is not None
+        self.confidence = torch.zeros(c.hidden_size + self.config.markov_rank + 1, device=target.device)
+        if model.confidence_head is not None:
+            self.confidence = torch.cat([place(p).flatten() for p in model.confidence_head.proj.parameters()]).float()
         self.copies = None
         if model.copy_head is not None:
             self.copies = CopyBias(model.copy_head, model.t2d.to(target.device))
@@ -73,11 +74,7 @@ class DSparkDrafter(BoundDrafter):
             self.w2 = linear_map(place(model.w2), target.dtype)  # [R, r] -> [R, V']
             if self.markov.kind == "vanilla" and isinstance(self.w2, CompiledLinear) and self.w2.dense:
                 w1 = self.markov.markov_w1.weight.detach()
-                self.markov_program = MarkovProgram(w1, self.w2, self.d2t, self.copies)
-        self.confidence_head, self.has_confidence = None, model.confidence_head is not None
-        if model.confidence_head is not None:
-            of_both, bias = (place(parameter) for parameter in model.confidence_head.proj.parameters())
-            self.confidence_head = *of_both[0].split([c.hidden_size, model.config.markov_rank]), bias
+                self.markov_program = MarkovProgram(w1, self.w2, self.d2t, self.confidence, self.copies)
 
     @property
     def _caches(self) -> list[Tensor]:
@@ -168,11 +165,13 @@ class DSparkDrafter(BoundDrafter):
         logits = self.logits(hidden.flatten(0, 1)).view(r, g, -1)  # [R, G, V'], without the head's bias
         previous = torch.tensor([q.token_ids[-1] for q in requests], device=hidden.device)
         spans = None if self.copies is None else self.copies.spans(requests)
+        temperatures = hidden.new_tensor([min(q.params.temperature, 1.0) for q in requests], dtype=torch.float32)
         if self.markov_program is not None:
             greedy = all(q.params.greedy for q in requests)
             sampling = None if greedy else (Settings.rows(requests), torch.from_numpy(self.draws(requests)[:, :g]))
-            tokens, *seen, support, draft_probs = self.markov_program(previous, logits, self._history, spans, sampling)
-            lengths, signals = torch.full((r,), g), self.signals(requests, hidden, *seen)
+            drafted = self.markov_program(previous, logits, hidden, temperatures, self._history, spans, sampling)
+            tokens, signals, support, draft_probs = drafted
+            lengths = torch.full((r,), g)
             if greedy:
                 return Draft.unsampled(tokens, lengths, signals)
             return Draft(tokens, support.clone(), draft_probs.clone(), lengths, signals)
@@ -193,33 +192,5 @@ class DSparkDrafter(BoundDrafter):
             previous = slots[-1].token
         logprobs = logits.log_softmax(-1)
         largest, entropy = logprobs.amax(-1).exp(), -(logprobs.exp() * logprobs).sum(-1)
-        return whole_draft(slots, self.signals(requests, hidden, embeddings, largest, entropy, lengths))
-
-    def signals(
-        self,
-        requests: list[DraftRequest],
-        hidden: Tensor,
-        embeddings: Tensor,
-        largest: Tensor,
-        entropy: Tensor,
-        lengths: Tensor,
-    ) -> Tensor:
-        """What tells whether slots are accepted [R, G, 6], on the host: confidence logits, zeros without that head, and
-        evidence.
-
-        hidden [R, G, C], W1 of the token before each slot [R, G, r] -> the logits. Evidence, [R, G] each: the largest
-        probability of a slot at temperature 1, its log-odds, the entropy, how long a match the copy head saw, and the
-        request's temperature.
-        """
-        probability = largest.cpu().numpy()
-        signals = np.zeros((*probability.shape, 6), np.float32)
-        if self.confidence_head is not None:
-            of_hidden, of_embedding, bias = self.confidence_head
-            logits = torch.addmv(bias.expand(largest.numel()), embeddings.flatten(0, 1), of_embedding)
-            logits = torch.addmv(logits, hidden.flatten(0, 1), of_hidden).view(largest.shape)
-            signals[..., 0] = logits.float().cpu().numpy()
-        capped = probability.clip(ODDS_EPS, 1 - ODDS_EPS)
-        signals[..., 1], signals[..., 2] = probability, np.log(capped / (1 - capped))
-        signals[..., 3], signals[..., 4] = entropy.cpu().numpy(), lengths.cpu().numpy()
-        signals[..., 5] = [[min(q.params.temperature, 1.0)] for q in requests]
-        return torch.from_numpy(signals)
+        evidence = largest, entropy, lengths, temperatures
+        return whole_draft(slots, slot_signals(hidden, embeddings, self.confidence, *evidence))

@@ -92,14 +92,10 @@ class BlockInputs:
 
 
 class DraftedBlock(NamedTuple):
-    """What was drafted, W1 of the token before each slot; at temperature 1, each slot's largest probability and its
-    entropy; how long a match the copy head saw; and what the tokens were drawn from, as in `Draft`."""
+    """What was drafted, its signals, and what the tokens were drawn from, as in `Draft`."""
 
     tokens: Tensor  # [R, G]
-    embeddings: Tensor  # [R, G, r]
-    largest: Tensor  # [R, G]
-    entropy: Tensor  # [R, G]
-    lengths: Tensor  # [R, G]
+    signals: Tensor  # [R, G, 6], see `slot_signals`
     support: Tensor  # [R, G, M]; M is 0 for blocks drafted greedily
     draft_probs: Tensor  # [R, G, M]
 
@@ -107,15 +103,18 @@ class DraftedBlock(NamedTuple):
 class MarkovProgram:
     """The vanilla Markov head and the copy head of whole blocks, each slot from the token drafted before it."""
 
-    def __init__(self, w1: Tensor, w2: CompiledLinear, d2t: Tensor, copies: CopyBias | None = None):
-        """w1 [V, r] fp32, w2 [R, r] -> [R, V'], d2t [V'] the drafted ids."""
+    def __init__(self, w1: Tensor, w2: CompiledLinear, d2t: Tensor, confidence: Tensor, copies: CopyBias | None = None):
+        """w1 [V, r] fp32, w2 [R, r] -> [R, V'], d2t [V'] the drafted ids; confidence: see `slot_signals`."""
         self.w1, self.w2, self.d2t, self.copies = w1.contiguous(), w2, d2t.contiguous(), copies
+        self.confidence = confidence.contiguous()
         self._programs = Programs(self._build, {"bias": len(d2t), "settings": 4}, w1.shape[1])
 
     def __call__(
         self,
         previous: Tensor,
         logits: Tensor,
+        hidden: Tensor,
+        temperatures: Tensor,
         history: Tensor | None = None,
         spans: Tensor | None = None,
         sampling: tuple[Tensor, Tensor] | None = None,
@@ -123,17 +122,20 @@ class MarkovProgram:
         """Slot k is the likeliest token under its logits, the bias of the slot before it and that of the copy head, or
         drawn from the NUM_CANDIDATES likeliest.
 
-        Previous tokens [R], logits [R, G, V'] without bias, which are read only; history [slots] and spans [2, R] with
-        a copy head, see `CopyBias`; sampling: `Settings.rows` and draws [R, G] in fp64. The result's tensors but for
-        the tokens are valid until the next call.
+        Previous tokens [R], logits [R, G, V'] without bias, which are read only, and the hidden states [R, G, C] that
+        they are of; temperatures [R]; history [slots] and spans [2, R] with a copy head, see `CopyBias`; sampling:
+        `Settings.rows` and draws [R, G] in fp64. What tokens were drawn from is valid until the next call.
         """
         r, g, vocab = logits.shape
-        program, tokens, block = self._programs.get(r, g, 0 if sampling is None else min(bound.NUM_CANDIDATES, vocab))
+        program, tokens, support, draft_probs = self._programs.get(
+            r, g, 0 if sampling is None else min(bound.NUM_CANDIDATES, vocab)
+        )
         tokens[:, 0] = previous
         logits = logits.contiguous()
         readers = 1 if sampling is None else 2  # kernels of a slot
         of_slots = [logits.data_ptr() + logits.itemsize * vocab * k for k in range(g)]
-        values: dict = {"logits": np.repeat(of_slots, readers)}
+        values: dict = {"logits": np.repeat(of_slots, readers), "signals": torch.empty(r, g, 6)}
+        values |= {"hidden": hidden.contiguous(), "temperatures": temperatures}
         if self.copies is not None and history is not None and spans is not None:
             values |= {"history": history, "spans": spans}
         if sampling is not None:
@@ -141,10 +143,10 @@ class MarkovProgram:
             self._programs.buffers["settings"][:r] = settings
             values["draws"] = [draws.data_ptr() + draws.itemsize * k for k in range(g)]
         program.run(**values)
-        return block._replace(tokens=tokens[:, 1:].clone(), entropy=block.entropy - block.largest.log())
+        return DraftedBlock(tokens[:, 1:].clone(), values["signals"], support, draft_probs)
 
-    def _build(self, r: int, g: int, candidates: int) -> tuple[Program, Tensor, DraftedBlock]:
-        """The program for R blocks, the tokens [R, 1 + G] that it begins with and writes, and all that it writes."""
+    def _build(self, r: int, g: int, candidates: int) -> tuple[Program, Tensor, Tensor, Tensor]:
+        """The program for R blocks, the tokens [R, 1 + G] that it begins with and writes, support and draft_probs."""
         program, tokens = Program(), torch.zeros(r, g + 1, dtype=torch.int64)
         features, (largest, below, lengths) = torch.empty(g, r, self.w1.shape[1]), torch.zeros(3, g, r)
         support, probs = torch.zeros(r, g, candidates, dtype=torch.int64), torch.zeros(r, g, candidates)
@@ -158,8 +160,11 @@ class MarkovProgram:
                 draw = cpu_ops.kernel("draw", vocab, candidates, -bound.LEAST, least_exponent(torch.float32))
                 own = tokens[:, k + 1], support[:, k], probs[:, k]
                 program.add(draw, "logits", bias, self.d2t, self._programs.buffers["settings"], "draws", *own, g, r)
-        block = tokens[:, 1:], features.transpose(0, 1), largest.T, below.T, lengths.T, support, probs
-        return program, tokens, DraftedBlock(*block)
+        rank = self.w1.shape[1]
+        signals = cpu_ops.kernel("signals", len(self.confidence) - rank - 1, rank, bound.ODDS_EPS)
+        seen = features, largest, below, lengths
+        program.add(signals, "hidden", self.confidence, *seen, "temperatures", "signals", g, r * g)
+        return program, tokens, support, probs
 
     def _add_bias(
         self, program: Program, slot: int, previous: Tensor, features: Tensor, lengths: Tensor, stride: int

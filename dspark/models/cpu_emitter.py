@@ -201,6 +201,18 @@ class Emitter:
         exponent = b.shl(b.fptosi(n, words), ir.Constant(words, [23] * self.lanes))
         return b.bitcast(b.add(b.bitcast(result, words), exponent), self.vector)
 
+    def log(self, x: Value) -> Value:
+        """Natural logarithm of a scalar above 0: n ln 2 and, of the rest m next to 1, 2 artanh((m - 1) / (m + 1))."""
+        b = self.b
+        bits = b.sub(b.bitcast(x, I32), I32(0x3F3504F3))  # of the square root of 1/2
+        n = b.ashr(bits, I32(23))
+        rest = b.bitcast(b.add(b.and_(bits, I32(0x7FFFFF)), I32(0x3F3504F3)), F32)
+        s = b.fdiv(b.fsub(rest, F32(1.0)), b.fadd(rest, F32(1.0)))
+        square, series = b.fmul(s, s), F32(2 / 9)
+        for degree in (7, 5, 3, 1):
+            series = b.fadd(b.fmul(series, square), F32(2 / degree))
+        return b.fadd(b.fmul(b.sitofp(n, F32), F32(math.log(2))), b.fmul(series, s))
+
 
 def lanes_for(width: int, machine: Machine) -> int:
     """The widest vector that divides `width`."""

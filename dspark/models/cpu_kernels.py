@@ -208,6 +208,42 @@ def likeliest_kernel(machine: Machine, vocab: int) -> ir.Module:
     return e.module
 
 
+def signals_kernel(machine: Machine, width: int, rank: int, eps: float) -> ir.Module:
+    """What tells whether a slot is accepted: `drafters.bound.slot_signals`.
+
+    Fields: hidden [R, G, width], weights [width + rank + 1], embeddings [G, R, rank], largest, below, lengths [G, R]
+    (see "likeliest" and "copy_bias"), temperatures [R], signals [R, G, 6], G; items: R * G.
+    """
+    e = Emitter("ffffffffii", machine, lanes_for(math.gcd(width, rank), machine))
+    b = e.b
+    hidden, weights, embeddings, largest, below, lengths, temperatures, signals, slots, items = e.fields
+    requests = b.udiv(items, slots)
+    with e.loop(e.first, e.last) as item:
+        request, slot = b.udiv(item, slots), b.urem(item, slots)
+        place = b.add(b.mul(slot, requests), request)
+        parts = (hidden, item, width, 0), (embeddings, place, rank, width)
+        logit = b.load(b.gep(weights, [I64(width + rank)]))
+        for values, row, count, first in parts:
+            own = b.gep(values, [b.mul(row, I64(count))])
+            with e.sums(I64(0), I64(count), [e.constant(0.0)], e.lanes) as (i, carried, results):
+                carried[0] = e.fma(e.load(own, i), e.load(weights, b.add(i, I64(first))), carried[0])
+            logit = b.fadd(logit, e.total(results[0]))
+        probability = b.load(b.gep(largest, [place]))
+        capped = b.fneg(e.maximum(b.fneg(e.maximum(probability, F32(eps))), F32(eps - 1)))
+        numbers = [
+            logit,
+            probability,
+            b.fsub(e.log(capped), e.log(b.fsub(F32(1.0), capped))),
+            b.fsub(b.load(b.gep(below, [place])), e.log(probability)),
+            b.load(b.gep(lengths, [place])),
+            b.load(b.gep(temperatures, [request])),
+        ]
+        for i, number in enumerate(numbers):
+            b.store(number, b.gep(signals, [b.add(b.mul(item, I64(len(numbers))), I64(i))]))
+    b.ret_void()
+    return e.module
+
+
 def copy_bias_kernel(machine: Machine, longest: int) -> ir.Module:
     """Add to a logit of each row what copying the context's own continuation is worth (`drafters.copying`).
 

@@ -18,12 +18,13 @@ Built = TypeVar("Built")
 
 
 class Program:
-    """Kernels and their fields, run in the order added. The memory of fields must outlive the program."""
+    """Kernels and their fields, run in the order added."""
 
     WIDTH = 12  # an address and at most eleven fields
 
     def __init__(self):
         self._rows: list[list[int]] = []
+        self._tensors: list[Tensor] = []  # whose memory the table points to
         self._named: dict[str, list[int]] = {}  # places of named fields in the flat table
         self._places: dict[str, np.ndarray] = {}  # the same, once all are known
         self._table = np.empty(0, np.int64)
@@ -35,7 +36,10 @@ class Program:
             if isinstance(field, str):
                 self._named.setdefault(field, []).append(len(self._rows) * self.WIDTH + len(row))
                 field = 0
-            row.append(field.data_ptr() if isinstance(field, Tensor) else field)
+            if isinstance(field, Tensor):
+                self._tensors.append(field)
+                field = field.data_ptr()
+            row.append(field)
         self._rows.append(row + [0] * (self.WIDTH - len(row)))
 
     def add_linear(self, linear: CompiledLinear, x: Tensor, y: Tensor, scratch: Tensor, rows: int) -> None:

@@ -8,8 +8,8 @@ import torch
 from scipy.stats import chisquare
 from torch import Tensor
 
-from dspark.drafters.bound import NUM_CANDIDATES, BoundDrafter, Settings
-from dspark.drafters.programs import BlockInputs, ContextProgram, MarkovProgram
+from dspark.drafters.bound import NUM_CANDIDATES, BoundDrafter, Settings, slot_signals
+from dspark.drafters.programs import BlockInputs, ContextProgram, DraftedBlock, MarkovProgram
 from dspark.models.attention import store
 from dspark.models.cpu_ops import CompiledLinear, available
 from dspark.models.layers import rms_norm, rotary_table, rotate_
@@ -19,6 +19,21 @@ from tests.tiny import tiny_config
 pytestmark = pytest.mark.skipif(not available(), reason="needs an x86 CPU with FMA and PyTorch on GNU OpenMP")
 
 
+WIDTH = 32  # of hidden states
+
+
+def markov_program(w1: Tensor, w2: CompiledLinear, d2t: Tensor) -> MarkovProgram:
+    return MarkovProgram(w1, w2, d2t, torch.linspace(-1, 1, WIDTH + w1.shape[1] + 1))
+
+
+def drafted(
+    chain: MarkovProgram, previous: Tensor, logits: Tensor, sampling: tuple[Tensor, Tensor] | None = None
+) -> DraftedBlock:
+    """Of hidden states that are zeros."""
+    r, g, _ = logits.shape
+    return chain(previous, logits, torch.zeros(r, g, WIDTH), torch.zeros(r), sampling=sampling)
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_matches_argmax_slot_by_slot(dtype: torch.dtype):
@@ -26,24 +41,28 @@ def test_matches_argmax_slot_by_slot(dtype: torch.dtype):
     vocab, rank, g = 96, 32, 3
     w1, d2t = torch.randn(200, rank), torch.randperm(200)[:vocab].sort().values
     w2 = CompiledLinear(torch.randn(vocab, rank).to(dtype))
-    chain = MarkovProgram(w1, w2, d2t)
+    chain = markov_program(w1, w2, d2t)
     for r in (1, 5, 40, 2):
         logits, previous = torch.randn(r, g, vocab), torch.randint(0, 200, (r,))
         logits[0, 1, 7] = logits[0, 1, 70] = 1e30  # of equals the first
-        tokens, embeddings, largest, entropy, *_ = chain(previous, logits)
-        assert tokens.shape == (r, g) and embeddings.shape == (r, g, rank)
+        hidden, temperatures = torch.randn(r, g, WIDTH), torch.rand(r)
+        tokens, signals, *_ = chain(previous, logits, hidden, temperatures)
+        assert tokens.shape == (r, g)
+        embeddings, logprobs = torch.empty(r, g, rank), torch.empty(r, g, vocab)
         for k in range(g):
-            assert torch.equal(embeddings[:, k], w1[previous])
+            embeddings[:, k] = w1[previous]
             biased = logits[:, k] + w2(w1[previous])
             expected = d2t[biased.argmax(-1)]
-            torch.testing.assert_close(largest[:, k], biased.softmax(-1).amax(-1), rtol=1e-5, atol=1e-6)
-            if k != 1:  # where two logits were 1e30
-                expected_entropy = -(biased.softmax(-1) * biased.log_softmax(-1)).sum(-1)
-                torch.testing.assert_close(entropy[:, k], expected_entropy, rtol=1e-4, atol=1e-4)
+            logprobs[:, k] = biased.log_softmax(-1)
             if k == 1:
                 expected[0] = d2t[7]
             assert torch.equal(tokens[:, k], expected)
             previous = expected
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        seen = logprobs.exp().amax(-1), entropy, torch.zeros(r, g), temperatures
+        expected = slot_signals(hidden, embeddings, chain.confidence, *seen)
+        expected[0, 1, 3] = signals[0, 1, 3]  # the entropy where two logits were 1e30
+        torch.testing.assert_close(signals, expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.inference_mode()
@@ -68,12 +87,12 @@ def test_block_inputs_equal_their_operations_one_by_one(dtype: torch.dtype):
 
 def test_nan_logits_give_a_token_of_the_vocabulary():
     d2t = torch.arange(0, 64, 2)
-    chain = MarkovProgram(torch.randn(64, 16), CompiledLinear(torch.randn(32, 16)), d2t)
+    chain = markov_program(torch.randn(64, 16), CompiledLinear(torch.randn(32, 16)), d2t)
     for bad in (torch.nan, torch.inf, -torch.inf):
         logits, previous = torch.full((2, 4, 32), bad), torch.tensor([1, 2])
         logits[0, :, 5] = 1.0
         sampling = Settings.rows([request(temperature=0.7), request(top_p=0.9)]), torch.rand(2, 4, dtype=torch.float64)
-        for block in (chain(previous, logits), chain(previous, logits, sampling=sampling)):
+        for block in (drafted(chain, previous, logits), drafted(chain, previous, logits, sampling)):
             assert bool(torch.isin(block.tokens, d2t).all())
         assert bool(torch.isin(block.support, d2t).all())
         torch.testing.assert_close(block.draft_probs.sum(-1), torch.ones(2, 4))
@@ -105,13 +124,13 @@ def test_draws_as_the_operations_do(vocab: int, dtype: torch.dtype):
     rank, g = 32, 3
     w1, d2t = torch.randn(2000, rank), torch.randperm(2000)[:vocab].sort().values
     w2 = CompiledLinear((0.1 * torch.randn(vocab, rank)).to(dtype))
-    chain, by_operations = MarkovProgram(w1, w2, d2t), cast(BoundDrafter, SimpleNamespace(d2t=d2t))
+    chain, by_operations = markov_program(w1, w2, d2t), cast(BoundDrafter, SimpleNamespace(d2t=d2t))
     for requests in ([request()], [request(**s) for s in SETTINGS], [request()] * 40, [request(top_p=0.9)] * 2):
         r = len(requests)
         logits, previous = 2 * torch.randn(r, g, vocab), torch.randint(0, 2000, (r,))
         settings, draws = Settings.of(requests, d2t.device), torch.rand(r, g, dtype=torch.float64)
         given = logits.clone()
-        block = chain(previous, logits, sampling=(Settings.rows(requests), draws))
+        block = drafted(chain, previous, logits, (Settings.rows(requests), draws))
         assert torch.equal(logits, given)
         for k in range(g):
             slot = BoundDrafter.sample(by_operations, logits[:, k] + w2(w1[previous]), settings, draws[:, k])
@@ -129,15 +148,16 @@ def test_tokens_follow_the_law_that_is_reported():
     """Which is all that verification asks of it; that another law would be seen is shown by one without truncation."""
     torch.manual_seed(0)
     vocab, r = 32, 4096
-    chain = MarkovProgram(torch.randn(vocab, 16), CompiledLinear(torch.randn(vocab, 16)), torch.arange(vocab))
+    chain = markov_program(torch.randn(vocab, 16), CompiledLinear(torch.randn(vocab, 16)), torch.arange(vocab))
     logits, previous = torch.randn(1, 2, vocab).expand(r, -1, -1), torch.full((r,), 3)
     draws = torch.rand(r, 2, dtype=torch.float64)
 
-    def drafted(**settings: Any) -> tuple[Tensor, Tensor]:
-        block = chain(previous, logits, sampling=(Settings.rows([request(temperature=2.0, **settings)] * r), draws))
+    def sampled(**settings: Any) -> tuple[Tensor, Tensor]:
+        rows = Settings.rows([request(temperature=2.0, **settings)] * r)
+        block = drafted(chain, previous, logits, (rows, draws))
         return block.tokens, block.draft_probs.clone()
 
-    (tokens, laws), (free_tokens, free_laws) = drafted(top_p=0.9), drafted()
+    (tokens, laws), (free_tokens, free_laws) = sampled(top_p=0.9), sampled()
 
     def p_value(tokens: Tensor, law: Tensor) -> float:
         """Ids are places of the law, as all 32 tokens are candidates."""
@@ -157,12 +177,12 @@ def test_tokens_follow_the_law_that_is_reported():
 def test_draws_from_candidates_in_the_order_of_ids():
     """So that a shared draw lands in the same place; of equals beyond the candidates' number the first are taken."""
     vocab, d2t = 256, torch.arange(256)
-    chain = MarkovProgram(torch.zeros(256, 16), CompiledLinear(torch.randn(vocab, 16)), d2t)
+    chain = markov_program(torch.zeros(256, 16), CompiledLinear(torch.randn(vocab, 16)), d2t)
     logits = torch.zeros(1, 1, vocab)
     logits[0, 0, 200:220] = 1.0
     for draw, token in ((0.0, 0), (1 - 2.0**-53, 219)):
         draws = torch.tensor([[draw]], dtype=torch.float64)
-        block = chain(torch.tensor([1]), logits, sampling=(Settings.rows([request()]), draws))
+        block = drafted(chain, torch.tensor([1]), logits, (Settings.rows([request()]), draws))
         assert block.support[0, 0].tolist() == [*range(NUM_CANDIDATES - 20), *range(200, 220)]
         assert block.tokens.item() == token
 
