@@ -92,8 +92,8 @@ class Runner:
             index = torch.from_numpy(row).to(logits.device)
             drawn = categorical(target_probs.index_select(0, index), own.repeat(counts, 0)[row, slot])
             target_probs.index_fill_(0, index, 0.0)[index, drawn] = 1.0
-        judge = cpu_ops.verify if compiled(target_probs) else verify
-        return Verdict(*judge(target_probs, draft, lengths, accept[:, :-1], own))
+        decide = cpu_ops.verify if compiled(target_probs) else verify
+        return Verdict(*decide(target_probs, draft, lengths, accept[:, :-1], own))
 
     def padded(self, draft: Draft | None, plan: StepPlan, sequences: list[Sequence]) -> Draft:
         """The draft extended by empty rows for prompts that end in this step."""

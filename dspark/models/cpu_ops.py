@@ -276,6 +276,8 @@ def verify(
 ) -> tuple[Tensor, Tensor]:
     """`spec.verify.verify`: accepted and next tokens [R]. target_probs [B, V] contiguous are written over."""
     requests, slots = draft.tokens.shape
+    assert len(target_probs) == requests + int(verify_lengths.sum()), "1 + verify length rows for each request"
+    assert (verify_lengths <= draft.lengths).all(), "a slot without a draft token cannot be verified"
     draws = np.zeros((2, requests, slots + 1))
     draws[0, :, 1:], draws[1] = accept_uniforms, target_uniforms
     accept, own = torch.from_numpy(draws[0]), torch.from_numpy(draws[1])
