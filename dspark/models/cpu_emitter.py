@@ -172,6 +172,12 @@ class Emitter:
         name = f"llvm.vector.reduce.fmax.v{self.lanes}f32"
         return self.b.call(self.function(name, F32, [self.vector]), [value])
 
+    def any_from(self, value: Value, bound: Value) -> Value:
+        """Whether any lane is not below the bound."""
+        reached = self.b.fcmp_ordered(">=", value, self.spread(bound))
+        name = f"llvm.vector.reduce.or.v{self.lanes}i1"
+        return self.b.call(self.function(name, ir.IntType(1), [reached.type]), [reached])
+
     def transposed(self, rows: list[Value]) -> list[Value]:
         """A square of `lanes` vectors, turned: log2(lanes) times its upper half is dealt alternately with its lower."""
         half = self.lanes // 2

@@ -22,7 +22,7 @@ from llvmlite import ir
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from dspark.models import cpu_attention, cpu_draw, cpu_kernels, cpu_linear
+from dspark.models import cpu_attention, cpu_draw, cpu_kernels, cpu_linear, cpu_verdict
 from dspark.models.cpu_emitter import Machine
 from dspark.models.cpu_linear import TILE_INPUTS, TILE_ROWS, VECTORS, tile_config
 from dspark.sampling import least_exponent
@@ -113,7 +113,7 @@ def usable(x: Tensor) -> bool:
 @functools.cache
 def kernel(name: str, *shape: int | float) -> Kernel:
     """The kernel of that name in the modules of kernels. Raises RuntimeError where there are none."""
-    modules = cpu_kernels, cpu_linear, cpu_attention, cpu_draw
+    modules = cpu_kernels, cpu_linear, cpu_attention, cpu_draw, cpu_verdict
     make = next(make for module in modules if (make := getattr(module, f"{name}_kernel", None)))
     return compiler().compile(make(compiler().machine, *shape))
 
