@@ -13,11 +13,13 @@ from torch import Tensor
 from dspark.drafters.chain import ChainModel
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.eagle3 import Eagle3Config, Eagle3Model
-from dspark.drafters.interface import DraftRequest
+from dspark.drafters.interface import Drafter, DraftRequest
 from dspark.drafters.layers import DrafterConfig, DraftModel
 from dspark.drafters.model import DSparkConfig, DSparkModel
 from dspark.drafters.mtp import MtpConfig, MtpModel
 from dspark.draws import Purpose, uniform
+from dspark.engine.engine import WAITING_PARTS
+from dspark.engine.kv_cache import slot_bytes
 from dspark.models.config import DecoderConfig
 from dspark.models.decoder import Decoder, layer_shapes
 from dspark.sampling import SamplingParams, categorical, truncated_probs
@@ -96,6 +98,14 @@ def tiny_chain(
     if kind == "mtp":
         return randomised(MtpModel, MtpConfig(config, (config.num_layers - 1,), block_size, size, window=window), seed)
     return randomised(Eagle3Model, Eagle3Config(config, tap_layers(config), block_size, size, window=window), seed)
+
+
+def memory_for(num_slots: int, target: Decoder, drafter: Drafter | None = None) -> float:
+    """`EngineConfig.kv_gib` for an arena of exactly so many KV slots, besides what may wait for the drafter."""
+    per_slot = slot_bytes(target.config, target.kv_dtype) + (drafter.slot_bytes if drafter is not None else 0)
+    waits = drafter is not None and bool(drafter.tap_layers)
+    parts = WAITING_PARTS / (WAITING_PARTS - 1) if waits else 1
+    return (num_slots + 0.5) * per_slot * parts / 2**30
 
 
 def tap_layers(config: DecoderConfig) -> tuple[int, ...]:

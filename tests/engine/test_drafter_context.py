@@ -14,7 +14,7 @@ from dspark.sampling import SamplingParams
 from dspark.spec.draft import Draft
 from dspark.spec.prefix_scheduler import FixedLength
 from dspark.spec.walk import Load
-from tests.tiny import PlainAttention, plain_greedy, tiny_target, tiny_variant
+from tests.tiny import PlainAttention, memory_for, plain_greedy, tiny_target, tiny_variant
 
 TARGET = tiny_target()
 SHARED = torch.randint(0, 64, (20,), generator=torch.Generator().manual_seed(3)).tolist()
@@ -37,9 +37,7 @@ class Sometimes(FixedLength):
 def test_it_knows_all_committed_tokens(variant: str, slots: int, most_bytes: int, monkeypatch: pytest.MonkeyPatch):
     model = tiny_variant(variant, TARGET)
     drafter = bind(model, TARGET)
-    engine = Engine(TARGET, drafter, Sometimes(2), config=EngineConfig(4, 180, prefill_tokens=9))
-    per_slot = engine.kv_bytes // engine.cache.num_slots
-    config = EngineConfig(4, 180, kv_gib=slots * per_slot * 8 / 7 / 2**30, prefill_tokens=9)
+    config = EngineConfig(4, 180, kv_gib=memory_for(slots, TARGET, drafter), prefill_tokens=9)
     engine = Engine(TARGET, drafter, Sometimes(2), config=config)
     assert engine.context is not None
     assert engine.kv_bytes + engine.context.most_bytes <= config.kv_gib * 2**30

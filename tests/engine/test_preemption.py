@@ -4,13 +4,11 @@ import itertools
 import random
 
 import pytest
-import torch
 
 from dspark.engine.engine import Engine, EngineConfig
-from dspark.engine.kv_cache import slot_bytes
 from dspark.engine.sequence import Sequence
 from dspark.sampling import SamplingParams
-from tests.tiny import AdversarialDrafter, OracleDrafter, tiny_drafter, tiny_target
+from tests.tiny import AdversarialDrafter, OracleDrafter, memory_for, tiny_drafter, tiny_target
 
 TARGET = tiny_target()
 ADVERSARIAL, ORACLE = AdversarialDrafter(TARGET), OracleDrafter(TARGET)  # slow, but they remember what they computed
@@ -27,12 +25,10 @@ SEEDED = SamplingParams(0.9, top_p=0.95, seed=11, max_new_tokens=24)
 def make_engine(drafter: str, num_slots: int = 10_000, growth: int = 4, reuse: bool = True, **limits: int) -> Engine:
     """An engine with an arena of exactly num_slots, unless streams and their length ask for less."""
     made = DRAFTERS[drafter]()
-    per_slot = slot_bytes(TARGET.config, torch.float32) + (made.slot_bytes if made is not None else 0)
-    kv_gib = (num_slots + 0.5) * per_slot / 2**30
-    if made is not None and made.tap_layers:
-        kv_gib *= 8 / 7  # an eighth is for what waits for the drafter
     limits = {"max_streams": 8, "max_model_len": 96, **limits}
-    engine = Engine(TARGET, made, config=EngineConfig(kv_gib=kv_gib, reuse_prefixes=reuse, **limits))
+    engine = Engine(
+        TARGET, made, config=EngineConfig(kv_gib=memory_for(num_slots, TARGET, made), reuse_prefixes=reuse, **limits)
+    )
     engine.scheduler.growth = growth
     return engine
 

@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dspark.engine.engine import Engine, EngineConfig
-from dspark.engine.kv_cache import KVCache, slot_bytes
+from dspark.engine.kv_cache import KVCache
 from dspark.engine.scheduler import Scheduler
 from dspark.engine.sequence import Sequence
 from dspark.sampling import SamplingParams
-from tests.tiny import tiny_config, tiny_drafter, tiny_target
+from tests.tiny import memory_for, tiny_config, tiny_drafter, tiny_target
 
 DRAFT_SLOTS = 3
 requests = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 12)), min_size=1, max_size=20)
@@ -79,10 +79,7 @@ def test_decoding_requests_never_wait_for_prompts():
 def test_requests_beyond_the_cache_wait_for_slots_not_for_ever():
     target = tiny_target()
     drafter = tiny_drafter(target)
-    per_slot = slot_bytes(target.config, torch.float32) + drafter.slot_bytes
-    config = EngineConfig(
-        max_streams=8, max_model_len=96, kv_gib=50.5 * per_slot * 8 / 7 / 2**30
-    )  # an eighth is for what waits
+    config = EngineConfig(max_streams=8, max_model_len=96, kv_gib=memory_for(50, target, drafter))
     engine = Engine(target, drafter, config=config)
     assert engine.cache.num_slots == 50
     sequences = [engine.add([i + 1] * 10, SamplingParams(max_new_tokens=8)) for i in range(6)]

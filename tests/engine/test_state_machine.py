@@ -3,17 +3,15 @@ each, and every request gets the tokens that it gets alone in an empty engine.""
 
 from functools import cache
 
-import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from dspark.drafters.load import bind
 from dspark.engine.engine import Engine, EngineConfig
-from dspark.engine.kv_cache import slot_bytes
 from dspark.engine.sequence import Sequence
 from dspark.sampling import SamplingParams
-from tests.tiny import AdversarialDrafter, tiny_drafter, tiny_target, tiny_variant
+from tests.tiny import AdversarialDrafter, memory_for, tiny_drafter, tiny_target, tiny_variant
 
 TARGET = tiny_target(vocab_size=24, num_layers=2)
 ADVERSARIAL = AdversarialDrafter(TARGET, 3)  # accepts and rejects; remembers what it computed
@@ -63,9 +61,8 @@ class Load(RuleBasedStateMachine):
     )
     def start(self, drafter: str, spare: int, streams: int, prefill: int, growth: int, reuse: bool) -> None:
         self.drafter, made = drafter, DRAFTERS[drafter]()
-        per_slot = slot_bytes(TARGET.config, torch.float32) + (made.slot_bytes if made is not None else 0)
         num_slots = LONGEST + 3 + spare
-        config = EngineConfig(streams, 128, (num_slots + 0.5) * per_slot / 2**30, prefill, reuse)
+        config = EngineConfig(streams, 128, memory_for(num_slots, TARGET, made), prefill, reuse)
         self.engine = Engine(TARGET, made, config=config)
         self.engine.scheduler.growth = growth
         assert self.engine.cache.num_slots == num_slots

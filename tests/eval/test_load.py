@@ -73,8 +73,8 @@ def test_every_load_and_policy_has_a_complete_row(target, prompts):
         assert row["stream_tokens_per_s_p95"] <= row["stream_tokens_per_s_p50"]
     by_policy = {r["policy"]: r for r in rows if r["streams"] == 3}
     assert by_policy["plain"]["verify_length"] == 0 and by_policy["plain"]["draft_share"] < 0.1
-    # A last token is not drafted for.
-    assert 0.9 < by_policy["fixed-1"]["draft_length"] <= 1 and 3.2 < by_policy["fixed-4"]["draft_length"] <= 4
+    # A last token is not drafted for: of an answer's at least 6 or 3 rounds, which take 11 tokens, one may be without.
+    assert 5 / 6 <= by_policy["fixed-1"]["draft_length"] <= 1 and 8 / 3 <= by_policy["fixed-4"]["draft_length"] <= 4
     assert by_policy["fixed-4"]["verify_length"] > by_policy["fixed-1"]["verify_length"] > 0
     summary = bench.summary()
     assert summary["scheduled"].keys() == set(POLICIES[3:])
