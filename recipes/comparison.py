@@ -42,8 +42,6 @@ RECIPES |= {
     for name in ("dspark", "dspark-ours", "rnn", "dflash", "eagle3")
     for block in (4, 8, 12, 16)
 }
-
-
 SHIPPED = Path("checkpoints/smollm2-135m")
 
 
@@ -64,7 +62,7 @@ def headless_start(head: str) -> Path:
 
 
 def head_compared(name: str, minutes: float = 10.0) -> TrainRun:
-    """ "head-vanilla-8": this head and block size, trained on from the shipped drafter's backbone."""
+    """This head and block size, as in "head-vanilla-8", trained on from the shipped drafter's backbone."""
     _, head, block = name.split("-")
     return TrainRun(
         data=(Path("runs/answers.jsonl"),),
