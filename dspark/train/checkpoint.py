@@ -1,34 +1,30 @@
 """A training run on disk: a readable record, and all state needed to continue, on any number of processes.
 
-`resume.safetensors` holds fp32 weights, optimiser moments and progress in one file, so that a kill at any
-moment leaves either the old state or the new one.
+`resume-STEP-EVALUATIONS/` holds fp32 weights and optimiser moments as safetensors shards, each process its own, and
+`progress.json`. The folder gets its name when all is written, so that a kill leaves the state before or the new one.
 """
 
 import json
-from collections import defaultdict
+import shutil
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from safetensors import SafetensorError, safe_open
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    get_optimizer_state_dict,
-    get_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from dspark.config import write_json
-from dspark.drafters.checkpoint import save_tensors
+from dspark.config import parse_json, write_json
 from dspark.train import parallel
-from dspark.train.parallel import WHOLE
 
 if TYPE_CHECKING:
     from dspark.train.trainer import Trainer
 
-RESUME_FILE = "resume.safetensors"
+PROGRESS_FILE = "progress.json"
+STATES = "resume-[0-9]*"
 
 
 @dataclass
@@ -41,64 +37,93 @@ class Progress:
     history: list[dict] = field(default_factory=list)
 
 
+def last_state(folder: Path) -> Path | None:
+    """The newest whole state of a run, if there is one."""
+    return max(folder.glob(STATES), default=None)
+
+
 def save_training(trainer: "Trainer", folder: Path) -> None:
-    """Write `resume.safetensors` and `training.json`, each atomically; nothing before the first step."""
-    if not trainer.progress.step:
+    """Write the state and `training.json`, each atomically; nothing before the first step.
+
+    Raises OSError if the disk refuses it; the state before is then untouched.
+    """
+    progress = trainer.progress
+    if not progress.step:
         return
-    tensors = training_state(trainer)
-    if parallel.rank() > 0:
+    whole = folder / f"resume-{progress.step:08}-{len(progress.history):04}"
+    partial = folder / "resume.tmp"
+    first = parallel.rank() == 0
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    tensors = {name: t.contiguous() for name, t in training_state(trainer)[0].items()}
+    try:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that there is one process
+            dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True))
+    except CheckpointException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(None, f"cannot write the checkpoint ({reason(error)})", str(partial)) from None
+    if not first:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    progress = asdict(trainer.progress)
-    metadata = {"progress": json.dumps(progress), "identity": json.dumps(trainer.identity)}
-    save_tensors({name: t.contiguous() for name, t in tensors.items()}, folder / RESUME_FILE, metadata)
-    record = {"config": asdict(trainer.config), "progress": progress, "data": trainer.identity["data"]}
+    files = {path.name: path.stat().st_size for path in partial.iterdir()}
+    record = {"progress": asdict(progress), "identity": trainer.identity, "files": files}
+    write_json(record, partial / PROGRESS_FILE)
+    if whole.exists():  # nothing has changed since
+        shutil.rmtree(partial)
+    else:
+        partial.rename(whole)
+    for state in set(folder.glob(STATES)) - {whole}:
+        shutil.rmtree(state)
+    record = {"config": asdict(trainer.config), "progress": asdict(progress), "data": trainer.identity["data"]}
     write_json(record, folder / "training.json")
 
 
-def training_state(trainer: "Trainer") -> dict[str, Tensor]:
-    """All tensors that a step changes, whole, in process 0."""
-    model, optimizer = get_state_dict(trainer.model, trainer.optimizers, options=WHOLE)
-    tensors = {f"model.{name}": t for name, t in model.items()}
-    for name, state in cast(dict, optimizer.get("state", {})).items():
-        tensors |= {f"optimizer.{name}.{key}": t for key, t in state.items()}
-    return cast(dict[str, Tensor], tensors)
+def reason(error: CheckpointException) -> str:
+    """The last line of what the first process that failed says."""
+    return str(next(iter(error.failures.values()))[0]).strip().splitlines()[-1]
 
 
-def resume_training(trainer: "Trainer", folder: Path) -> None:
-    """Put a trainer of the same configuration and data where the saved run stopped.
+def training_state(trainer: "Trainer") -> tuple[dict[str, Tensor], dict, dict]:
+    """(tensors, model, optimizer): all tensors that a step changes, by name, and the state dicts that hold the same.
 
-    Raises ValueError if the file is missing, damaged or of another configuration or other data.
+    Each process has the shards of its own.
     """
-    path = folder / RESUME_FILE
+    model, optimizer = get_state_dict(trainer.model, trainer.optimizers)
+    tensors = {f"model.{name}": t for name, t in model.items()}
+    for name, state in cast(dict, optimizer["state"]).items():
+        tensors |= {f"optimizer.{name}.{key}": t for key, t in state.items()}
+    return cast(dict[str, Tensor], tensors), model, optimizer
+
+
+def resume_training(trainer: "Trainer", state: Path) -> None:
+    """Put a trainer of the same configuration and data where `state` was saved.
+
+    Raises ValueError if it is damaged or of another configuration or other data.
+    """
+
+    def refusal(why: str) -> ValueError:
+        return ValueError(f"cannot resume from '{state}': {why}; choose another --out or remove the folder")
+
+    record = parse_json(state / PROGRESS_FILE)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        progress, identity = Progress(**json.loads(metadata["progress"])), dict(json.loads(metadata["identity"]))
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"cannot resume from '{path}': {reason}; choose another --out or remove the folder") from None
+        progress, identity = Progress(**record["progress"]), dict(record["identity"])
+        damaged = [n for n, size in record["files"].items() if (state / n).stat().st_size != size]
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise refusal(str(error)) from None
+    if damaged:
+        raise refusal(f"{', '.join(damaged)} was not written by this run or is damaged")
     if other := "; ".join(differences(identity, json.loads(json.dumps(trainer.identity)))):
         raise ValueError(
-            f"cannot resume from '{path}', it is of another run: {other}. Give the same options and data to continue "
-            f"it, or another --out, with --initial '{folder}' to start from its drafter"
+            f"cannot resume from '{state}', it is of another run: {other}. Give the same options and data to continue "
+            f"it, or another --out, with --initial '{state.parent}' to start from its drafter"
         )
-
-    def part(prefix: str) -> dict:
-        return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
-    expected = {name: t.shape for name, t in trainer.model.state_dict().items()}
-    if {name: t.shape for name, t in part("model.").items()} != expected:
-        raise ValueError(f"cannot resume from '{path}': it lacks weights of this drafter; remove the folder")
-    set_model_state_dict(trainer.model, part("model."), options=WHOLE)
-    state: dict = defaultdict(dict)
-    for name, t in part("optimizer.").items():
-        weight, _, key = name.rpartition(".")
-        state[weight][key] = t
-    moments = get_optimizer_state_dict(trainer.model, trainer.optimizers)
-    moments["state"] = state  # pyright: ignore
-    set_optimizer_state_dict(trainer.model, trainer.optimizers, moments, options=WHOLE)
+    tensors, model, optimizer = training_state(trainer)
+    try:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
+            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(state)))
+    except CheckpointException as error:
+        raise refusal(reason(error)) from None
+    set_state_dict(trainer.model, trainer.optimizers, model_state_dict=model, optim_state_dict=optimizer)
     trainer.progress = progress
     trainer.bind_draft_vocabulary()
 

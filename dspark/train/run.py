@@ -20,7 +20,7 @@ from dspark.models.decoder import Decoder
 from dspark.models.loader import Target, load_target
 from dspark.models.source import load_state_dict
 from dspark.train import parallel
-from dspark.train.checkpoint import RESUME_FILE, resume_training
+from dspark.train.checkpoint import last_state, resume_training
 from dspark.train.config import TrainConfig
 from dspark.train.data import Example, mix, read_examples, split_by_prompt
 from dspark.train.evaluate import decoded_acceptance
@@ -100,7 +100,7 @@ def train(run: TrainRun) -> bool:
 
     Raises ValueError for data or a checkpoint that cannot be used.
     """
-    if (run.out / "config.json").exists() and not (run.out / RESUME_FILE).exists():
+    if (run.out / "config.json").exists() and last_state(run.out) is None:
         raise ValueError(f"'{run.out}' holds a finished drafter, not a run to resume; choose another --out")
     signals = StopSignals()
     try:
@@ -117,8 +117,8 @@ def run_to_end(run: TrainRun, signals: StopSignals) -> bool:
     target = load_target(run.model, run.dtype, run.device)
     trainer = make_trainer(run, target)
     console = Console(stderr=True, quiet=parallel.rank() > 0)
-    if (run.out / RESUME_FILE).exists():
-        resume_training(trainer, run.out)
+    if (state := last_state(run.out)) is not None:
+        resume_training(trainer, state)
         console.print(f"resuming '{run.out}' at step {trainer.progress.step}")
     scalars = Scalars(run.tensorboard, trainer.progress.step) if run.tensorboard and parallel.rank() == 0 else None
     loss, length = None, 1.0

@@ -2,19 +2,22 @@
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from dspark.drafters.checkpoint import load_drafter
 from dspark.train import parallel
-from dspark.train.checkpoint import RESUME_FILE, resume_training
+from dspark.train.checkpoint import PROGRESS_FILE, last_state, resume_training, save_training
 from dspark.train.config import TrainConfig
 from dspark.train.data import Example
 from dspark.train.trainer import Trainer
 from tests.tiny import tiny_model, tiny_target
+from tests.train.tiny_run import saved_tensors
 
 
 def make_trainer(minutes: float = 60.0, dtype: torch.dtype = torch.float32, **changes) -> Trainer:
@@ -41,6 +44,16 @@ def run_steps(trainer: Trainer, folder, steps: int) -> list[float]:
 
     trainer.run(folder, on_step, lambda: len(losses) >= steps)
     return losses
+
+
+def state_of(folder: Path) -> Path:
+    state = last_state(folder)
+    assert state is not None
+    return state
+
+
+def resume(trainer: Trainer, folder: Path) -> None:
+    resume_training(trainer, state_of(folder))
 
 
 DFLASH = {"markov_rank": 0, "confidence_head": False}
@@ -86,12 +99,12 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, changes: dict):
     run_steps(whole, tmp_path / "whole", 10)
     run_steps(make_trainer(**changes), tmp_path / "parts", 5)
     resumed = make_trainer(**changes)
-    resume_training(resumed, tmp_path / "parts")
+    resume(resumed, tmp_path / "parts")
     assert resumed.progress.step == 5
     run_steps(resumed, tmp_path / "parts", 5)
     for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters()):
         assert torch.equal(a, b), name
-    files = [load_file(tmp_path / part / RESUME_FILE) for part in ("whole", "parts")]
+    files = [saved_tensors(tmp_path / part) for part in ("whole", "parts")]
     assert files[0].keys() == files[1].keys()
     assert all(torch.equal(value, files[1][name]) for name, value in files[0].items())
 
@@ -213,20 +226,55 @@ def test_another_configuration_or_other_data_are_refused(tmp_path):
     )
     for changes, message in others:
         with pytest.raises(ValueError, match=message):
-            resume_training(make_trainer(**changes), tmp_path)
+            resume(make_trainer(**changes), tmp_path)
     other = make_trainer()
     other.examples.reverse()
     with pytest.raises(ValueError, match="data digest was"):
-        resume_training(other, tmp_path)
-    resume_training(make_trainer(sequences_at_once=3, cache_gib=0.0), tmp_path)
+        resume(other, tmp_path)
+    resume(make_trainer(sequences_at_once=3, cache_gib=0.0), tmp_path)
 
 
-def test_a_damaged_resume_file_is_one_clear_error(tmp_path):
+def shard(folder: Path) -> Path:
+    (path,) = state_of(folder).glob("*.safetensors")
+    return path
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "overwritten"])
+def test_a_damaged_state_is_one_clear_error(tmp_path, damage: str):
     run_steps(make_trainer(), tmp_path, 1)
-    path = tmp_path / RESUME_FILE
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ValueError, match="cannot resume from"):
-        resume_training(make_trainer(), tmp_path)
+    path = shard(tmp_path)
+    size = path.stat().st_size
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: size // 2] if damage == "cut" else bytes(size))
+    with pytest.raises(ValueError, match=r"cannot resume from .* remove the folder"):
+        resume(make_trainer(), tmp_path)
+
+
+@pytest.mark.parametrize("record", ["", "[]", "{}", '{"progress": {"step": 1}, "identity": {}, "files": []}'])
+def test_a_damaged_record_is_one_clear_error(tmp_path, record: str):
+    run_steps(make_trainer(), tmp_path, 1)
+    (state_of(tmp_path) / PROGRESS_FILE).write_text(record)
+    with pytest.raises(ValueError, match=PROGRESS_FILE if not record else "cannot resume from"):
+        resume(make_trainer(), tmp_path)
+
+
+def test_a_disk_that_refuses_leaves_the_state_before(tmp_path, monkeypatch):
+    """As when it is full: whatever goes wrong inside of torch.distributed.checkpoint."""
+    trainer = make_trainer()
+    run_steps(trainer, tmp_path, 1)
+    before = saved_tensors(tmp_path)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(dcp.HuggingFaceStorageWriter, "write_data", full)
+    trainer.progress.step += 1
+    with pytest.raises(OSError, match=r"cannot write the checkpoint.*No space left"):
+        save_training(trainer, tmp_path)
+    assert [path.name for path in tmp_path.glob("resume*")] == [state_of(tmp_path).name]
+    assert all(torch.equal(t, before[name]) for name, t in saved_tensors(tmp_path).items())
 
 
 def test_a_run_leaves_a_loadable_drafter_and_a_record(tmp_path):
@@ -266,12 +314,16 @@ def test_a_new_drafter_takes_no_calibration_of_the_one_before(tmp_path):
 
 def test_a_state_without_some_weights_is_refused(tmp_path):
     run_steps(make_trainer(), tmp_path, 1)
-    path = tmp_path / RESUME_FILE
+    path = shard(tmp_path)
+    size = path.stat().st_size
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys() if "layers.0" not in name}
-        save_file(tensors, path, file.metadata())
-    with pytest.raises(ValueError, match="lacks weights of this drafter"):
-        resume_training(make_trainer(), tmp_path)
+        metadata = file.metadata()
+    save_file(tensors, path, metadata)
+    record = state_of(tmp_path) / PROGRESS_FILE
+    record.write_text(record.read_text().replace(str(size), str(path.stat().st_size)))
+    with pytest.raises(ValueError, match=r"Missing key .*layers.0"):
+        resume(make_trainer(), tmp_path)
 
 
 def test_uneven_shares_under_fsdp_are_refused(monkeypatch):

@@ -7,14 +7,18 @@ import json
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 from unittest.mock import patch
 
-from safetensors.torch import load_file, save_file
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 
 from dspark.drafters.checkpoint import save_drafter
 from dspark.models.loader import Target
 from dspark.train import parallel
+from dspark.train.checkpoint import last_state
 from dspark.train.config import TrainConfig
 from dspark.train.run import TrainRun, train
 from dspark.train.trainer import Trainer
@@ -37,10 +41,10 @@ def run_tiny(
     """`train` with a tiny target into folder/out -> whether it `finished`, and the `losses` of its steps.
 
     stop_after: process 1, if there is one, gets SIGTERM after so many steps. die_in_write: SIGKILL halfway through the
-    so many-th file of tensors.
+    so many-th state.
     """
     losses, writes = [], 0
-    plain_step = Trainer.step
+    plain_step, plain_save = Trainer.step, dcp.save
 
     def step(self, indices):
         result = plain_step(self, indices)
@@ -49,12 +53,13 @@ def run_tiny(
             os.kill(os.getpid(), signal.SIGTERM)
         return result
 
-    def write(tensors, path, metadata=None):
+    def save(tensors, storage_writer):
         nonlocal writes
         writes += 1
-        save_file(tensors, path, metadata)
+        plain_save(tensors, storage_writer=storage_writer)
         if writes == die_in_write:
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+            (shard,) = storage_writer.path.iterdir()
+            shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
             os.kill(os.getpid(), signal.SIGKILL)
 
     config = TrainConfig(**{"epochs": 3.0, "learning_rate": 3e-3, "sequences_per_step": 4, **training})
@@ -62,16 +67,26 @@ def run_tiny(
     target = Target(None, tiny_target(), None, frozenset())  # pyright: ignore
     with (
         patch("dspark.train.run.load_target", lambda *_: target),
-        patch("dspark.drafters.checkpoint.save_file", write),
+        patch("dspark.train.checkpoint.dcp.save", save),
         patch.object(Trainer, "step", step),
     ):
         return {"finished": train(run), "losses": losses}
 
 
+def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Everything of a run that its last state holds, whoever wrote which shard of it."""
+    reader = dcp.HuggingFaceStorageReader(str(last_state(folder)))
+    described = reader.read_metadata().state_dict_metadata
+    tensors = {n: torch.empty(t.size, dtype=t.properties.dtype) for n, t in described.items()}  # pyright: ignore
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that there is one process
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
 def state(folder: Path) -> dict:
-    """Everything of a run that its last state holds, and the exported drafter."""
+    """The tensors of a run's last state, and the exported drafter."""
     drafter = load_file(folder / "model.safetensors") if (folder / "model.safetensors").exists() else {}
-    return load_file(folder / "resume.safetensors") | {f"exported.{name}": t for name, t in drafter.items()}
+    return saved_tensors(folder) | {f"exported.{name}": t for name, t in drafter.items()}
 
 
 if __name__ == "__main__":
