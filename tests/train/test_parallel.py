@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dspark.drafters.checkpoint import load_drafter
+from dspark.train.checkpoint import last_state
 from tests.train.tiny_run import run_tiny, state, write_inputs
 
 SETTINGS: dict = {"sequences_at_once": 1, "evaluations": 2}
@@ -42,6 +43,8 @@ def test_losses_and_weights_are_those_of_one_process(runs):
     expected = state(folder / "one")
     for kind, (of_whole, second_half, first_half) in zip(KINDS, (results[:3], results[3:]), strict=True):
         assert not first_half["finished"] and len(first_half["losses"]) == 3
+        written = last_state(folder / f"{kind}-one")
+        assert written is not None and len(list(written.glob("*.safetensors"))) == 2  # each process its own
         assert run_tiny(folder, f"{kind}-one", **SETTINGS)["finished"]
         torch.testing.assert_close(of_whole["losses"], whole["losses"], atol=1e-5, rtol=0)
         torch.testing.assert_close(second_half["losses"], whole["losses"][3:], atol=1e-5, rtol=0)
