@@ -1,18 +1,21 @@
 """The drafter for SmolLM2-135M-Instruct.
 
 `first` makes one from the target in ten minutes; `refresh` goes on from a drafter, by default the shipped one, on
-answers that it has not seen. The shipped one is older than `first` and had several runs like `refresh`, some with
-shorter blocks, then `refresh` itself three times: docs/results.md has the settings and curves of each.
+answers that it has not seen, and `mean` keeps a part of the drafter that it started from. The shipped one is older than
+`first` and had several runs like `refresh`, some with shorter blocks, then `refresh` itself three times and `mean`:
+docs/results.md has the settings and curves of each.
 
 dspark data --prompts train.jsonl --out runs/answers.jsonl
 dspark data --self-written 2000 --out runs/self-written.jsonl
 OMP_NUM_THREADS=1 python recipes/smollm2_135m.py first
 OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 recipes/smollm2_135m.py refresh runs/smollm2-135m-first
+python recipes/smollm2_135m.py mean 0.75
 """
 
 import sys
 from pathlib import Path
 
+from dspark.drafters.checkpoint import load_drafter, save_drafter
 from dspark.train.config import TrainConfig
 from dspark.train.loss import LossWeights
 from dspark.train.run import TrainRun, train
@@ -37,7 +40,7 @@ def first() -> TrainRun:
             copy_length=COPY_LENGTH,
         ),
         max_length=448,
-        heldout=32,
+        heldout=48,
         train=TrainConfig(
             minutes=10, learning_rate=8e-4, sequences_per_step=2, feature_cache="runs/features", evaluations=3
         ),
@@ -67,5 +70,20 @@ def refresh(initial: str = "checkpoints/smollm2-135m") -> TrainRun:
     )
 
 
+def mean(share: str) -> None:
+    """The shipped drafter and what `refresh` made of it, weighing `share`: each is better at what it learnt from."""
+    before, after = load_drafter(Path("checkpoints/smollm2-135m")), load_drafter(Path("runs/smollm2-135m-fresh"))
+    weights = after.state_dict()
+    merged = {
+        name: t.lerp(weights[name], float(share)) for name, t in before.state_dict().items() if t.is_floating_point()
+    }
+    after.load_state_dict(weights | merged)
+    save_drafter(after, Path("runs/smollm2-135m-mean"))
+
+
 if __name__ == "__main__":
-    train({"first": first, "refresh": refresh}[sys.argv[1]](*sys.argv[2:]))
+    name, *options = sys.argv[1:]
+    if name == "mean":
+        mean(*options)
+    else:
+        train({"first": first, "refresh": refresh}[name](*options))
