@@ -9,7 +9,7 @@ dspark data --prompts train.jsonl --out runs/answers.jsonl
 dspark data --self-written 2000 --out runs/self-written.jsonl
 OMP_NUM_THREADS=1 python recipes/smollm2_135m.py first
 OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 recipes/smollm2_135m.py refresh runs/smollm2-135m-first
-python recipes/smollm2_135m.py mean 0.75
+python recipes/smollm2_135m.py mean 0.75 runs/smollm2-135m-first
 """
 
 import sys
@@ -70,9 +70,9 @@ def refresh(initial: str = "checkpoints/smollm2-135m") -> TrainRun:
     )
 
 
-def mean(share: str) -> None:
-    """The shipped drafter and what `refresh` made of it, weighing `share`: each is better at what it learnt from."""
-    before, after = load_drafter(Path("checkpoints/smollm2-135m")), load_drafter(Path("runs/smollm2-135m-fresh"))
+def mean(share: str, initial: str = "checkpoints/smollm2-135m") -> None:
+    """A drafter and what `refresh` made of it, weighing `share`: each is better at what it learnt from."""
+    before, after = load_drafter(Path(initial)), load_drafter(Path("runs/smollm2-135m-fresh"))
     weights = after.state_dict()
     merged = {
         name: t.lerp(weights[name], float(share)) for name, t in before.state_dict().items() if t.is_floating_point()
