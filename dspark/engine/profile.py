@@ -30,6 +30,7 @@ from dspark.models.loader import Target
 from dspark.sampling import SamplingParams
 from dspark.spec.calibration import Calibration
 from dspark.spec.cost_table import CostTable
+from dspark.spec.live_costs import at_present
 from dspark.spec.walk import survival, walk
 
 BATCH_TOKENS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 13, 16, 20, 24, 25, 32, 40, 48, 64, 80, 96, 128, 192, 256, 320)
@@ -54,6 +55,7 @@ class ProfileConfig:
 
 
 QUICK = ProfileConfig(QUICK_BATCH_TOKENS, QUICK_REQUESTS, repeats=5)
+AGAIN = ProfileConfig((1, 16), (1,), repeats=3)  # of a kept profile, when an engine starts: half a second
 MOST_REQUESTS = 64  # with a context of their own; more tokens than that are timed as several of each
 LONG_ENOUGH = 1.0  # seconds that a job is timed for; where CPUs are slow a forward of 256 tokens takes them all
 TAKEN_IN = 3  # committed tokens of a request that its drafter takes in before it drafts
@@ -217,20 +219,23 @@ def load_profile(path: Path, target: Target) -> CostTable:
 
 
 def cost_table(target: Target, drafter: Drafter | None, name: str, profile: Path | None = None) -> CostTable:
-    """The profile given, or the one kept of this model, drafter and machine, taken now in seconds where there is none.
+    """The profile given as it is; or the one kept of this model, drafter and machine, taken now in seconds where there
+    is none, and brought to what a few sizes of it take at present where there is.
 
     Raises ValueError for a given one that cannot be read or is of another model, dtype or machine.
     """
     if profile is not None:
         return load_profile(profile, target)
     path = profile_path(target, name)
+    context = min(QUICK.context, 1 + target.decoder.config.max_position_embeddings // 2)
     if path.exists():
         try:
-            return load_profile(path, target)
+            kept = load_profile(path, target)
         except ValueError:
             path.unlink()  # ours and damaged: take it anew
+        else:
+            return at_present(kept, measure_costs(target, drafter, replace(AGAIN, context=context)))
     print("measuring what a step costs on this machine (once, a few seconds) ...", file=sys.stderr)
-    context = min(QUICK.context, 1 + target.decoder.config.max_position_embeddings // 2)
     table = measure_costs(target, drafter, replace(QUICK, context=context))
     write_json(table, path)
     return table

@@ -2,7 +2,8 @@
 
 A profile is of the minute in which it was taken. Neighbours take memory bandwidth and come and go, requests that
 sample need more work a row than greedy ones: what drafting costs beside a plain step may be half as much again as
-measured, or less. The shape of the curves stays; four factors of them are fitted to the last steps.
+measured, or less. The shape of the curves stays; four factors of them are fitted to a few sizes measured again when an
+engine starts, and to its last steps after that.
 """
 
 from dataclasses import dataclass, replace
@@ -11,13 +12,14 @@ from itertools import accumulate
 
 from dspark.spec.cost_table import CostTable
 
-__all__ = ["LiveCosts", "StepTaken"]
+__all__ = ["LiveCosts", "StepTaken", "at_present"]
 
 FORGET = 0.995  # of what a step says, kept at each later one: about the last two hundred count
 PRIOR = 0.5  # steps that the profile counts as, few enough to be forgotten where steps tell the two parts apart
 REFRESH = 32  # steps after which the table is made anew; schedulers keep what they computed from one
 SURPRISE = 2.0  # times what was expected: a step counts as no more, and as no less than its inverse
 LIMIT = 8.0  # of the factors, and of their inverses
+REPEATS = 64  # how often each size measured again is counted, so that the profile hardly does
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,17 @@ class LiveCosts:
     def factors(self) -> tuple[float, float, float, float]:
         """Of a step of one token, of what more of them add; of short drafts, of what more slots add."""
         return *self._step.values(), *self._draft.values()
+
+
+def at_present(profile: CostTable, now: CostTable) -> CostTable:
+    """The profile with the factors of `LiveCosts` that a few sizes, measured again `now`, ask for."""
+    sizes = [(tokens, 0, 0) for tokens in now.batch_tokens]
+    sizes += [(requests, requests, slots) for requests in now.requests for slots in (now.short_slots, now.slots)]
+    live = LiveCosts(profile)
+    for tokens, drafted, slots in REPEATS * sizes:
+        other_seconds = now.step_seconds + float(now.target(tokens, tokens))
+        live.observe(StepTaken(tokens, tokens, drafted, slots, float(now.draft(drafted, slots)), other_seconds))
+    return scaled(profile, *live.factors())
 
 
 def scaled(table: CostTable, base: float, rest: float, drafts: float, slots: float) -> CostTable:

@@ -38,10 +38,25 @@ def test_is_measured_once_and_kept(target: Target, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(profile, "QUICK", SMALL)
     drafter = tiny_drafter(target.decoder)
     table = cost_table(target, drafter, "ngram")
-    assert cost_table(target, drafter, "ngram") == table
     path = profile.profile_path(target, "ngram")
+    kept = path.read_text()
+    assert cost_table(target, drafter, "ngram").batch_tokens == table.batch_tokens
+    assert path.read_text() == kept
     path.write_text("{")
     assert cost_table(target, drafter, "ngram").batch_tokens == table.batch_tokens  # damaged: measured anew
+
+
+def test_a_kept_one_is_brought_to_what_steps_take_now(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DSPARK_CACHE", str(tmp_path))
+    monkeypatch.setattr(profile, "QUICK", SMALL)
+    table = cost_table(target, tiny_drafter(target.decoder), "ngram")
+    slower = tuple(3 * seconds for seconds in table.target_seconds)
+    now = replace(table, target_seconds=slower, step_seconds=3 * table.step_seconds)
+    monkeypatch.setattr(profile, "measure_costs", lambda *_: now)
+    found = cost_table(target, tiny_drafter(target.decoder), "ngram")
+    assert found.target_seconds == pytest.approx(slower, rel=0.2) and found.draft_seconds == pytest.approx(
+        table.draft_seconds, rel=0.01
+    )
 
 
 def test_a_drafter_of_another_shape_has_its_own(target: Target, tmp_path: Path):

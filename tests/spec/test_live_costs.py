@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dspark.spec.cost_table import CostTable
-from dspark.spec.live_costs import REFRESH, LiveCosts, StepTaken, scaled
+from dspark.spec.live_costs import REFRESH, LiveCosts, StepTaken, at_present, scaled
 from dspark.spec.prefix_scheduler import Foresight, StaleBudget, ThroughputGreedy
 from dspark.spec.walk import Load
 
@@ -48,6 +48,23 @@ def test_the_factors_of_what_steps_take_are_found(wanted: tuple[float, float, fl
     assert live.factors() == pytest.approx(wanted, rel=0.1, abs=0.1)
     found, expected = (c.seconds(np.arange(1, 40), 3, 3, 5) for c in (live.table, truth))
     np.testing.assert_allclose(found, expected, rtol=0.05)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(wanted=st.tuples(*4 * [st.floats(0.5, 2.0)]))
+def test_a_few_sizes_measured_again_bring_a_profile_to_the_present(wanted: tuple[float, float, float, float]) -> None:
+    truth = scaled(PROFILE, *wanted)
+    seconds = {slots: float(truth.draft(1, slots)) for slots in (2, 8)}
+    now = replace(
+        truth,
+        batch_tokens=(1, 16),
+        target_seconds=tuple(float(truth.target(n, n)) for n in (1, 16)),
+        requests=(1,),
+        draft_seconds=(seconds[8],),
+        short_draft_seconds=(seconds[2],),
+    )
+    found, expected = (c.seconds(np.arange(1, 40), 3, 3, 5) for c in (at_present(PROFILE, now), truth))
+    np.testing.assert_allclose(found, expected, rtol=0.1)
 
 
 def test_as_long_as_steps_take_what_was_expected_the_profile_stays() -> None:
