@@ -9,6 +9,7 @@ the schedulers have to find out: of a step of one token, of more tokens, of shor
 """
 
 import argparse
+import copy
 import json
 import random
 from collections.abc import Callable
@@ -112,7 +113,7 @@ def main() -> None:
     args = parser.parse_args()
     prompts = Setting(prompts=args.prompts, limit=args.limit).load_prompts()
     llm = LLM(policy="fixed-1", config=EngineConfig(max_streams=16))
-    profile = cost_table(llm.target, llm.engine.drafter, "dspark")
+    profile = cost_table(llm.target, copy.copy(llm.engine.drafter), "dspark")  # which makes storage of its own
     costs = scaled(profile, *map(float, args.factors.split(",")))
     params, answers = SamplingParams(max_new_tokens=128), []
     asked = [llm.submit([{"role": "user", "content": prompt.turns[0]}], params) for prompt in prompts]

@@ -5,14 +5,13 @@ Shapes: N rounds, G slots of a block, S signals of a slot.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from statistics import mean
 
 import torch
 from torch import Tensor
 
 from dspark.drafters.interface import Drafter
-from dspark.engine.engine import Engine, EngineConfig
+from dspark.engine.engine import Engine, EngineConfig, NewTokens
 from dspark.models.loader import Target
 from dspark.sampling import SamplingParams
 from dspark.spec.prefix_scheduler import FixedLength
@@ -23,15 +22,17 @@ MACRO_AVERAGE = "macro average"  # stands where the domain does in the row of al
 
 @dataclass
 class Rounds:
-    """Signals [N, G, S] of rounds whose whole block was verified, and how many tokens stayed [N]."""
+    """Signals [N, G, S] of rounds whose whole block was verified, how many draft tokens were accepted [N], and how many
+    tokens the request got [N]: the target's own too, none behind one that ends it."""
 
     signals: Tensor
     accepted: Tensor
+    committed: Tensor
 
     @classmethod
     def together(cls, parts: Iterable["Rounds"]) -> "Rounds":
         """Those of several runs, one after the other."""
-        return cls(*(torch.cat(tensors) for tensors in zip(*((r.signals, r.accepted) for r in parts))))
+        return cls(*(torch.cat(tensors) for tensors in zip(*((r.signals, r.accepted, r.committed) for r in parts))))
 
 
 @dataclass
@@ -40,17 +41,26 @@ class RoundRecorder:
 
     signals: list[Tensor] = field(default_factory=list)
     accepted: list[Tensor] = field(default_factory=list)
+    committed: list[Tensor] = field(default_factory=list)
+    whole: Tensor | None = None  # which of the requests observed in this step
 
     def confidence(self, signals: Tensor) -> Floats:
         return signals[..., 0].sigmoid().numpy(force=True)
 
     def observe(self, signals: Tensor, verify_lengths: Tensor, accepted: Tensor) -> None:
-        whole = verify_lengths == signals.shape[1]  # the last rounds of an answer verify less
-        self.signals.append(signals[whole].float().cpu())
-        self.accepted.append(accepted[whole].cpu())
+        self.whole = verify_lengths == signals.shape[1]  # the last rounds of an answer verify less
+        self.signals.append(signals[self.whole].float().cpu())
+        self.accepted.append(accepted[self.whole].cpu())
+
+    def commit(self, new_tokens: list[NewTokens]) -> None:
+        """After the step: what it gave out, to the requests observed first."""
+        if self.whole is not None:
+            counts = torch.tensor([len(new.token_ids) for new in new_tokens[: len(self.whole)]])
+            self.committed.append(counts[self.whole])
+            self.whole = None
 
     def rounds(self) -> Rounds:
-        return Rounds(torch.cat(self.signals), torch.cat(self.accepted))
+        return Rounds(*(torch.cat(parts) for parts in (self.signals, self.accepted, self.committed)))
 
 
 def collect_rounds(
@@ -74,27 +84,31 @@ def collect_rounds(
     for prompt in prompts:
         engine.add(prompt, params)
     while engine.has_work:
-        for new in engine.step():
+        new_tokens = engine.step()
+        recorder.commit(new_tokens)
+        for new in new_tokens:
             if new.sequence.finish_reason is not None:
                 on_finish()
-    rounds = recorder.rounds() if recorder.signals else Rounds(torch.empty(0, 0, 1), torch.empty(0))
-    if not len(rounds.accepted):
+    if not sum(map(len, recorder.accepted)):
         raise ValueError("no whole block was drafted; use more prompts or more new tokens")
-    return rounds
+    return recorder.rounds()
 
 
-def acceptance(accepted: Tensor, block_size: int) -> dict:
-    """Figures of rounds whose whole block was verified; accepted [N]: draft tokens that stayed.
+def acceptance(rounds: Rounds) -> dict:
+    """Figures of rounds whose whole block was verified.
 
-    `accepted_length` counts the bonus token; `conditional` is P(slot k is accepted | all slots before it were),
-    None where no round came so far.
+    `accepted_length` is the mean of the tokens committed, the target's own included; `conditional` is P(slot k is
+    accepted | all slots before it were), None where no round came so far. Slots behind the end of an answer count
+    nowhere.
     """
-    reached = [int((accepted >= k).sum()) for k in range(block_size + 1)]
-    return {
-        "rounds": len(accepted),
-        "accepted_length": round(1 + accepted.double().mean().item(), 4),
-        "conditional": [round(b / a, 4) if a else None for a, b in pairwise(reached)],
-    }
+    kept = torch.minimum(rounds.accepted, rounds.committed)  # draft tokens that stayed
+    asked = kept - (rounds.committed <= rounds.accepted).long()  # the last slot that was, from 0
+    conditional = []
+    for k in range(rounds.signals.shape[1]):
+        reached = int((asked >= k).sum())
+        conditional.append(round(int((kept > k).sum()) / reached, 4) if reached else None)
+    length = round(rounds.committed.double().mean().item(), 4)
+    return {"rounds": len(rounds.accepted), "accepted_length": length, "conditional": conditional}
 
 
 def acceptance_by_domain(
@@ -113,7 +127,7 @@ def acceptance_by_domain(
     for domain, ids in sorted(prompts.items()):
         rounds = collect_rounds(target, drafter, ids, params, streams, on_finish)
         setting = {"temperature": params.temperature, "top_p": params.top_p, "domain": domain, "prompts": len(ids)}
-        rows.append({**setting, **acceptance(rounds.accepted, drafter.block_size)})
+        rows.append({**setting, **acceptance(rounds)})
     return [*rows, macro_average(rows)]
 
 

@@ -140,7 +140,8 @@ class LoadBench:
 
     def next_pass(self, tallies: dict[str, Tally]) -> list[str]:
         """All policies until they had their time. Then, if ratios are to be more precise, those that the ratios are of:
-        the scheduled ones, and others that may be the best. None when the ratios are, or never will be."""
+        the scheduled ones, and others that may be the best; a policy that was left out once stays out, so that slices of
+        the same pass have the same index. None when the ratios are precise, or never will be."""
         if sum(tally.seconds for tally in tallies.values()) < self.config.seconds * len(tallies):
             return list(self.names)
         most_seconds = max(tally.seconds for tally in tallies.values())
@@ -148,7 +149,9 @@ class LoadBench:
             return []
         if largest_error(tallies) <= self.config.precision:
             return []
-        return [name for name in self.names if is_scheduled(name) or may_be_best(tallies, name)]
+        passes = max(len(tally.slices) for tally in tallies.values())
+        still_in = [name for name in self.names if len(tallies[name].slices) == passes]
+        return [name for name in still_in if is_scheduled(name) or may_be_best(tallies, name)]
 
     def warm_up(self, lane: Lane, streams: int) -> None:
         """Until half of the first requests, cut to random lengths, have made room: positions are mixed by then."""

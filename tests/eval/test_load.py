@@ -195,6 +195,9 @@ def test_a_load_goes_on_until_its_ratios_are_precise(target, prompts):
         "greedy",
     ]  # not precise; one is out of the race
     assert not bench.next_pass(tallies(6.0, 10, 20))  # will not become so
+    left_out = tallies(0.6, 10, 20, 10)
+    left_out["fixed-2"].slices.pop()
+    assert bench.next_pass(left_out) == ["plain", "greedy"]  # it does not come back
 
 
 def test_a_rival_that_was_left_out_is_not_the_best_because_the_machine_slowed_down_since():

@@ -12,7 +12,7 @@ def test_calibration_helps_an_overconfident_drafter():
     def rounds() -> Rounds:
         truth = torch.randn(6000, 3, generator=generator)
         kept = (torch.rand(6000, 3, generator=generator) < truth.sigmoid()).long().cumprod(1).sum(1)
-        return Rounds(truth[..., None] * 3, kept)
+        return Rounds(truth[..., None] * 3, kept, kept + 1)
 
     fitted, before, after = calibrate(rounds(), rounds(), "made up")
     assert all(2 < t < 4.5 for t in fitted.temperatures)
