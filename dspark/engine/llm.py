@@ -99,6 +99,8 @@ class LLM:
         A prompt is a text (one user message), a list of chat messages, or token ids taken as they are.
         Without a seed a request gets a random one. Raises ValueError, before any work, for a prompt that cannot fit.
         """
+        if isinstance(prompts, str):
+            raise ValueError("generate takes a list of prompts: put the text in brackets, or use stream")
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         sequences: list[Sequence] = []
         try:
@@ -128,10 +130,13 @@ class LLM:
         """Step the engine until the request ends, yielding its text as it grows."""
         text = TextStream(self.decode, sequence)
         try:
-            while sequence.finish_reason is None:
-                self.engine.step()
+            ended = False
+            while not ended:
+                ended = sequence.finish_reason is not None  # in a step of another caller, perhaps: so before the rest
                 if delta := text.delta():
                     yield delta
+                if not ended:
+                    self.engine.step()
         finally:
             self.engine.cancel(sequence)
 
@@ -164,7 +169,8 @@ def samples(params: SamplingParams) -> list[SamplingParams]:
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """Token ids of a prompt; texts and messages go through the model's chat template where it has one.
 
-    Raises ValueError for a text that is empty or no valid Unicode, and for messages that the template cannot hold.
+    Raises ValueError for a text that is empty or no valid Unicode, for messages that the template cannot hold, and for
+    what is no prompt.
     """
     if isinstance(prompt, str):
         if not prompt.strip():
@@ -173,6 +179,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
             check_unicode(prompt)
             return tokenizer(prompt)["input_ids"]  # pyright: ignore
         prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, Many):
+        raise ValueError(f"a prompt is a text, a list of messages or a list of token ids, not {prompt!r}")
     if prompt and isinstance(prompt[0], int):
         return list(prompt)  # pyright: ignore
     text = apply_template(tokenizer, prompt)  # pyright: ignore
@@ -184,6 +192,8 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, 
     if tokenizer.chat_template is None:
         raise ValueError("the model has no chat template: it takes a text, but no conversation and no system prompt")
     for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise ValueError("each message needs a 'role' and a 'content' that is a text")
         check_unicode(message["content"])
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))

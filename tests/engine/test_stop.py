@@ -1,6 +1,7 @@
 """Stop strings and stop ids: the answer ends where plain decoding would have, and nothing past that is ever shown."""
 
 import random
+from itertools import zip_longest
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -264,3 +265,27 @@ def test_generate_beside_requests_of_others(llm: LLM):
     answers = llm.generate([[1, 2], [5]], SamplingParams(max_new_tokens=9), lambda i, _: ended.append(i))
     assert [len(a.token_ids) for a in answers] == [9, 9] and sorted(ended) == [0, 1]
     assert other.finish_reason == "length"
+
+
+@pytest.mark.parametrize("longer", [3, 5, 8, 18])
+def test_streams_that_are_read_side_by_side_lose_nothing(llm: LLM, longer: int):
+    """Each is stepped by the other one too, and may end in such a step."""
+    both = [SamplingParams(max_new_tokens=18), SamplingParams(max_new_tokens=longer)]
+    expected = [llm.generate([prompt], p)[0].text for prompt, p in zip(PROMPTS, both)]
+    streams = [llm.stream(prompt, p) for prompt, p in zip(PROMPTS, both)]
+    found = zip(*zip_longest(*streams, fillvalue=""))
+    assert ["".join(pieces) for pieces in found] == expected
+
+
+def test_a_stream_that_has_ended_before_it_is_read(llm: LLM):
+    sequence = llm.submit(PROMPTS[1], SamplingParams(max_new_tokens=18))
+    while llm.engine.has_work:
+        llm.engine.step()
+    assert "".join(llm.follow(sequence)) == llm.completion(sequence).text
+
+
+@pytest.mark.parametrize("prompts", ["hello", [1, 2, 3], [None], [[{"role": "user"}]], [[{"content": ["a"]}]]])
+def test_what_is_no_prompt_is_refused(llm: LLM, prompts: Any):
+    cast(Any, llm.tokenizer).chat_template = "x"
+    with pytest.raises(ValueError, match=r"prompt|message"):
+        llm.generate(prompts)
