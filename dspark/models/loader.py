@@ -7,7 +7,14 @@ from transformers import PreTrainedTokenizerBase
 
 from dspark.models.config import DecoderConfig
 from dspark.models.decoder import Decoder
-from dspark.models.source import ModelSource, load_hf_config, load_state_dict, load_tokenizer, resolve_model
+from dspark.models.source import (
+    ModelSource,
+    load_generation_config,
+    load_hf_config,
+    load_state_dict,
+    load_tokenizer,
+    resolve_model,
+)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -49,6 +56,6 @@ def load_target(model: str, dtype: str = "bf16", device: str = "cpu", determinis
         deterministic=deterministic,
     )
     tokenizer = load_tokenizer(source)
-    eos = hf_config.eos_token_id
-    eos_ids = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id]
+    named = [hf_config.eos_token_id, load_generation_config(source).eos_token_id, tokenizer.eos_token_id]
+    eos_ids = [i for ids in named for i in (ids if isinstance(ids, list) else [ids])]
     return Target(source, decoder, tokenizer, frozenset(i for i in eos_ids if isinstance(i, int)))

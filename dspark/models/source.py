@@ -13,7 +13,7 @@ from torch import Tensor
 from dspark.models.download import SMOLLM2_135M, fetch
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_MODEL = "smollm2-135m"
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]  # never pickles
@@ -73,6 +73,18 @@ def load_hf_config(source: ModelSource) -> "PretrainedConfig":
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"'{source.folder}' holds quantised weights; give the unquantised model or a GGUF file")
     return config
+
+
+def load_generation_config(source: ModelSource) -> "GenerationConfig":
+    """What the model's makers generate with, Transformers' defaults if they do not say. Raises ValueError if broken."""
+    from transformers import GenerationConfig
+
+    if not (path := source.folder / "generation_config.json").is_file():
+        return GenerationConfig()
+    try:
+        return GenerationConfig.from_pretrained(source.folder)
+    except Exception as error:  # as for the config
+        raise ValueError(f"'{path}' cannot be read: {first_line(error)}") from None
 
 
 def load_tokenizer(source: ModelSource) -> "PreTrainedTokenizerBase":

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dspark.models import download
 from dspark.models.download import PackagedModel, fetch
+from dspark.models.loader import load_target
 from dspark.models.source import (
     DEFAULT_MODEL,
     ModelSource,
@@ -30,6 +31,7 @@ from dspark.models.source import (
     resolve_model,
 )
 from tests.models.gguf_writer import tiny_llama, write_gguf
+from tests.tiny_folder import write_tiny_folder
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 
@@ -435,3 +437,18 @@ def test_the_default_model_is_what_it_should_be():
     for _ in range(12):
         token_ids.append(int(model(torch.tensor([token_ids])).logits[0, -1].argmax()))
     assert "Paris" in str(tokenizer.decode(token_ids[-12:]))
+
+
+# ---- end tokens
+
+
+def test_end_tokens_are_those_of_config_tokenizer_and_generation_config(tmp_path: Path):
+    folder = write_tiny_folder(tmp_path)
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": [262, 5]}))
+    assert load_target(str(folder), "fp32").eos_ids == {262, 5}
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"generation_config.json' cannot be read"):
+        load_target(str(folder), "fp32")
+    path.unlink()
+    assert load_target(str(folder), "fp32").eos_ids == {262}
