@@ -225,7 +225,14 @@ def cost_table(target: Target, drafter: Drafter | None, name: str, profile: Path
     Raises ValueError for a given one that cannot be read or is of another model, dtype or machine.
     """
     if profile is not None:
-        return load_profile(profile, target)
+        table = load_profile(profile, target)
+        if drafter is not None and (not table.requests or table.slots != drafter.block_size):
+            blocks = f"blocks of {table.slots} tokens" if table.requests else "no drafter"
+            raise ValueError(
+                f"'{profile}' was measured with {blocks}, '{name}' drafts {drafter.block_size}: "
+                f"run `dspark profile --drafter {name}`"
+            )
+        return table
     path = profile_path(target, name)
     context = min(QUICK.context, 1 + target.decoder.config.max_position_embeddings // 2)
     if path.exists():

@@ -126,3 +126,11 @@ def test_a_calibration_of_shorter_blocks_is_refused(target: Target, tmp_path: Pa
     write_json(Calibration.identity(3), tmp_path / "calibration.json")
     with pytest.raises(ValueError, match=r"blocks of 3 tokens, the drafter's have 4: run 'dspark calibrate"):
         drafting(target, str(tmp_path), "fixed-2")
+
+
+def test_a_given_profile_without_the_drafter_is_refused(target: Target, tmp_path: Path):
+    drafter = tiny_drafter(target.decoder, block_size=4)
+    for measured, message in ((None, "with no drafter"), (tiny_drafter(target.decoder, block_size=2), "blocks of 2")):
+        write_json(measure_costs(target, measured, SMALL), tmp_path / "given.json")
+        with pytest.raises(ValueError, match=message):
+            cost_table(target, drafter, "mine", tmp_path / "given.json")
