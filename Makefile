@@ -16,7 +16,7 @@ help:
 install: $(STAMP)
 
 $(STAMP): requirements.lock pyproject.toml
-	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
+	@$(or $(PYTHON),false) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
 		|| { echo "dspark needs Python 3.11 or newer; name one with 'make install PYTHON=/path/to/python3'"; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock

@@ -12,6 +12,9 @@ from dspark import commands
 
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand. Bad input ends in one sentence on stderr and exit code 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:2] == ["bench", "load"]:  # one command, of two words
+        argv = ["bench load", *argv[2:]]
     args = build_parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # an answer is worth more than the right letter for a character
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -66,8 +69,8 @@ POLICY = Options(add_help=False)
 POLICY.option(
     "--policy",
     None,
-    "how many draft tokens are verified: fixed-1, fixed-2, ..., threshold-0.7, greedy, stale or foresight "
-    "(default: foresight for trained drafters, which goes by confidence and this machine's costs)",
+    "how many draft tokens are verified: fixed-1, fixed-2, ..., threshold, threshold-0.7, greedy, stale or foresight "
+    "(default: foresight, by confidence and this machine's costs; all of them where the drafter has no confidence)",
 )
 
 PROFILE = Options(add_help=False)
@@ -200,7 +203,7 @@ def add_training(command: Command) -> None:
     sub.option("--sequences-per-step", 1, "examples of one update")
     sub.option("--anchors", 256, "blocks drawn from an example, at most", dest="anchors_per_sequence", metavar="N")
     kinds = ("dspark", "dflash", "dflash-zlab", "eagle3", "mtp")
-    text = "what is trained (default dspark); dflash-zlab has masks predict their own position"
+    text = "what is trained (default dspark); dflash-zlab: DFlash where each mask predicts its own position"
     sub.option("--drafter", None, text, choices=kinds)
     sub.option("--block-size", None, "draft tokens a round (default: dspark 6, mtp 1, others 4)", type=int)
     sub.option("--draft-vocab-size", None, "tokens that may be drafted, the commonest (default 8192)", type=int)
@@ -235,8 +238,7 @@ def add_training(command: Command) -> None:
     sub.option(
         "--minutes",
         60.0,
-        "training time; there are as many answers as the model writes here in half as long again, up to 4 to a "
-        "prompt, and half as many where it writes the prompts too; measuring takes some minutes more",
+        "training time; writing answers (and prompts) takes up to half as long before it, measuring some minutes after",
     )
     sub.option("--max-new-tokens", 256, "longest answer to train on")
     sub.option("--out", None, "where all results go (default: runs/<model name>)", type=Path, metavar="FOLDER")
@@ -255,9 +257,15 @@ def add_measuring(command: Command) -> None:
     sub = command("bench", commands.run_bench, "time systems side by side on the same prompts", *options)
     sub.option("--streams", "1,8", "numbers of concurrent requests")
     sub.option("--temperatures", "0,1", "sampling temperatures")
-    sub.option("--systems", "transformers,plain,ngram,dspark", "what to compare: those, and mtp")
-    sub.usage = "dspark bench [OPTIONS]\n       dspark bench load [OPTIONS]"
-    add_bench_load(sub)
+    sub.option(
+        "--systems",
+        "transformers,plain,ngram,dspark",
+        "what to compare: any of transformers, plain, ngram, mtp, dspark",
+    )
+
+    summary = "policies of choosing verify lengths under rising load, in one interleaved run"
+    options = MODEL, DRAFTER, PROFILE, ONLINE, PROMPTS, JSON
+    add_load_options(command("bench load", commands.run_bench_load, summary, *options))
 
     options = MODEL, PROMPTS, STREAMS, JSON
     sub = command("eval", commands.run_eval, "measure how many draft tokens live decoding accepts", *options)
@@ -280,13 +288,7 @@ def add_measuring(command: Command) -> None:
     sub.option("--out", None, "file to write (default: where the engine looks for it)", type=Path)
 
 
-def add_bench_load(bench: Options) -> None:
-    """`bench load`, a command of its own inside `bench`; its options stand after the word `load`."""
-    summary = "policies of choosing verify lengths under rising load, in one interleaved run"
-    loads = bench.add_subparsers(title="another bench, with its own --help", metavar="COMMAND")
-    parents = MODEL, DRAFTER, PROFILE, ONLINE, PROMPTS, JSON
-    sub = loads.add_parser("load", help=summary, description=summary, parents=parents, prog="dspark bench load")
-    sub.set_defaults(run=commands.run_bench_load)
+def add_load_options(sub: Options) -> None:
     sub.add_argument(
         "--policies",
         default="",
@@ -300,10 +302,10 @@ def add_bench_load(bench: Options) -> None:
     sub.option(
         "--precision",
         0.0,
-        "closed loop: the scheduled policies, and others that may be the best, take up to 10 times --seconds until the "
-        "standard error of every ratio to the best of plain and fixed lengths is at most this, such as 0.01; 0: do not",
+        "closed loop: go on, up to 10 times --seconds, until the standard error of every ratio to the best of plain "
+        "and fixed lengths is at most this, such as 0.01 for 1 %%; 0: do not",
     )
-    turn = "of the first turn of a pass; the other policies then answer as much, in their time"
+    turn = "of the first policy's turn; the others then produce as many tokens"
     sub.option("--slice", 1.0, turn, dest="slice_seconds", metavar="SECONDS")
     sub.option("--temperature", 0.0, "0 is greedy")
     sub.option("--seed", 0, "of prompt order, turns and arrivals")

@@ -253,13 +253,15 @@ def run_profile(args: argparse.Namespace) -> None:
 
     from rich.console import Console
 
-    from dspark.config import write_json
+    from dspark.config import check_output, write_json
     from dspark.drafters.load import make_drafter
     from dspark.engine.profile import ProfileConfig, measure_costs, profile_path
     from dspark.eval.report import cost_tables
     from dspark.models.loader import load_target
 
     config = configure(ProfileConfig, args)
+    if args.out is not None:
+        check_output(args.out)
     target = load_target(args.model, args.dtype, args.device)
     drafter = make_drafter(args.drafter, target.source.name, target.decoder)
     with Console(stderr=True).status("measuring") as status:

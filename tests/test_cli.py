@@ -95,6 +95,13 @@ def test_bench_options(capsys, options, message):
     assert message in error_of(capsys, "bench", *options)
 
 
+def test_options_of_bench_load_stand_behind_its_name(capsys):
+    assert "--rates" in error_of(capsys, "bench", "load", "--rates", "0")
+    with pytest.raises(SystemExit):
+        main(["bench", "--limit", "3", "load"])
+    assert "unrecognized arguments: load" in capsys.readouterr().err
+
+
 def test_help_imports_neither_torch_nor_transformers():
     code = (
         "import sys, dspark.cli\n"
@@ -137,6 +144,8 @@ def test_generate_with_stop_strings_bias_and_several_answers(capsys):
         (["profile", "--repeats", "0"], "--repeats must be at least 1"),
         (["profile", "--context", "-1"], "--context must be at least 1"),
         (["data", "--self-written", "2", "--out", "/dev/null"], "is no file that could be written"),
+        (["calibrate", "--out", "/dev"], "is no file that could be written"),
+        (["profile", "--out", "/dev"], "is no file that could be written"),
         (["train", "--data", "a", "--out", "b", "--initial", "c", "--drafter", "mtp"], "leave out --drafter"),
         (["train", "--data", "a", "--out", "b", "--initial", "c", "--window", "4"], "leave out --window"),
         *(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from transformers import GenerationConfig
 
 from dspark.engine.engine import EngineConfig
 from dspark.engine.llm import encode_prompt
@@ -60,17 +61,16 @@ class Batch:
     draft_ms: float = 0.0
 
 
-def figures(batches: list[Batch], streams: int) -> dict:
+def figures(batches: list[Batch]) -> dict:
     """The measured columns of a result row; None where there is nothing to divide by."""
 
-    def ratio(a: str, b: str, digits: int = 3, times: float = 1.0, domain: str | None = None) -> float | None:
+    def ratio(a: str, b: str, digits: int = 3, domain: str | None = None) -> float | None:
         counted = [x for x in batches if domain in (None, x.domain)]
         above, below = (sum(getattr(x, name) for x in counted) for name in (a, b))
-        return round(times * above / below, digits) if below else None
+        return round(above / below, digits) if below else None
 
     return {
         "tokens_per_s": ratio("tokens", "seconds", 2),
-        "per_stream_tokens_per_s": ratio("tokens", "seconds", 2, 1 / streams),
         "accepted_length": ratio("committed", "rounds"),
         "ms_per_round": ratio("step_ms", "steps", 2),
         "draft_share": ratio("draft_ms", "step_ms", 4),
@@ -120,12 +120,13 @@ class TransformersSystem:
         decoder = target.decoder
         dtype = decoder.dtype if has_bf16_products(decoder.device) else decoder.compute_dtype
         self.model = load_transformers(target.source, dtype).to(target.decoder.device)  # pyright: ignore
+        self.model.generation_config = GenerationConfig()  # not the folder's penalties and filters
         self.eos_ids = sorted(target.eos_ids)
 
     @torch.inference_mode()
     def run(self, prompts: list[list[int]], params: SamplingParams) -> tuple[list[list[int]], dict]:
         """Answers; nothing is known of rounds."""
-        pad, longest = self.eos_ids[0], max(map(len, prompts))
+        pad, longest = next(iter(self.eos_ids), 0), max(map(len, prompts))
         ids = torch.tensor([[pad] * (longest - len(x)) + x for x in prompts], device=self.model.device)
         mask = torch.tensor([[0] * (longest - len(x)) + [1] * len(x) for x in prompts], device=self.model.device)
         sampled = {"do_sample": True, "temperature": params.temperature, "top_k": 0}
@@ -134,7 +135,7 @@ class TransformersSystem:
             attention_mask=mask,
             max_new_tokens=params.max_new_tokens,
             pad_token_id=pad,
-            eos_token_id=self.eos_ids,
+            eos_token_id=self.eos_ids or None,
             **({"do_sample": False} if params.greedy else sampled),
         )
         return [self.trim(row[longest:].tolist()) for row in out], {}
@@ -197,7 +198,7 @@ def run_bench(config: BenchConfig, target: Target, on_batch: Callable[[str], Non
                 batches[name].append(batch)
         for name, system in systems.items():
             load = {"system": name, "policy": system.policy, "temperature": temperature, "streams": streams}
-            result.rows.append(load | figures(batches[name], streams))
+            result.rows.append(load | figures(batches[name]))
             result.answers[name, temperature, streams] = answers[name]
     return result
 

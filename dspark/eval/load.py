@@ -140,8 +140,8 @@ class LoadBench:
 
     def next_pass(self, tallies: dict[str, Tally]) -> list[str]:
         """All policies until they had their time. Then, if ratios are to be more precise, those that the ratios are of:
-        the scheduled ones, and others that may be the best; a policy that was left out once stays out, so that slices of
-        the same pass have the same index. None when the ratios are precise, or never will be."""
+        the scheduled ones, and others that may be the best; a policy that was left out once stays out, so that slices
+        of the same pass have the same index. None when the ratios are precise, or never will be."""
         if sum(tally.seconds for tally in tallies.values()) < self.config.seconds * len(tallies):
             return list(self.names)
         most_seconds = max(tally.seconds for tally in tallies.values())

@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from dspark.config import write_json
+from dspark.config import check_output, write_json
 from dspark.drafters.load import CALIBRATION_FILE, drafter_folder, make_drafter
 from dspark.engine.llm import encode_prompt
 from dspark.engine.rounds import Rounds, collect_rounds
@@ -66,6 +66,8 @@ class CalibrateConfig(Setting):
         super().__post_init__()
         if not self.settings:
             raise ValueError("give at least one sampling setting")
+        if self.out is not None:
+            check_output(self.out)
         check_plot(self.plot)
 
     @property

@@ -1,12 +1,15 @@
 """Results for humans, as tables of rows, and for programs, as one line of JSON."""
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from statistics import mean
+from typing import Any
 
 from rich.box import HEAVY_HEAD, Box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dspark.machine import provenance
@@ -25,7 +28,16 @@ def print_report(result: dict, show: bool, *parts: Table | str) -> None:
             print(part)  # as it is: a path must not be wrapped
         else:
             console.print(part)
-    print(json.dumps(provenance() | result))
+    print(json.dumps(without_nan(provenance() | result), allow_nan=False))
+
+
+def without_nan(value: Any) -> Any:
+    """NaN, such as the ROC-AUC of rounds that all ended alike, is no JSON: null stands for it."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def make_table(title: str | None, columns: Sequence[str], rows: Iterable[dict], style: Box = HEAVY_HEAD) -> Table:
@@ -42,7 +54,7 @@ def make_table(title: str | None, columns: Sequence[str], rows: Iterable[dict], 
         table.add_column((heading or key).replace("_", " "), justify="left" if form.startswith("<") else "right")
         cells.append((key, form))
     for row in rows:
-        table.add_row(*("" if row.get(key) is None else format(row[key], form) for key, form in cells))
+        table.add_row(*("" if row.get(key) is None else escape(format(row[key], form)) for key, form in cells))
     return table
 
 

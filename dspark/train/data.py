@@ -147,7 +147,7 @@ def dataset_rows(path: Path, subset: str | None, split: str) -> Iterator[tuple[s
     try:
         from datasets import load_dataset  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise ValueError(f"cannot read the dataset '{name}': pip install 'dspark[datasets]' first") from None
+        raise ValueError(f"cannot read the dataset '{name}': pip install datasets first") from None
     try:
         for number, row in enumerate(load_dataset(name, subset, split=split, streaming=True), 1):
             yield f"'{name}' row {number}", row

@@ -17,7 +17,7 @@ class Scalars:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise ValueError("--tensorboard needs TensorBoard: pip install 'dspark[tensorboard]'") from None
+            raise ValueError("--tensorboard needs TensorBoard: pip install tensorboard") from None
         self.writer = SummaryWriter(str(folder), purge_step=step + 1)
 
     def step(self, step: int, result: "StepResult", learning_rate: float) -> None:

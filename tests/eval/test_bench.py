@@ -12,7 +12,6 @@ COLUMNS = {
     "temperature",
     "streams",
     "tokens_per_s",
-    "per_stream_tokens_per_s",
     "accepted_length",
     "ms_per_round",
     "draft_share",

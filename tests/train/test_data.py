@@ -197,7 +197,7 @@ def test_files_are_mixed_by_weight():
 def test_a_dataset_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     for name in (tmp_path, Path("HuggingFaceH4/ultrachat_200k")):
-        with pytest.raises(ValueError, match=rf"cannot read the dataset '{name}': pip install 'dspark\[datasets\]'"):
+        with pytest.raises(ValueError, match=rf"cannot read the dataset '{name}': pip install datasets"):
             read_prompts(name)
 
 
