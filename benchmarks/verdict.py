@@ -40,7 +40,7 @@ def measure(requests: int, length: int, temperature: float, top_p: float) -> dic
         "temperature": temperature,
         "top_p": top_p,
         "truncation_kernel_us": microseconds(cpu_ops.truncated_probs, logits, settings),
-        "truncation_us": microseconds(lambda x: truncated_probs(x, *settings.T, overwrite=True), logits),
+        "truncation_us": microseconds(lambda x: truncated_probs(x, *settings.T), logits),
         "verdict_kernel_us": microseconds(cpu_ops.verify, probs, draft, lengths, *draws),
         "verdict_us": microseconds(verify, probs, draft, lengths, *draws),
     }

@@ -118,123 +118,45 @@ def least_exponent(dtype: torch.dtype) -> float:
 
 
 def truncated_probs(
-    logits: Tensor,
-    temperature: ArrayLike,
-    top_k: ArrayLike,
-    top_p: ArrayLike,
-    min_p: ArrayLike,
-    *,
-    overwrite: bool = False,
+    logits: Tensor, temperature: ArrayLike, top_k: ArrayLike, top_p: ArrayLike, min_p: ArrayLike
 ) -> Tensor:
     """The distribution each row is really sampled from: logits [N, V], parameters [N] -> probs [N, V].
 
     Filters come in the order Transformers applies them: temperature, top-k, top-p (on what top-k left,
     renormalised), min-p. A row at temperature 0 is the one-hot of its first maximum. Tokens that tie with the
     last one kept are kept too, so that the result does not depend on a sorting order. Float64 logits give
-    float64 probabilities, others float32. A filter that no row uses costs nothing. overwrite: the logits may be
-    written over, which saves memory as large as they are.
+    float64 probabilities, others float32.
     """
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    kind = np.float64 if dtype == torch.float64 else np.float32
-    temperature, top_p, min_p = (np.asarray(values, kind) for values in (temperature, top_p, min_p))
-    greedy, top_k = temperature == 0, np.asarray(top_k)
-    if greedy.all():
-        return _one_hot_argmax(logits, dtype)
-
-    def on_device(values: NDArray) -> Tensor:
-        return torch.from_numpy(values).to(logits.device)
-
+    dtype, vocab = torch.promote_types(logits.dtype, torch.float32), logits.shape[-1]
+    given = np.array([temperature, top_k, top_p, min_p], np.float64)[..., None]  # [4, N, 1]
+    temperature, top_k, top_p, min_p = (torch.from_numpy(values).to(dtype).to(logits.device) for values in given)
+    greedy = temperature == 0
     # Probability relative to the row's best token, whose weight is 1. Each filter is a floor for the weight.
-    # In place from here: at this size memory costs more than arithmetic.
-    greedy_rows = on_device(np.flatnonzero(greedy))
-    best = _one_hot_argmax(logits[greedy_rows], dtype) if len(greedy_rows) else None
-    weights = relative_weights(
-        logits.to(dtype, copy=not overwrite), on_device(np.where(greedy, kind(1), temperature))
-    )  # [N, V]
-
-    rows = np.flatnonzero((top_k > 0) & (top_k < logits.shape[-1]) & ~greedy)
-    if len(rows):
-        k, index = top_k[rows].astype(np.int64), on_device(rows)
-        largest = _take(weights, index).topk(int(k.max())).values.gather(-1, on_device(k)[:, None] - 1)  # [rows, 1]
-        _drop_below(weights, weights.new_zeros(len(weights)).index_copy(0, index, largest.squeeze(-1)))
-
-    floor = on_device(min_p)  # already relative to the best token
-    rows = np.flatnonzero((top_p < 1) & ~greedy)
-    if len(rows):
-        index = on_device(rows)
-        nucleus_floor = _nucleus_floor(_take(weights, index), on_device(top_p[rows]))
-        floor = floor.index_copy(0, index, nucleus_floor.maximum(floor[index]))
-    if len(rows) or min_p.any():
-        _drop_below(weights, floor)
-
+    weights = relative_weights(logits.to(dtype, copy=True), temperature.masked_fill(greedy, 1.0).squeeze(-1))
+    floor = min_p
+    if ((given[1] > 0) | (given[2] < 1)).any():
+        ranked = _descending(weights)
+        by_count = ranked.gather(-1, torch.where(top_k > 0, top_k - 1, vocab).clamp(max=vocab - 1).long())
+        ranked = ranked.masked_fill(ranked < by_count, 0.0)
+        held = ranked.cumsum(-1)
+        before = pad(held[:, :-1], (1, 0))  # held by the likelier tokens
+        nucleus = (
+            (before < top_p * held[:, -1:]).sum(-1, keepdim=True).clamp(min=1)
+        )  # the best token stays whatever top_p
+        by_mass = ranked.gather(-1, nucleus - 1).where(top_p < 1, 0.0)
+        floor = floor.maximum(by_count).maximum(by_mass)
+    weights.masked_fill_(weights < floor, 0.0)
     probs = weights.div_(weights.sum(-1, keepdim=True))
-    if best is not None:
-        probs[greedy_rows] = best
+    if bool(greedy.any()):
+        best = torch.zeros_like(probs).scatter_(-1, first_maximum(logits)[:, None], 1.0)
+        probs = torch.where(greedy, best, probs)
     return probs
 
 
-def _take(weights: Tensor, rows: Tensor) -> Tensor:
-    """These rows; without a copy if they are all rows, as when one client's settings fill the batch."""
-    return weights if len(rows) == len(weights) else weights[rows]
-
-
-def _drop_below(weights: Tensor, floor: Tensor) -> None:
-    weights.masked_fill_(weights < floor[:, None], 0)
-
-
-def _one_hot_argmax(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros_like(logits, dtype=dtype).scatter_(-1, first_maximum(logits)[:, None], 1)
-
-
-def _nucleus_floor(weights: Tensor, top_p: Tensor) -> Tensor:
-    """The least weight in each row's nucleus, the fewest top tokens that hold top_p of the row's sum: [N].
-
-    A nucleus is nearly always small: some thousand tokens are ranked, the whole vocabulary only if need be.
-    """
-    wanted = (top_p * weights.sum(-1))[:, None]
-    floor, rows = torch.empty_like(top_p), torch.arange(len(weights), device=weights.device)
-    for likely in (_of_best_blocks, _largest, lambda some: (some, some.new_full(some.shape[:1], -1.0))):
-        candidates, others = likely(_take(weights, rows))
-        floor[rows] = found = _floor_of(candidates, wanted[rows])
-        rows = rows[found <= others]
-        if not len(rows):
-            break
-    return floor
-
-
-NUCLEUS_BLOCKS = 16
-
-
-def _of_best_blocks(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The weights of the blocks that hold the largest ones [N, C], and what no other weight is above [N]."""
-    blocks = _blocks(rows, 0.0)
-    if blocks.shape[1] <= NUCLEUS_BLOCKS:
-        return rows, rows.new_full(rows.shape[:1], -1.0)
-    best, index = blocks.amax(-1).topk(NUCLEUS_BLOCKS + 1)
-    return blocks.gather(1, index[:, :-1, None].expand(-1, -1, BLOCK)).flatten(1), best[:, -1]
-
-
-def _largest(rows: Tensor, count: int = 4096) -> tuple[Tensor, Tensor]:
-    """The `count` largest of each row, and the least of them; NumPy partitions ten times as fast as `topk` ranks."""
-    if rows.shape[-1] <= count:
-        return rows, rows.new_full(rows.shape[:1], -1.0)
-    if rows.device.type == "cpu":
-        largest = torch.from_numpy(np.partition(rows.numpy(), rows.shape[-1] - count, -1)[:, -count:])
-    else:
-        largest = rows.topk(count).values
-    return largest, largest.amin(-1)
-
-
-def _floor_of(candidates: Tensor, wanted: Tensor) -> Tensor:
-    """The weight [N] at which the largest of each row together hold what is wanted [N, 1], or the least of all."""
-    if candidates.device.type == "cpu":  # NumPy sorts many times as fast
-        ranked = torch.from_numpy(np.sort(candidates.numpy(), -1)).flip(-1)
-    else:
-        ranked = candidates.sort(-1, descending=True).values
-    held = ranked.double().cumsum(-1)
-    inside = pad(held[:, :-1], (1, 0)) < wanted  # held by the tokens before this one
-    last = inside.sum(-1, keepdim=True).clamp(min=1) - 1  # the best token stays even if top_p rounds to 0
-    return ranked.gather(-1, last).squeeze(-1)
+def _descending(values: Tensor) -> Tensor:
+    if values.device.type == "cpu":  # NumPy sorts many times as fast
+        return torch.from_numpy(np.sort(values.numpy(), -1)).flip(-1)
+    return values.sort(-1, descending=True).values
 
 
 class TokenLogprobs(NamedTuple):
@@ -249,7 +171,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor, tops: list[int]) -> list[Toke
 
     As in OpenAI's API it is the model's own distribution, before bias, penalties, temperature and truncation.
     """
-    logprobs = logits.double().log_softmax(-1)  # [N, V]
+    logprobs = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))  # [N, V]
     chosen = logprobs.gather(-1, tokens[:, None]).squeeze(-1).tolist()
     values, ids = (t.tolist() for t in logprobs.topk(min(max(tops, default=0), logits.shape[-1])))
     return [

@@ -162,7 +162,7 @@ class Decoder:
         """
         if compiled(logits) and logits.is_contiguous():
             return cpu_ops.truncated_probs(logits, settings.astype(np.float32))
-        return truncated_probs(logits, *settings.T, overwrite=True)
+        return truncated_probs(logits, *settings.T)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [N, C] -> logits [N, V], valid until the next call."""
