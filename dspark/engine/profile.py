@@ -20,7 +20,7 @@ from dspark.config import read_json, write_json
 from dspark.drafters.interface import Drafter
 from dspark.drafters.load import drafter_folder
 from dspark.engine.engine import Engine, EngineConfig
-from dspark.engine.kv_cache import KVCache
+from dspark.engine.kv_cache import KVCache, slot_bytes
 from dspark.engine.times import StepTimes
 from dspark.machine import machine_name
 from dspark.models.attention import CachedAttention, Segment
@@ -78,15 +78,18 @@ def measure_costs(
     """Median seconds by size, forced monotone. The drafter must not be serving: its storage is made anew.
 
     A target forward of B tokens is timed as B requests of one token, with its logits and their argmax; a draft pass
-    with the taking in of committed tokens before it and the confidence of its tokens after it. Past MOST_REQUESTS
-    requests have several tokens, and the contexts that as many requests more would read are added: another forward,
-    with whole blocks, tells what reading one costs. Raises ValueError for a context that the model does not have.
+    with the taking in of committed tokens before it and the confidence of its tokens after it. There are MOST_REQUESTS
+    contexts, or as many as fit the memory that an engine has by default. For more batch tokens than that each request
+    gets several rows, and what reading the missing contexts would add is estimated from two forwards of equally many
+    tokens, over many contexts and over few. Raises ValueError for a context that the model does not have.
     """
     decoder = target.decoder
     most = max(config.batch_tokens[-1], config.requests[-1])
     gamma = drafter.block_size if drafter is not None else 0
-    regions = min(most, MOST_REQUESTS)
-    room = config.context + max(1 + gamma, -(-most // regions), 2 + config.repeats)
+    per_slot = slot_bytes(decoder.config, decoder.kv_dtype) + (drafter.slot_bytes if drafter is not None else 0)
+    room = config.context + max(1 + gamma, 2 + config.repeats)
+    regions = min(most, MOST_REQUESTS, max(1, int(EngineConfig.kv_gib * 2**30 / (per_slot * room))))
+    room = max(room, config.context - (-most // regions))
     if room > (positions := decoder.config.max_position_embeddings):
         raise ValueError(f"a context of {config.context} tokens leaves no room in the model's {positions}: give less")
     cache = KVCache(decoder.config, regions * room, decoder.kv_dtype, decoder.device)
@@ -94,7 +97,8 @@ def measure_costs(
         storage.normal_()
     tap_layers = drafter.tap_layers if drafter is not None else ()
     calibration = Calibration.identity(gamma)
-    taps = torch.randn(regions * config.context, decoder.config.hidden_size, device=decoder.device)
+    shape = regions * config.context, decoder.config.hidden_size
+    taps = torch.randn(shape, dtype=decoder.compute_dtype, device=decoder.device)
     if drafter is not None:
         drafter.allocate(regions * room)
 
@@ -130,8 +134,8 @@ def measure_costs(
     requests = config.requests if drafter is not None else ()
     short = -(-gamma // 4)  # slots of the blocks that tell what a draft costs by its length
     few = max(1, regions // (1 + gamma))
-    many = few * (1 + gamma)
-    apart = min(many, regions)
+    many = min(few * (1 + gamma), regions)
+    tokens = few * (1 + gamma)
     # As in decoding, a size comes after itself, forward after draft after forward: a cache that holds most of the
     # weights then holds those. After another size small ones took 1.4 times as long, and drafting looked cheap.
     jobs: dict[tuple[str, int], Callable[[], None]] = {}
@@ -143,11 +147,11 @@ def measure_costs(
                 jobs |= {("between", n): jobs["before", n], ("short draft", n): partial(draft, n, short)}
         jobs |= {("target", n): jobs["before", n]} if n in config.batch_tokens else {}
     # As many tokens of fewer requests: what is saved was spent on reading contexts.
-    for name, count in (("apart", apart), ("together", few)):
-        jobs[f"before {name}", 0] = jobs[name, 0] = partial(forward, many, count)
+    for name, count in (("many contexts", many), ("few contexts", few)):
+        jobs[f"before {name}", 0] = jobs[name, 0] = partial(forward, tokens, count)
     seconds = median_seconds(jobs, config.repeats, on_done)
-    saved = max(0.0, seconds["apart", 0] - seconds["together", 0])
-    context_seconds = saved / max(1, apart - few)
+    saved = max(0.0, seconds["many contexts", 0] - seconds["few contexts", 0])
+    context_seconds = saved / max(1, many - few)
     return CostTable.measured(
         target.source.name,
         str(decoder.dtype).removeprefix("torch."),

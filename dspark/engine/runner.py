@@ -58,6 +58,8 @@ class Runner:
         hidden = output.hidden if len(rows) == len(output.hidden) else output.hidden[rows]
         logits = self.target.logits(hidden).float()
         sequences = [s.chunk.sequence for s in batch.sampled]
+        if logits.device.type != "cpu":
+            torch.accelerator.synchronize(logits.device)  # the verdict waits for the forward: that is not its time
         started = time.perf_counter()
         adjusted = adjusted_logits(logits, row_prefixes(batch))
         verdict = self.judge(adjusted, sequences, self.padded(draft, plan, sequences), verify_lengths)

@@ -100,14 +100,13 @@ def verify(
         ends[:, 1:] &= np.asarray(accept_uniforms) < ending_probs(on_support, of_draft, prefix_probs)[:, 1:]
         accepted = (ends * slots).max(1)  # the longest prefix at which the round may end is kept
 
-        def of_last(values: NDArray) -> Tensor:
+        def of_last(values: NDArray, dtype: torch.dtype = target_probs.dtype) -> Tensor:
             """[R, G+1, ...], or [R, G, ...] of what does not matter where nothing was verified -> [R, ...]."""
-            return torch.from_numpy(values[requests, accepted.clip(max=values.shape[1] - 1)]).to(target_probs.device)
+            chosen = torch.from_numpy(values[requests, accepted.clip(max=values.shape[1] - 1)])
+            return chosen.to(dtype).to(target_probs.device)  # first the dtype: not every device has fp64
 
         rows = target_probs.index_select(0, torch.from_numpy(first_row + accepted).to(target_probs.device))
-        weights = residual_weights(
-            rows, of_last(support), of_last(of_draft).to(rows.dtype), of_last(prefix_probs).to(rows.dtype)
-        )
+        weights = residual_weights(rows, of_last(support, torch.int64), of_last(of_draft), of_last(prefix_probs))
     return Verdict(torch.from_numpy(accepted), categorical(weights, np.asarray(target_uniforms)[requests, accepted]))
 
 

@@ -11,6 +11,7 @@ import pytest
 from dspark.config import write_json
 from dspark.drafters.checkpoint import save_drafter
 from dspark.engine import profile
+from dspark.engine.kv_cache import slot_bytes
 from dspark.engine.policy import drafting, make_policy
 from dspark.engine.profile import ProfileConfig, cost_table, load_profile, measure_costs
 from dspark.models.loader import Target
@@ -31,6 +32,15 @@ def test_measures_target_and_drafter(target: Target):
     assert (table.batch_tokens, table.requests) == ((1, 2, 5), (1, 3))
     assert table.target_seconds == tuple(sorted(table.target_seconds)) and table.target_seconds[0] > 0
     assert measure_costs(target, None, SMALL).requests == ()
+
+
+def test_takes_no_more_memory_than_an_engine(target: Target, monkeypatch: pytest.MonkeyPatch):
+    drafter, made = tiny_drafter(target.decoder), []
+    bytes_of_a_slot = slot_bytes(target.decoder.config, target.decoder.kv_dtype) + drafter.slot_bytes
+    monkeypatch.setattr(profile.EngineConfig, "kv_gib", 25 * bytes_of_a_slot / 2**30)
+    monkeypatch.setattr(drafter, "allocate", lambda slots: made.append(slots) or type(drafter).allocate(drafter, slots))
+    table = measure_costs(target, drafter, replace(SMALL, batch_tokens=(1, 2, 9), requests=(1, 9)))
+    assert made[0] <= 25 and table.batch_tokens == (1, 2, 9)
 
 
 def test_is_measured_once_and_kept(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

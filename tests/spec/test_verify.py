@@ -185,3 +185,12 @@ def test_a_surplus_makes_up_for_an_unlikely_token_before_it() -> None:
         verdict = verify(rows, draft, lengths, accept_uniforms, torch.zeros(len(first), 3))
         kept += float(draft_probs[block].prod() * verdict.accepted.double().mean())
     assert kept == pytest.approx(11 / 9, abs=0.01)
+
+
+def test_a_draft_is_placed_where_each_of_its_tensors_is() -> None:
+    """Lengths are on the host, the rest may be on another device."""
+    tokens = torch.zeros(2, 3, dtype=torch.int64, device="meta")
+    draft = Draft.unsampled(tokens, torch.tensor([3, 1]), torch.zeros(2, 3, 1, device="meta"))
+    placed = draft.placed([0, 2], 4)
+    assert placed.lengths.tolist() == [3, 0, 1, 0]
+    assert placed.tokens.shape == (4, 3) and placed.tokens.device.type == "meta"
