@@ -4,13 +4,15 @@ Each row is adjusted by its own prefix, drafted tokens included, so the adjusted
 decoding would have had there: verification stays lossless. Rules: OpenAI's API for presence and frequency,
 Transformers (Keskar et al. 2019, CTRL) for repetition.
 
-Shapes: N = rows (tokens to predict), V = vocabulary size, T = the longest prefix.
+Shapes: N = rows (tokens to predict), V = vocabulary size, T = most tokens that come before a row, repeated ones once.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dspark.sampling import SamplingParams
@@ -22,13 +24,14 @@ class Prefix(NamedTuple):
     """All that a row's adjustment depends on: a request and its tokens before the row."""
 
     params: SamplingParams
-    token_ids: list[int]  # prompt, generated, drafted; at least one token
+    token_ids: list[int]  # prompt and generated; at least one token. The same list in all rows of a request
     prompt_length: int
     end_ids: frozenset[int] = frozenset()  # tokens that end the answer
+    drafted: Sequence[int] = ()  # behind token_ids
 
     @property
     def num_generated(self) -> int:
-        return len(self.token_ids) - self.prompt_length
+        return len(self.token_ids) + len(self.drafted) - self.prompt_length
 
 
 def adjusted_logits(logits: Tensor, prefixes: list[Prefix]) -> Tensor:
@@ -56,16 +59,7 @@ def _add_bias(logits: Tensor, prefixes: list[Prefix]) -> None:
 
 def _penalise(logits: Tensor, prefixes: list[Prefix]) -> None:
     """Penalties touch only tokens of the prefix: these are gathered, changed and put back."""
-    longest = max(len(p.token_ids) for p in prefixes)
-    padded = np.empty((len(prefixes), longest), dtype=np.int64)
-    is_generated = np.zeros((len(prefixes), longest))
-    for row, p in enumerate(prefixes):
-        padded[row] = p.token_ids[0]  # padding repeats a token of the prefix and counts nothing
-        padded[row, : len(p.token_ids)] = p.token_ids
-        is_generated[row, p.prompt_length : len(p.token_ids)] = 1
-    tokens = torch.from_numpy(padded).to(logits.device)  # [N, T]
-    generated = torch.from_numpy(is_generated).to(logits)  # [N, T]
-    counts = torch.zeros_like(logits).scatter_add_(-1, tokens, generated).gather(-1, tokens)  # [N, T]
+    tokens, counts = (torch.from_numpy(values).to(logits.device) for values in _occurrences(prefixes))  # [N, T]
 
     def column(name: str) -> Tensor:
         values = [[getattr(p.params, name)] for p in prefixes]
@@ -77,6 +71,27 @@ def _penalise(logits: Tensor, prefixes: list[Prefix]) -> None:
     values -= column("frequency_penalty") * counts
     values -= column("presence_penalty") * (counts > 0)
     logits.scatter_(-1, tokens, values)  # a token that is there twice gets the same value twice
+
+
+def _occurrences(prefixes: list[Prefix]) -> NDArray[np.int64]:
+    """[2, N, T]: the tokens before each row, and how often each was generated. A token may be there twice, with the
+    same count; so padding is. What all rows of a request share is counted once."""
+    known: dict[int, tuple[NDArray, NDArray]] = {}  # by the request's list of tokens
+    rows = []
+    for p in prefixes:
+        if id(p.token_ids) not in known:
+            tokens, place = np.unique(p.token_ids, return_inverse=True)
+            known[id(p.token_ids)] = tokens, np.bincount(place[p.prompt_length :], minlength=len(tokens))
+        tokens, counts = known[id(p.token_ids)]
+        drafted = np.array(p.drafted, np.int64)
+        same = tokens[:, None] == drafted
+        of_drafted = counts @ same + (drafted[:, None] == drafted).sum(1)
+        rows.append(np.stack([np.append(tokens, drafted), np.append(counts + same.sum(1), of_drafted)]))
+    padded = np.empty((2, len(rows), max(row.shape[1] for row in rows)), np.int64)
+    for i, row in enumerate(rows):
+        padded[:, i] = row[:, -1:]
+        padded[:, i, : row.shape[1]] = row
+    return padded
 
 
 def _ban_early_ends(logits: Tensor, prefixes: list[Prefix]) -> None:

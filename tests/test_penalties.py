@@ -46,6 +46,14 @@ def test_by_hand() -> None:
     assert adjust(both, prompt, output) == [1, -4, -5, 0.5, 0.5]
 
 
+def test_drafted_tokens_count_like_generated_ones() -> None:
+    params = SamplingParams(frequency_penalty=0.5, presence_penalty=0.3, repetition_penalty=1.3, min_new_tokens=4)
+    tokens, drafted, ends = [0, 1, 2, 2, 4], [2, 3, 3], frozenset({1})
+    rows = [Prefix(params, tokens, 2, ends, drafted[:n]) for n in range(4)]
+    whole = [Prefix(params, tokens + drafted[:n], 2, ends) for n in range(4)]
+    assert torch.equal(adjusted_logits(LOGITS.repeat(4, 1), rows), adjusted_logits(LOGITS.repeat(4, 1), whole))
+
+
 def test_end_tokens_are_impossible_before_the_minimum() -> None:
     params = SamplingParams(min_new_tokens=2)
     for length in range(4):

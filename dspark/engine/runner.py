@@ -112,7 +112,7 @@ def row_prefixes(batch: Batch) -> list[Prefix]:
     if not any(s.params.adjusts_logits for s in sequences):
         return []
     return [
-        Prefix(s.params, s.token_ids + span.draft_tokens[:slot], s.prompt_length, s.end_ids)
+        Prefix(s.params, s.token_ids, s.prompt_length, s.end_ids, span.draft_tokens[:slot])
         for s, span in zip(sequences, batch.sampled)
         for slot in range(span.verify_length + 1)
     ]
