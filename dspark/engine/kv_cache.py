@@ -141,8 +141,10 @@ class KVCache:
 
     def _longest_match(self, token_ids: list[int]) -> tuple[Region | None, int]:
         """The region that knows most of the leading tokens, now the last to be dropped, and how many of them."""
-        best, most = None, MIN_REUSED - 1
+        best, most, head = None, MIN_REUSED - 1, token_ids[:MIN_REUSED]
         for region in self._kept + self._owned if self.reuse else []:
+            if region.token_ids[:MIN_REUSED] != head:  # most are of other prompts
+                continue
             count = common_prefix(token_ids, region.token_ids, region.length)
             if count > most:
                 best, most = region, count
