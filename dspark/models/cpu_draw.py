@@ -9,7 +9,7 @@ from collections.abc import Callable
 from llvmlite import ir
 
 from dspark.models.cpu_emitter import F32, F64, I32, I64, Emitter, Machine, Value, lanes_for
-from dspark.models.cpu_verdict import BELOW_ONE
+from dspark.models.cpu_verdict import drawn_index, sum_from
 
 HALVINGS = 24  # of the range of logits; what lies closer together than a 2^24th of it counts as equal
 
@@ -51,10 +51,10 @@ def draw_kernel(machine: Machine, vocab: int, candidates: int, furthest: float, 
             ),
         )
 
-        total = _sum(e, weights, candidates)
+        total = sum_from(e, weights, I64(candidates), F32(0.0))
         with e.loop(I64(0), I64(candidates), e.lanes) as i:
             e.store(b.fdiv(e.load(weights, i), e.spread(total)), weights, i)
-        index = _drawn_index(e, weights, candidates, b.load(b.bitcast(b.gep(draws, [first_slot]), F64.as_pointer())))
+        index = drawn_index(e, weights, candidates, b.load(b.bitcast(b.gep(draws, [first_slot]), F64.as_pointer())))
         b.store(b.load(b.gep(chosen, [index])), b.gep(tokens, [b.add(first_slot, row)]))
     b.ret_void()
     return e.module
@@ -121,7 +121,7 @@ def _keep(e: Emitter, x: Value, y: Value, count: int, kept: Callable[..., Value]
     """y = the weights x that are kept, else 0; kept(weight, how many rank before it, what these hold, total) says."""
     b = e.b
     indices = ir.VectorType(I32, e.lanes)
-    total, lanes = _sum(e, x, count), ir.Constant(indices, list(range(e.lanes)))
+    total, lanes = sum_from(e, x, I64(count), F32(0.0)), ir.Constant(indices, list(range(e.lanes)))
     with e.loop(I64(0), I64(count)) as i:
         weight = b.load(b.gep(x, [i]))
         with e.sums(I64(0), I64(count), [e.constant(0.0)] * 2, e.lanes) as (j, carried, results):
@@ -133,24 +133,3 @@ def _keep(e: Emitter, x: Value, y: Value, count: int, kept: Callable[..., Value]
             carried[:] = [b.fadd(old, new) for old, new in zip(carried, parts)]
         rank, held = (e.total(result) for result in results)
         b.store(b.select(kept(weight, rank, held, total), weight, F32(0.0)), b.gep(y, [i]))
-
-
-def _sum(e: Emitter, x: Value, count: int) -> Value:
-    with e.sums(I64(0), I64(count), [e.constant(0.0)], e.lanes) as (i, carried, results):
-        carried[0] = e.b.fadd(carried[0], e.load(x, i))
-    return e.total(results[0])
-
-
-def _drawn_index(e: Emitter, probs: Value, count: int, draw: Value) -> Value:
-    """The first index at which the cumulative sum is above the draw's share of the whole, as `sampling.categorical`."""
-    b = e.b
-
-    def cumulative(bound: Value) -> tuple[Value, Value]:
-        """The sum, and how many of its parts do not exceed the bound."""
-        with e.sums(I64(0), I64(count), [F64(0.0), I64(0)]) as (i, carried, results):
-            so_far = b.fadd(carried[0], b.fpext(b.load(b.gep(probs, [i])), F64))
-            carried[:] = [so_far, b.add(carried[1], b.zext(b.fcmp_ordered("<=", so_far, bound), I64))]
-        return results[0], results[1]
-
-    whole, _ = cumulative(F64(0.0))
-    return cumulative(b.fmul(b.fmul(draw, F64(BELOW_ONE)), whole))[1]

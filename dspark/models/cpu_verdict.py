@@ -37,17 +37,17 @@ def truncated_probs_kernel(machine: Machine, vocab: int, least: float) -> ir.Mod
         filtered = b.or_(by_count, by_mass)
         count = _collect_likely(e, own, b.select(filtered, I64(vocab), I64(0)), likely)
         has_rank = b.fcmp_ordered(">=", b.uitofp(count, F32), top_k)
-        has_mass = b.fcmp_ordered(">=", _sum_from(e, likely, count, F32(0.0)), b.fmul(top_p, total))
+        has_mass = b.fcmp_ordered(">=", sum_from(e, likely, count, F32(0.0)), b.fmul(top_p, total))
         enough = b.and_(filtered, b.select(by_count, has_rank, has_mass))
         values, size = b.select(enough, likely, own), b.select(enough, count, I64(vocab))
-        floor = _floor(e, by_count, lambda at: b.fcmp_ordered(">=", _sum_from(e, values, size, at, count=True), top_k))
-        wanted = b.fmul(top_p, b.select(by_count, _sum_from(e, values, size, floor), total))
+        floor = _floor(e, by_count, lambda at: b.fcmp_ordered(">=", sum_from(e, values, size, at, count=True), top_k))
+        wanted = b.fmul(top_p, b.select(by_count, sum_from(e, values, size, floor), total))
         nucleus = _floor(
-            e, by_mass, lambda at: b.fcmp_ordered(">=", _sum_from(e, values, size, e.maximum(at, floor)), wanted)
+            e, by_mass, lambda at: b.fcmp_ordered(">=", sum_from(e, values, size, e.maximum(at, floor)), wanted)
         )
         floor = e.maximum(e.maximum(floor, nucleus), min_p)
 
-        kept = _sum_from(e, values, size, floor)
+        kept = sum_from(e, values, size, floor)
         with e.loop(I64(0), I64(vocab), e.lanes) as i:
             weight = e.load(own, i)
             stays = b.fcmp_ordered(">=", weight, e.spread(floor))
@@ -87,7 +87,7 @@ def _collect_likely(e: Emitter, x: Value, count: Value, y: Value) -> Value:
     return results[0]
 
 
-def _sum_from(e: Emitter, x: Value, size: Value, bound: Value, count: bool = False) -> Value:
+def sum_from(e: Emitter, x: Value, size: Value, bound: Value, count: bool = False) -> Value:
     """The sum, or the number, of those of x that are not below the bound; zeros may follow x to a whole vector."""
     b = e.b
     with e.sums(I64(0), size, [e.constant(0.0)], e.lanes) as (i, carried, results):
@@ -176,7 +176,7 @@ def verify_kernel(machine: Machine, vocab: int, candidates: int) -> ir.Module:
             place = b.gep(row, [token])
             b.store(b.fadd(b.load(place), b.fptrunc(b.fdiv(q, kept), F32)), place)
         draw = b.load(b.gep(own, [b.add(first_draw, end)]))
-        b.store(_drawn_by_blocks(e, row, vocab, draw), b.gep(next_token, [request]))
+        b.store(drawn_index(e, row, vocab, draw), b.gep(next_token, [request]))
     b.ret_void()
     return e.module
 
@@ -196,7 +196,7 @@ def _cumulative_by_blocks(e: Emitter, x: Value, count: int, bound: Value) -> tup
     return results[0], results[1], results[2]
 
 
-def _drawn_by_blocks(e: Emitter, x: Value, count: int, draw: Value) -> Value:
+def drawn_index(e: Emitter, x: Value, count: int, draw: Value) -> Value:
     """As `sampling.categorical`: the first index, of those above 0, whose cumulative sum is above the draw's share."""
     b = e.b
     total, _, _ = _cumulative_by_blocks(e, x, count, F64(0.0))
