@@ -84,9 +84,11 @@ def _occurrences(prefixes: list[Prefix]) -> NDArray[np.int64]:
             known[id(p.token_ids)] = tokens, np.bincount(place[p.prompt_length :], minlength=len(tokens))
         tokens, counts = known[id(p.token_ids)]
         drafted = np.array(p.drafted, np.int64)
-        same = tokens[:, None] == drafted
-        of_drafted = counts @ same + (drafted[:, None] == drafted).sum(1)
-        rows.append(np.stack([np.append(tokens, drafted), np.append(counts + same.sum(1), of_drafted)]))
+        place = np.searchsorted(tokens, drafted).clip(max=len(tokens) - 1)
+        before = tokens[place] == drafted
+        counts = counts + np.bincount(place[before], minlength=len(tokens))
+        of_drafted = np.where(before, counts[place], (drafted[:, None] == drafted).sum(1))
+        rows.append(np.stack([np.append(tokens, drafted), np.append(counts, of_drafted)]))
     padded = np.empty((2, len(rows), max(row.shape[1] for row in rows)), np.int64)
     for i, row in enumerate(rows):
         padded[:, i] = row[:, -1:]
