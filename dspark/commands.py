@@ -174,6 +174,7 @@ def run_data(args: argparse.Namespace) -> None:
         print(
             f"{summary['answers']} answers, {summary['tokens']} tokens at {summary['tokens_per_s']}/s, in '{args.out}'"
             f"; left out: {summary['too_long']} too long, {summary['refused']} refused"
+            + (f", {summary['unanswered']} without an answer" if summary["unanswered"] else "")
         )
     print(json.dumps(summary))
 

@@ -181,7 +181,7 @@ def parse_prompt(row: dict, place: str) -> Prompt:
     texts = [text for text in turns if is_text(text)] if isinstance(turns, list) else []
     if not isinstance(turns, list) or not texts or len(texts) != len(turns):
         raise ValueError(f"{place} needs 'turns', 'messages', 'conversations' or 'prompt' with non-empty text")
-    domain, task = str(row.get("domain", "other")), str(row.get("task", ""))
+    domain, task = str(row.get("domain") or "other"), str(row.get("task") or "")
     if not is_unicode(domain + task):
         raise ValueError(f"{place}: 'domain' or 'task' is no valid Unicode")
     return Prompt(tuple(texts), domain, task, system if is_text(system) else "", answers, place)
@@ -216,7 +216,7 @@ def read_examples(path: Path, vocab_size: int, max_length: int) -> list[Example]
         spans = [(start, min(end, max_length)) for start, end in spans if min(end, max_length) - start >= 2]
         if spans:
             *before, (start, end) = spans
-            domain = str(row.get("domain", "other"))
+            domain = str(row.get("domain") or "other")
             tokens = tuple(token_ids[:start]), tuple(token_ids[start:end])
             trained = before[0][0] if before else start
             examples.append(Example(*tokens, domain, tuple(before), None if opening == trained else opening))
@@ -239,10 +239,12 @@ def split_by_prompt(files: list[list[Example]], count: int) -> tuple[list[Exampl
     """
     sizes = Counter(e.opening for examples in files for e in examples)
     chosen: set[tuple[int, ...]] = set()
+    held = 0
     for prompt in sorted(sizes, key=lambda prompt: hashlib.sha256(str(prompt).encode()).digest()):
-        if sum(sizes[p] for p in chosen) >= count:
+        if held >= count:
             break
         chosen.add(prompt)
+        held += sizes[prompt]
     heldout = [e for examples in files for e in examples if e.opening in chosen]
     return heldout, [[e for e in examples if e.opening not in chosen] for examples in files]
 

@@ -51,6 +51,11 @@ def write_data(config: DataConfig) -> dict:
             if config.self_written:
                 prompts = write_prompts(llm, config, progress)
             fitting = llm.engine.longest_request - config.max_new_tokens
+            if fitting < 1:
+                raise ValueError(
+                    f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt in the "
+                    f"{llm.engine.longest_request} tokens of a request: give less"
+                )
             longest = min(fitting, config.max_prompt_tokens or fitting)
             work = Work(config, prompts, done, llm.tokenizer, longest, progress)
             answer_by_engine(llm, work)

@@ -50,8 +50,8 @@ class DataConfig:
             raise ValueError("give either prompts or a number of self-written ones, 1 or more")
         if self.self_written and (self.servers or self.keep_answers):
             raise ValueError("self-written prompts need the embedded engine; afterwards give their file as prompts")
-        if self.servers and self.keep_answers:
-            raise ValueError("answers are either kept or asked from servers")
+        if self.keep_answers and (self.servers or self.samples > 1):
+            raise ValueError("answers are either kept, as many as there are, or asked for: leave --keep-answers out")
         if not self.samplings:
             raise ValueError("give at least one sampling setting")
         for temperature, top_p in self.samplings:
@@ -71,20 +71,27 @@ class Work:
         progress: Progress,
     ):
         """longest: prompt tokens, history included. Raises ValueError for prompts that cannot be used."""
+        given = len(prompts)
         if config.keep_answers:
-            prompts = [with_kept_turns(prompt) for prompt in prompts]
-        unique: dict[int, Prompt] = {}
+            prompts = with_kept_turns(prompts)
+        unique: dict[int, list[Prompt]] = {}  # more than one: other answers to the same
         for prompt in prompts:
-            unique.setdefault(prompt.number, prompt)
+            variants = unique.setdefault(prompt.number, [])
+            if not variants or (config.keep_answers and all(v.answers != prompt.answers for v in variants)):
+                variants.append(prompt)
         self.config, self.tokenizer, self.longest, self.progress = config, tokenizer, longest, progress
-        if tokenizer.chat_template is None and any(len(prompt.turns) > 1 for prompt in unique.values()):
+        if tokenizer.chat_template is None and any(len(variants[0].turns) > 1 for variants in unique.values()):
             raise ValueError(f"'{config.model}' has no chat template for prompts of several turns")
-        jobs = [(number, sample) for sample in range(config.samples) for number in unique]
-        jobs = [(number, sample) for number, sample in jobs if not self.repeats_greedy(number, sample)]
-        self.pending = [(unique[number], sample) for number, sample in jobs if (number, sample) not in done]
+        if config.keep_answers:
+            jobs = [(prompt, sample) for variants in unique.values() for sample, prompt in enumerate(variants)]
+        else:
+            jobs = [(variants[0], sample) for sample in range(config.samples) for variants in unique.values()]
+            jobs = [(prompt, sample) for prompt, sample in jobs if not self.repeats_greedy(prompt.number, sample)]
+        self.pending = [(prompt, sample) for prompt, sample in jobs if (prompt.number, sample) not in done]
         self.counts = {
             "prompts": len(unique),
-            "duplicates": len(prompts) - len(unique),
+            "duplicates": len(prompts) - sum(map(len, unique.values())),
+            "unanswered": given - len(prompts),  # left out, where answers are kept
             "answers_before": len(jobs) - len(self.pending),
             "answers": 0,
             "tokens": 0,
@@ -160,8 +167,8 @@ class Work:
         return {**self.counts, "seconds": round(seconds, 1), "tokens_per_s": speed, "out": str(self.config.out)}
 
 
-def with_kept_turns(prompt: Prompt) -> Prompt:
-    """The turns that have answers. Raises ValueError naming the line if there are none."""
-    if not prompt.answers:
-        raise ValueError(f"{prompt.place} holds no answers to keep: 'messages' of user and assistant in turns")
-    return replace(prompt, turns=prompt.turns[: len(prompt.answers)])
+def with_kept_turns(prompts: list[Prompt]) -> list[Prompt]:
+    """The turns that have answers. Raises ValueError naming the first line if none has any."""
+    if prompts and not any(prompt.answers for prompt in prompts):
+        raise ValueError(f"{prompts[0].place} holds no answers to keep: 'messages' of user and assistant in turns")
+    return [replace(p, turns=p.turns[: len(p.answers)]) for p in prompts if p.answers]

@@ -130,9 +130,26 @@ def test_given_answers_can_be_kept(tmp_path: Path, model: Path):
         write_data(config(prompts, model, out=out, keep_answers=True))
     (row,) = rows_of(out)
     assert row["turns"] == ["hi", "more"] and row["answers"] == ["yes é", " as it\nis "] and row["temperature"] is None
-    prompts.write_text(json.dumps({"messages": messages}) + '\n{"prompt": "no answer"}\n')
-    with pytest.raises(ValueError, match=r"chats\.jsonl' line 2 holds no answers to keep"):
+    prompts.write_text('{"prompt": "no answer"}\n')
+    with pytest.raises(ValueError, match=r"chats\.jsonl' line 1 holds no answers to keep"):
         write_data(config(prompts, model, out=out, keep_answers=True))
+
+
+def test_of_given_answers_each_is_kept_and_lines_without_one_are_left_out(tmp_path: Path, model: Path):
+    prompts, out = tmp_path / "chats.jsonl", tmp_path / "answers.jsonl"
+    answers = ["yes", "no", "yes", " "]
+    rows = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": text}] for text in answers]
+    prompts.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    summary = write_data(config(prompts, model, out=out, keep_answers=True))
+    assert [row["answers"] for row in rows_of(out)] == [["yes"], ["no"]]
+    assert (summary["answers"], summary["duplicates"], summary["unanswered"]) == (2, 1, 1)
+    again = write_data(config(prompts, model, out=out, keep_answers=True))
+    assert (again["answers"], again["answers_before"], len(rows_of(out))) == (0, 2, 2)
+
+
+def test_more_new_tokens_than_the_engine_has_room_for_are_refused(tmp_path: Path, prompts: Path, model: Path):
+    with pytest.raises(ValueError, match=r"--max-new-tokens 9999 leaves no room for a prompt"):
+        write_data(config(prompts, model, out=tmp_path / "answers.jsonl", max_new_tokens=9_999))
 
 
 # ---- self-written prompts
