@@ -83,6 +83,8 @@ def default_recipe(
         raise ValueError(f"{drafter} has no sequential head that could be {markov_head}")
     if official and draft_vocab_size is not None:
         raise ValueError("a drafter in the official format drafts the whole vocabulary: leave --draft-vocab-size out")
+    if official and (not target.config.qk_norm or target.config.qkv_bias):
+        raise ValueError("the official format is for drafters of Qwen3 targets; leave --official out")
     n, vocab_size = target.config.num_layers, target.config.vocab_size
     if draft_vocab_size is None:
         draft_vocab_size = vocab_size if official else min(DrafterRecipe.draft_vocab_size, vocab_size)

@@ -90,6 +90,11 @@ def test_what_the_official_format_has_not_is_refused_before_training(kind: str, 
         default_recipe(TARGET, 63, kind, window=window, official=True)
 
 
+def test_the_official_format_is_for_qwen3_targets():
+    with pytest.raises(ValueError, match="Qwen3 targets; leave --official out"):
+        default_recipe(TARGET, 63, official=True)
+
+
 def test_the_size_of_the_draft_vocabulary():
     assert [default_recipe(TARGET, 63, draft_vocab_size=n).draft_vocab_size for n in (None, 20)] == [64, 20]
     with pytest.raises(ValueError, match="leave --draft-vocab-size out"):
