@@ -35,6 +35,7 @@ class Progress:
     seconds: float = 0.0
     slots: int = 0  # supervised block slots seen
     history: list[dict] = field(default_factory=list)
+    share_evaluated: float = 0.0  # of the budget, at the last evaluation
 
 
 def last_state(folder: Path) -> Path | None:

@@ -79,7 +79,7 @@ def wrap(
         return loss
     module = LossModule(model, loss)
     if kind == "ddp":
-        return DistributedDataParallel(module)
+        return DistributedDataParallel(module, broadcast_buffers=False)  # they are tables that never change
     from torch.distributed.device_mesh import init_device_mesh  # FSDP takes half a second to import
     from torch.distributed.fsdp import fully_shard
 

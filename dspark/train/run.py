@@ -100,6 +100,8 @@ def train(run: TrainRun) -> bool:
 
     Raises ValueError for data or a checkpoint that cannot be used.
     """
+    if run.out.exists() and not run.out.is_dir():
+        raise ValueError(f"'{run.out}' is no folder: --out is one to make, or that of a run to continue")
     if (run.out / "config.json").exists() and last_state(run.out) is None:
         raise ValueError(f"'{run.out}' holds a finished drafter, not a run to resume; choose another --out")
     signals = StopSignals()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Muon, Optimizer
 
 from dspark.drafters.checkpoint import save_drafter
@@ -112,7 +113,9 @@ class Trainer:
             (parallel.size() * loss).backward()  # processes take the mean of what is to be summed
             loss_sum += loss.detach()
             tally += by_slot(acceptance, slots, self.model.config.block_size)
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        loss_sum += 0 * norm  # no number if that is none: then neither are the weights from here on
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["scale"] * self.learning_rate()
@@ -237,7 +240,8 @@ class Trainer:
         next_save = self.progress.seconds + 60 * self.config.save_every_minutes
         while True:
             done = self.share_done >= 1
-            evaluating = not stopped and len(self.progress.history) < int(self.share_done * self.config.evaluations)
+            due, seen = (int(s * self.config.evaluations) for s in (self.share_done, self.progress.share_evaluated))
+            evaluating = not stopped and due > seen
             if evaluating:
                 if not self.progress.history:
                     save_training(self, folder)  # a kill must not leave a drafter and nothing to resume from
@@ -251,8 +255,9 @@ class Trainer:
             result = self.step(self.next_indices())
             if not math.isfinite(result.loss):
                 raise ValueError(
-                    f"the loss is {result.loss} at step {self.progress.step + 1}: give a smaller --learning-rate; "
-                    f"'{folder}' holds the best drafter before that, if there was an evaluation"
+                    f"the loss or its gradient is no number at step {self.progress.step + 1}: go on from the best "
+                    f"drafter before that, --initial '{folder}' if there was an evaluation, with another --out and a "
+                    "smaller --learning-rate"
                 )
             self.progress.step += 1
             self.progress.slots += result.slots
@@ -281,6 +286,7 @@ class Trainer:
                 save_drafter(model, folder)
                 (folder / CALIBRATION_FILE).unlink(missing_ok=True)  # it was of other weights
         history.append(entry)
+        self.progress.share_evaluated = self.share_done
         return entry
 
     @cached_property

@@ -301,9 +301,35 @@ def test_a_loss_that_is_no_number_ends_the_run_and_leaves_the_best_drafter(tmp_p
         return replace(result, loss=float("nan")) if self.progress.step == 3 else result
 
     monkeypatch.setattr(Trainer, "step", step)
-    with pytest.raises(ValueError, match="the loss is nan at step 4"):
+    with pytest.raises(ValueError, match="is no number at step 4"):
         run_steps(trainer, tmp_path, 99)
     assert load_drafter(tmp_path).config == trainer.model.config
+
+
+def test_a_gradient_that_is_no_number_ends_the_run_before_anything_is_saved(tmp_path, monkeypatch):
+    trainer = make_trainer(minutes=60.0, evaluations=2)
+    run_steps(trainer, tmp_path, 2)
+    state = last_state(tmp_path)
+    plain, parameter = torch.Tensor.backward, next(iter(trainer.model.parameters()))
+
+    def backward(self, *args, **kwargs):
+        plain(self, *args, **kwargs)
+        parameter.grad.view(-1)[0] = torch.inf  # pyright: ignore
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    with pytest.raises(ValueError, match=r"gradient is no number at step 3"):
+        run_steps(trainer, tmp_path, 9)
+    assert last_state(tmp_path) == state
+
+
+def test_evaluations_are_spread_over_the_budget_however_long_a_step_takes(tmp_path):
+    """Several that one long step made due are one; a finished run is not evaluated again."""
+    trainer = make_trainer(epochs=1.0, evaluations=20)  # of 8 steps
+    trainer.run(tmp_path)
+    assert [e["step"] for e in trainer.progress.history] == [1, 2, 3, 4, 5, 6, 7, 8]
+    (tmp_path / "calibration.json").write_text("{}")
+    trainer.run(tmp_path)
+    assert len(trainer.progress.history) == 8 and (tmp_path / "calibration.json").exists()
 
 
 def test_a_new_drafter_takes_no_calibration_of_the_one_before(tmp_path):
