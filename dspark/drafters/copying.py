@@ -34,7 +34,8 @@ class CopyHead(nn.Module):
     def forward(self, tokens: Tensor, anchors: Tensor) -> Copies:
         """tokens [S, T] all known, anchors [S, A] -> [S, A, G] each; slot k follows the token k after the anchor."""
         block_size, longest = self.bias.shape
-        lengths, followers = matches(tokens, longest)
+        everywhere = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        lengths, followers = matches(tokens, everywhere, longest)
         slots = torch.arange(block_size, device=tokens.device)
         positions = (anchors[..., None] + slots).clamp(max=tokens.shape[1] - 1).flatten(1)
         shape = (*anchors.shape, block_size)
@@ -42,32 +43,21 @@ class CopyHead(nn.Module):
         return Copies(followers, F.pad(self.bias, (1, 0))[slots, lengths])
 
 
-def matches(tokens: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-    """For each position of tokens [S, T], how many of the tokens up to it stood together before, at most `longest`, and
-    which token followed them there, [S, T] each: at the latest of the places where most of them did.
+def matches(tokens: Tensor, positions: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """For positions [S, P] of tokens [S, T], how many of the tokens up to there stood together before, at most
+    `longest`, and which token followed them, [S, P] each: at the latest of the places where most of them did.
     """
     length = tokens.shape[1]
-    run = (tokens[:, :, None] == tokens[:, None]).tril(-1)  # [S, T, T]: position t, place p before it
-    agreeing = run.int()
-    for _ in range(longest - 1):
-        run = run & F.pad(run[:, :-1, :-1], (1, 0, 1, 0))
+    place = torch.arange(length, dtype=torch.int32, device=tokens.device)
+    run = place < positions[..., None]  # [S, P, T]: whether all tokens so far agree with those at the place
+    agreeing = torch.zeros_like(run, dtype=torch.int32)
+    for back in range(longest):
+        own = torch.where(positions >= back, tokens.gather(1, (positions - back).clamp(min=0)), -1)
+        run = run & (F.pad(tokens, (back, 0), value=-2)[:, None, :length] == own[..., None])
         agreeing = agreeing + run
-    best = (agreeing * length + torch.arange(length, device=tokens.device)).amax(-1)
-    most, place = best // length, best % length
-    return most, tokens.gather(1, (place + 1).clamp(max=length - 1))
-
-
-def latest_match(history: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-    """`matches` of the last position: history [R, T] with the latest token first, -1 past the earliest -> [R] each."""
-    length = history.shape[1]
-    suffix = history[:, :longest]
-    suffix = F.pad(torch.where(suffix < 0, -2, suffix), (0, longest - suffix.shape[1]), value=-2)  # like no token
-    places = F.pad(history, (0, longest - 1), value=-1).unfold(1, longest, 1)  # [R, T, n]
-    agreeing = (places == suffix[:, None]).cumprod(-1).sum(-1)
-    agreeing[:, 0] = 0
-    best = (agreeing * length + torch.arange(length - 1, -1, -1, device=history.device)).amax(-1)
-    most, place = best // length, length - 1 - best % length
-    return most, history.gather(1, (place - 1).clamp(min=0)[:, None])[:, 0].clamp(min=0)
+    best = (agreeing * length + place).amax(-1).long()
+    most, latest = best // length, best % length
+    return most, tokens.gather(1, (latest + 1).clamp(max=length - 1))
 
 
 class CopyBias:
@@ -99,8 +89,9 @@ class CopyBias:
             return lengths
         first, last = spans[0], spans[1] + slot
         history[last] = previous
-        rows = [history[a : b + 1].flip(0) for a, b in zip(first.tolist(), last.tolist(), strict=True)]
-        lengths, followers = latest_match(pad_sequence(rows, batch_first=True, padding_value=-1), self.longest)
+        rows = [history[a : b + 1] for a, b in zip(first.tolist(), last.tolist(), strict=True)]
+        found = matches(pad_sequence(rows, batch_first=True), (last - first)[:, None], self.longest)
+        lengths, followers = (of_last[:, 0] for of_last in found)
         ids = self.ids[followers]
         bias = torch.where(ids >= 0, self.weights[slot, lengths], 0.0).to(logits.dtype)
         logits.scatter_add_(1, ids.clamp(min=0)[:, None], bias[:, None])

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from dspark.drafters.copying import CopyBias, CopyHead, latest_match, matches
+from dspark.drafters.copying import CopyBias, CopyHead, matches
 from dspark.drafters.interface import DraftRequest
 from dspark.drafters.programs import MarkovProgram
 from dspark.models import cpu_ops
@@ -32,7 +33,8 @@ def histories(seed: int, count: int) -> list[list[int]]:
 
 def test_every_position_of_a_text():
     tokens = histories(0, 1)[0] + histories(1, 1)[0] * 2
-    lengths, followers = matches(torch.tensor([tokens, tokens[::-1]]), LONGEST)
+    everywhere = torch.arange(len(tokens)).expand(2, -1)
+    lengths, followers = matches(torch.tensor([tokens, tokens[::-1]]), everywhere, LONGEST)
     for row, text in enumerate((tokens, tokens[::-1])):
         for t in range(len(text)):
             length, follower = search(text[: t + 1], LONGEST)
@@ -42,9 +44,9 @@ def test_every_position_of_a_text():
 
 def test_the_last_position_of_many():
     texts = histories(2, 60)
-    longest = max(map(len, texts))
-    history = torch.tensor([text[::-1] + [-1] * (longest - len(text)) for text in texts])
-    for text, length, follower in zip(texts, *latest_match(history, LONGEST), strict=True):
+    padded = pad_sequence([torch.tensor(text) for text in texts], batch_first=True)
+    last = torch.tensor([[len(text) - 1] for text in texts])
+    for text, length, follower in zip(texts, *matches(padded, last, LONGEST), strict=True):
         assert search(text, LONGEST)[0] == length
         assert length == 0 or search(text, LONGEST)[1] == follower
 

@@ -107,7 +107,8 @@ def test_heads_equal_the_trained_ones(
         if model.copy_head is not None:
             text = torch.tensor([TOKENS[: anchor + 1] + tokens.tolist()])
             copied, bias = model.copy_head(text, torch.tensor([[anchor]]))
-            lengths = matches(text, copy_length)[0][0, anchor:-1].float()
+            slots = torch.arange(anchor, text.shape[1] - 1)[None]
+            lengths = matches(text, slots, copy_length)[0][0].float()
             assert bias.any() and lengths.any()
             logits += torch.where(model.d2t == copied[0, 0, :, None], bias[0, 0, :, None], 0.0)
     largest = logits.softmax(-1).amax(-1)
