@@ -4,36 +4,18 @@ Parsing a GGUF vocabulary takes many seconds, a safetensors file is mapped at on
 """
 
 import hashlib
-import re
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from gguf import GGUFReader
+from gguf import MODEL_ARCH, GGUFReader, get_tensor_name_map
 from gguf.quants import dequantize
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from dspark.models.download import cache_folder
-
-TOP_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 
 
 def unpack_gguf(path: Path) -> Path:
@@ -75,25 +57,32 @@ def write_folder(path: Path, folder: Path) -> None:
         raise ValueError(f"its family is '{config.model_type}'")
     if hasattr(config, "quantization_config"):  # the weights written below are not quantised
         delattr(config, "quantization_config")
-    tensors = dict(
-        converted(t.name, torch.from_numpy(dequantize(t.data, t.tensor_type).copy()).float(), config)
-        for t in GGUFReader(path).tensors
-    )
+    tensors, names = {}, hf_names(config.num_hidden_layers)
+    for t in GGUFReader(path).tensors:
+        if t.name not in names:
+            raise ValueError(f"tensor '{t.name}' is not part of a Llama model")
+        values = torch.from_numpy(dequantize(t.data, t.tensor_type).copy()).float()
+        tensors[names[t.name]] = converted(names[t.name], values, config)
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
 
 
-def converted(name: str, tensor: Tensor, config) -> tuple[str, Tensor]:
-    """Hugging Face name and layout of a GGUF tensor; llama.cpp's interleaved rotary order is undone."""
-    if name in TOP_NAMES:
-        return TOP_NAMES[name], tensor.contiguous()
-    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
-    if match is None or match[2] not in LAYER_NAMES:
-        raise ValueError(f"tensor '{name}' is not part of a Llama model")
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(match[2])
+def hf_names(num_layers: int) -> dict[str, str]:
+    """Hugging Face name of every tensor that a GGUF file of a Llama model may hold, by its name there."""
+    known = get_tensor_name_map(MODEL_ARCH.LLAMA, num_layers)
+    parts = [f"self_attn.{p}_proj" for p in ("q", "k", "v", "o")] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
+    parts += ["input_layernorm", "post_attention_layernorm"]
+    names = [f"model.layers.{i}.{part}.weight" for i in range(num_layers) for part in parts]
+    names += ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    return {str(known.get_name(name, (".weight",))): name for name in names}
+
+
+def converted(name: str, tensor: Tensor, config) -> Tensor:
+    """A tensor, by its Hugging Face name, in that layout: llama.cpp's interleaved rotary order is undone."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
     if heads is not None:
         rows, columns = tensor.shape
         tensor = tensor.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
-    return f"model.layers.{match[1]}.{LAYER_NAMES[match[2]]}.weight", tensor.contiguous()
+    return tensor.contiguous()

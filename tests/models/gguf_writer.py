@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from dspark.models.gguf import LAYER_NAMES, TOP_NAMES
+from dspark.models.gguf import hf_names
 
 MERGED, SPECIAL = "ab", ["<|start|>", "<|end|>", "<|pad|>"]
 
@@ -55,9 +55,7 @@ def write_gguf(path: Path, model: LlamaForCausalLM, kind: GGMLQuantizationType =
     writer.add_eos_token_id(258)
     writer.add_pad_token_id(259)
     writer.add_chat_template("{% for m in messages %}<|start|>{{ m['content'] }}<|end|>{% endfor %}")
-    names = {hf: gguf for gguf, hf in TOP_NAMES.items()}
-    for i in range(c.num_hidden_layers):
-        names |= {f"model.layers.{i}.{hf}.weight": f"blk.{i}.{gguf}.weight" for gguf, hf in LAYER_NAMES.items()}
+    names = {hf: gguf for gguf, hf in hf_names(c.num_hidden_layers).items()}
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and c.tie_word_embeddings:
             continue
