@@ -36,52 +36,26 @@ class Slot(NamedTuple):
     draft_probs: Tensor
 
 
-class Settings(NamedTuple):
-    """What requests are sampled by: temperature, top-k, top-p and min-p [R, 1] each, None if it truncates no request.
+def sampling_rows(requests: list[DraftRequest]) -> Tensor:
+    """What requests are sampled by: temperature, top-k, top-p and min-p, [R, 4] fp32. A greedy request is one of the
+    likeliest token alone, and what is off has a value that truncates nothing."""
+    params = [q.params for q in requests]
+    rows = [
+        (1.0, 1, 1.0, 0.0) if p.greedy else (p.temperature, p.top_k or NUM_CANDIDATES, p.top_p, p.min_p) for p in params
+    ]
+    tiny = torch.finfo(torch.float32).tiny  # temperature and top-p may have become 0
+    return torch.tensor(rows).clamp_(min=torch.tensor([tiny, 1.0, tiny, 0.0]))
 
-    A greedy request is one of the likeliest token alone.
-    """
 
-    temperature: Tensor
-    top_k: Tensor | None
-    top_p: Tensor | None
-    min_p: Tensor | None
-
-    @classmethod
-    def of(cls, requests: list[DraftRequest], device: torch.device) -> "Settings":
-        params = [q.params for q in requests]
-        temperature, top_k, top_p, min_p = cls.rows(requests).to(device).T[..., None]
-        by_count, by_mass = any(p.greedy or p.top_k for p in params), any(p.top_p < 1 for p in params)
-        return cls(
-            temperature,
-            top_k if by_count else None,
-            top_p if by_mass else None,
-            min_p if any(p.min_p for p in params) else None,
-        )
-
-    @staticmethod
-    def rows(requests: list[DraftRequest]) -> Tensor:
-        """The same as numbers, [R, 4] fp32: those that truncate nothing have values that do not."""
-        params = [q.params for q in requests]
-        rows = [
-            (1.0, 1, 1.0, 0.0) if p.greedy else (p.temperature, p.top_k or NUM_CANDIDATES, p.top_p, p.min_p)
-            for p in params
-        ]
-        tiny = torch.finfo(torch.float32).tiny  # temperature and top-p may have become 0
-        return torch.tensor(rows).clamp_(min=torch.tensor([tiny, 1.0, tiny, 0.0]))
-
-    def probs(self, logits: Tensor) -> Tensor:
-        """Logits of candidates [R, M], descending -> their law. Not all tokens that tie with the last one kept need be
-        kept, as in `truncated_probs`: nothing depends on it, as long as this is what is drawn from."""
-        weights = ((logits - logits[:, :1]) / self.temperature).exp()
-        if self.top_k is not None:
-            weights = weights * (torch.arange(weights.shape[1], device=weights.device) < self.top_k)
-        if self.top_p is not None:
-            held = weights.cumsum(-1)
-            weights = weights * (held - weights < self.top_p * held[:, -1:])
-        if self.min_p is not None:
-            weights = weights * (weights >= self.min_p)
-        return weights / weights.sum(-1, keepdim=True)
+def candidate_probs(logits: Tensor, settings: Tensor) -> Tensor:
+    """Logits of candidates [R, M], descending, and settings [R, 4] -> their law. Not all tokens that tie with the last
+    one kept need be kept, as in `truncated_probs`: nothing depends on it, as long as this is what is drawn from."""
+    temperature, top_k, top_p, min_p = settings.T[..., None]
+    weights = ((logits - logits[:, :1]) / temperature).exp()
+    weights = weights * (torch.arange(weights.shape[1], device=weights.device) < top_k)
+    held = weights.cumsum(-1)
+    weights = weights * ((held - weights < top_p * held[:, -1:]) & (weights >= min_p))
+    return weights / weights.sum(-1, keepdim=True)
 
 
 class BoundDrafter(ABC):
@@ -146,7 +120,7 @@ class BoundDrafter(ABC):
         """What draws slot k of all blocks from its logits [R, V'], each by its request's parameters and seed."""
         if all(q.params.greedy for q in requests):
             return lambda k, logits: self.best(logits)
-        settings, draws = Settings.of(requests, self.d2t.device), self.draws(requests)
+        settings, draws = sampling_rows(requests).to(self.d2t.device), self.draws(requests)
         return lambda k, logits: self.sample(logits, settings, draws[:, k])
 
     def best(self, logits: Tensor) -> Slot:
@@ -154,12 +128,12 @@ class BoundDrafter(ABC):
         token = self.d2t[first_maximum(logits)]
         return Slot(token, token[:, None], torch.ones_like(logits[:, :1]))
 
-    def sample(self, logits: Tensor, settings: Settings, draws: ArrayLike) -> Slot:
-        """Logits [R, V'] and draws [R] -> one token a row, from its likeliest candidates."""
+    def sample(self, logits: Tensor, settings: Tensor, draws: ArrayLike) -> Slot:
+        """Logits [R, V'], settings [R, 4] and draws [R] -> one token a row, from its likeliest candidates."""
         logits = logits.nan_to_num(nan=LEAST, posinf=-LEAST, neginf=LEAST)  # a broken drafter costs time, no more
         logits, candidates = logits.topk(min(NUM_CANDIDATES, logits.shape[-1]))
         candidates, order = candidates.sort(-1)  # in the target's order a shared draw lands in the same place, mostly
-        support, draft_probs = self.d2t[candidates], settings.probs(logits).gather(-1, order)
+        support, draft_probs = self.d2t[candidates], candidate_probs(logits, settings).gather(-1, order)
         index = categorical(draft_probs, draws)[:, None]
         return Slot(support.gather(1, index).squeeze(1), support, draft_probs)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dspark.drafters.bound import BoundDrafter, Settings, Slot, slot_signals, whole_draft
+from dspark.drafters.bound import BoundDrafter, Slot, sampling_rows, slot_signals, whole_draft
 from dspark.drafters.copying import CopyBias
 from dspark.drafters.interface import DraftRequest
 from dspark.drafters.model import DSparkModel
@@ -168,7 +168,7 @@ class DSparkDrafter(BoundDrafter):
         temperatures = hidden.new_tensor([min(q.params.temperature, 1.0) for q in requests], dtype=torch.float32)
         if self.markov_program is not None:
             greedy = all(q.params.greedy for q in requests)
-            sampling = None if greedy else (Settings.rows(requests), torch.from_numpy(self.draws(requests)[:, :g]))
+            sampling = None if greedy else (sampling_rows(requests), torch.from_numpy(self.draws(requests)[:, :g]))
             drafted = self.markov_program(previous, logits, hidden, temperatures, self._history, spans, sampling)
             tokens, signals, support, draft_probs = drafted
             lengths = torch.full((r,), g)

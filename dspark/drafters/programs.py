@@ -124,7 +124,7 @@ class MarkovProgram:
 
         Previous tokens [R], logits [R, G, V'] without bias, which are read only, and the hidden states [R, G, C] that
         they are of; temperatures [R]; history [slots] and spans [2, R] with a copy head, see `CopyBias`; sampling:
-        `Settings.rows` and draws [R, G] in fp64. What tokens were drawn from is valid until the next call.
+        `sampling_rows` and draws [R, G] in fp64. What tokens were drawn from is valid until the next call.
         """
         r, g, vocab = logits.shape
         program, tokens, support, draft_probs = self._programs.get(

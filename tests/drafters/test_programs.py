@@ -8,7 +8,7 @@ import torch
 from scipy.stats import chisquare
 from torch import Tensor
 
-from dspark.drafters.bound import NUM_CANDIDATES, BoundDrafter, Settings, slot_signals
+from dspark.drafters.bound import NUM_CANDIDATES, BoundDrafter, sampling_rows, slot_signals
 from dspark.drafters.programs import BlockInputs, ContextProgram, DraftedBlock, MarkovProgram
 from dspark.models.attention import store
 from dspark.models.cpu_ops import CompiledLinear, available
@@ -91,7 +91,7 @@ def test_nan_logits_give_a_token_of_the_vocabulary():
     for bad in (torch.nan, torch.inf, -torch.inf):
         logits, previous = torch.full((2, 4, 32), bad), torch.tensor([1, 2])
         logits[0, :, 5] = 1.0
-        sampling = Settings.rows([request(temperature=0.7), request(top_p=0.9)]), torch.rand(2, 4, dtype=torch.float64)
+        sampling = sampling_rows([request(temperature=0.7), request(top_p=0.9)]), torch.rand(2, 4, dtype=torch.float64)
         for block in (drafted(chain, previous, logits), drafted(chain, previous, logits, sampling)):
             assert bool(torch.isin(block.tokens, d2t).all())
         assert bool(torch.isin(block.support, d2t).all())
@@ -128,9 +128,9 @@ def test_draws_as_the_operations_do(vocab: int, dtype: torch.dtype):
     for requests in ([request()], [request(**s) for s in SETTINGS], [request()] * 40, [request(top_p=0.9)] * 2):
         r = len(requests)
         logits, previous = 2 * torch.randn(r, g, vocab), torch.randint(0, 2000, (r,))
-        settings, draws = Settings.of(requests, d2t.device), torch.rand(r, g, dtype=torch.float64)
+        settings, draws = sampling_rows(requests), torch.rand(r, g, dtype=torch.float64)
         given = logits.clone()
-        block = drafted(chain, previous, logits, (Settings.rows(requests), draws))
+        block = drafted(chain, previous, logits, (sampling_rows(requests), draws))
         assert torch.equal(logits, given)
         for k in range(g):
             slot = BoundDrafter.sample(by_operations, logits[:, k] + w2(w1[previous]), settings, draws[:, k])
@@ -153,7 +153,7 @@ def test_tokens_follow_the_law_that_is_reported():
     draws = torch.rand(r, 2, dtype=torch.float64)
 
     def sampled(**settings: Any) -> tuple[Tensor, Tensor]:
-        rows = Settings.rows([request(temperature=2.0, **settings)] * r)
+        rows = sampling_rows([request(temperature=2.0, **settings)] * r)
         block = drafted(chain, previous, logits, (rows, draws))
         return block.tokens, block.draft_probs.clone()
 
@@ -182,7 +182,7 @@ def test_draws_from_candidates_in_the_order_of_ids():
     logits[0, 0, 200:220] = 1.0
     for draw, token in ((0.0, 0), (1 - 2.0**-53, 219)):
         draws = torch.tensor([[draw]], dtype=torch.float64)
-        block = drafted(chain, torch.tensor([1]), logits, (Settings.rows([request()]), draws))
+        block = drafted(chain, torch.tensor([1]), logits, (sampling_rows([request()]), draws))
         assert block.support[0, 0].tolist() == [*range(NUM_CANDIDATES - 20), *range(200, 220)]
         assert block.tokens.item() == token
 
