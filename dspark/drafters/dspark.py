@@ -73,8 +73,8 @@ class DSparkDrafter(BoundDrafter):
             self.markov = copy.deepcopy(model.markov_head).to(target.device, target.compute_dtype)
             self.w2 = linear_map(place(model.w2), target.dtype)  # [R, r] -> [R, V']
             if self.markov.kind == "vanilla" and isinstance(self.w2, CompiledLinear) and self.w2.dense:
-                w1 = self.markov.markov_w1.weight.detach()
-                self.markov_program = MarkovProgram(w1, self.w2, self.d2t, self.confidence, self.copies)
+                parts = self.markov.markov_w1.weight.detach(), self.w2, self.d2t, self.confidence, self.copies
+                self.markov_program = MarkovProgram(self.block_size, *parts)
 
     @property
     def _caches(self) -> list[Tensor]:
@@ -169,12 +169,7 @@ class DSparkDrafter(BoundDrafter):
         if self.markov_program is not None:
             greedy = all(q.params.greedy for q in requests)
             sampling = None if greedy else (sampling_rows(requests), torch.from_numpy(self.draws(requests)[:, :g]))
-            drafted = self.markov_program(previous, logits, hidden, temperatures, self._history, spans, sampling)
-            tokens, signals, support, draft_probs = drafted
-            lengths = torch.full((r,), g)
-            if greedy:
-                return Draft.unsampled(tokens, lengths, signals)
-            return Draft(tokens, support.clone(), draft_probs.clone(), lengths, signals)
+            return self.markov_program(previous, logits, hidden, temperatures, self._history, spans, sampling)
         draw = self.sampler(requests)
         slots: list[Slot] = []
         rank = self.config.markov_rank

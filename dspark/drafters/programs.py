@@ -4,8 +4,6 @@ Shapes: N committed tokens, C width, L draft layers, K KV heads, D head width; R
 vocabulary, r head rank.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,6 +15,7 @@ from dspark.models.config import DecoderConfig
 from dspark.models.cpu_ops import CompiledLinear
 from dspark.models.cpu_program import Program, Programs
 from dspark.sampling import least_exponent
+from dspark.spec.draft import Draft
 
 
 class ContextProgram:
@@ -91,23 +90,23 @@ class BlockInputs:
         return program
 
 
-class DraftedBlock(NamedTuple):
-    """What was drafted, its signals, and what the tokens were drawn from, as in `Draft`."""
-
-    tokens: Tensor  # [R, G]
-    signals: Tensor  # [R, G, 6], see `slot_signals`
-    support: Tensor  # [R, G, M]; M is 0 for blocks drafted greedily
-    draft_probs: Tensor  # [R, G, M]
-
-
 class MarkovProgram:
     """The vanilla Markov head and the copy head of whole blocks, each slot from the token drafted before it."""
 
-    def __init__(self, w1: Tensor, w2: CompiledLinear, d2t: Tensor, confidence: Tensor, copies: CopyBias | None = None):
+    def __init__(
+        self,
+        block_size: int,
+        w1: Tensor,
+        w2: CompiledLinear,
+        d2t: Tensor,
+        confidence: Tensor,
+        copies: CopyBias | None = None,
+    ):
         """w1 [V, r] fp32, w2 [R, r] -> [R, V'], d2t [V'] the drafted ids; confidence: see `slot_signals`."""
         self.w1, self.w2, self.d2t, self.copies = w1.contiguous(), w2, d2t.contiguous(), copies
         self.confidence = confidence.contiguous()
-        self._programs = Programs(self._build, {"bias": len(d2t), "settings": 4}, w1.shape[1])
+        widths = {"bias": len(d2t), "settings": 4, "features": block_size * w1.shape[1], "evidence": 3 * block_size}
+        self._programs = Programs(self._build, widths, w1.shape[1])
 
     def __call__(
         self,
@@ -118,39 +117,43 @@ class MarkovProgram:
         history: Tensor | None = None,
         spans: Tensor | None = None,
         sampling: tuple[Tensor, Tensor] | None = None,
-    ) -> DraftedBlock:
+    ) -> Draft:
         """Slot k is the likeliest token under its logits, the bias of the slot before it and that of the copy head, or
         drawn from the NUM_CANDIDATES likeliest.
 
         Previous tokens [R], logits [R, G, V'] without bias, which are read only, and the hidden states [R, G, C] that
         they are of; temperatures [R]; history [slots] and spans [2, R] with a copy head, see `CopyBias`; sampling:
-        `sampling_rows` and draws [R, G] in fp64. What tokens were drawn from is valid until the next call.
+        `sampling_rows` and draws [R, G] in fp64.
         """
         r, g, vocab = logits.shape
-        program, tokens, support, draft_probs = self._programs.get(
-            r, g, 0 if sampling is None else min(bound.NUM_CANDIDATES, vocab)
-        )
+        candidates = 0 if sampling is None else min(bound.NUM_CANDIDATES, vocab)
+        program, tokens = self._programs.get(r, g, candidates)
         tokens[:, 0] = previous
         logits = logits.contiguous()
         readers = 1 if sampling is None else 2  # kernels of a slot
-        of_slots = [logits.data_ptr() + logits.itemsize * vocab * k for k in range(g)]
-        values: dict = {"logits": np.repeat(of_slots, readers), "signals": torch.empty(r, g, 6)}
+        signals, lengths = torch.empty(r, g, 6), torch.full((r,), g)
+        values: dict = {"logits": np.repeat(of_slots(logits), readers), "signals": signals}
         values |= {"hidden": hidden.contiguous(), "temperatures": temperatures}
         if self.copies is not None and history is not None and spans is not None:
             values |= {"history": history, "spans": spans}
-        if sampling is not None:
-            settings, draws = (t.contiguous() for t in sampling)
-            self._programs.buffers["settings"][:r] = settings
-            values["draws"] = [draws.data_ptr() + draws.itemsize * k for k in range(g)]
-        program.run(**values)
-        return DraftedBlock(tokens[:, 1:].clone(), values["signals"], support, draft_probs)
+        if sampling is None:
+            program.run(**values)
+            return Draft.unsampled(tokens[:, 1:].clone(), lengths, signals)
+        settings, draws = (t.contiguous() for t in sampling)
+        self._programs.buffers["settings"][:r] = settings
+        support, probs = torch.empty(r, g, candidates, dtype=torch.int64), torch.empty(r, g, candidates)
+        program.run(**values, draws=of_slots(draws), support=of_slots(support), probs=of_slots(probs))
+        return Draft(tokens[:, 1:].clone(), support, probs, lengths, signals)
 
-    def _build(self, r: int, g: int, candidates: int) -> tuple[Program, Tensor, Tensor, Tensor]:
-        """The program for R blocks, the tokens [R, 1 + G] that it begins with and writes, support and draft_probs."""
+    def _build(self, r: int, g: int, candidates: int) -> tuple[Program, Tensor]:
+        """The program for R blocks, and the tokens [R, 1 + G] that it begins with and writes."""
         program, tokens = Program(), torch.zeros(r, g + 1, dtype=torch.int64)
-        features, (largest, below, lengths) = torch.empty(g, r, self.w1.shape[1]), torch.zeros(3, g, r)
-        support, probs = torch.zeros(r, g, candidates, dtype=torch.int64), torch.zeros(r, g, candidates)
-        vocab, bias = len(self.d2t), self._programs.buffers["bias"]
+        rank, vocab, at = self.w1.shape[1], len(self.d2t), self._programs.buffers
+        features = at["features"].flatten()[: g * r * rank].view(g, r, rank)
+        largest, below, lengths = at["evidence"].flatten()[: 3 * g * r].view(3, g, r)
+        if self.copies is None:
+            lengths = torch.zeros(g, r)  # which nothing writes
+        bias = at["bias"]
         likeliest = cpu_ops.kernel("likeliest", vocab)
         for k in range(g):
             self._add_bias(program, k, tokens[:, k], features[k], lengths[k], g + 1)
@@ -158,13 +161,12 @@ class MarkovProgram:
             program.add(likeliest, "logits", bias, self.d2t, tokens[:, k + 1], largest[k], below[k], *stride, r)
             if candidates:  # another token in place of the likeliest, of which the probability and entropy stay
                 draw = cpu_ops.kernel("draw", vocab, candidates, -bound.LEAST, least_exponent(torch.float32))
-                own = tokens[:, k + 1], support[:, k], probs[:, k]
-                program.add(draw, "logits", bias, self.d2t, self._programs.buffers["settings"], "draws", *own, g, r)
-        rank = self.w1.shape[1]
+                own = tokens[:, k + 1], "support", "probs"
+                program.add(draw, "logits", bias, self.d2t, at["settings"], "draws", *own, g, r)
         signals = cpu_ops.kernel("signals", len(self.confidence) - rank - 1, rank, bound.ODDS_EPS)
         seen = features, largest, below, lengths
         program.add(signals, "hidden", self.confidence, *seen, "temperatures", "signals", g, r * g)
-        return program, tokens, support, probs
+        return program, tokens
 
     def _add_bias(
         self, program: Program, slot: int, previous: Tensor, features: Tensor, lengths: Tensor, stride: int
@@ -176,3 +178,8 @@ class MarkovProgram:
         if self.copies is not None:
             read = "history", "spans", previous, self.copies.ids, self.copies.weights[slot]
             program.add(self.copies.kernel, *read, bias, lengths, slot, stride, len(self.d2t), r)
+
+
+def of_slots(values: Tensor) -> list[int]:
+    """Addresses of the slots of the first request, values [R, G, ...] contiguous."""
+    return [values.data_ptr() + values.itemsize * values.stride(1) * k for k in range(values.shape[1])]

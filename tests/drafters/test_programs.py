@@ -9,11 +9,12 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from dspark.drafters.bound import NUM_CANDIDATES, BoundDrafter, sampling_rows, slot_signals
-from dspark.drafters.programs import BlockInputs, ContextProgram, DraftedBlock, MarkovProgram
+from dspark.drafters.programs import BlockInputs, ContextProgram, MarkovProgram
 from dspark.models.attention import store
 from dspark.models.cpu_ops import CompiledLinear, available
 from dspark.models.layers import rms_norm, rotary_table, rotate_
 from dspark.sampling import SamplingParams
+from dspark.spec.draft import Draft
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs an x86 CPU with FMA and PyTorch on GNU OpenMP")
@@ -23,12 +24,12 @@ WIDTH = 32  # of hidden states
 
 
 def markov_program(w1: Tensor, w2: CompiledLinear, d2t: Tensor) -> MarkovProgram:
-    return MarkovProgram(w1, w2, d2t, torch.linspace(-1, 1, WIDTH + w1.shape[1] + 1))
+    return MarkovProgram(4, w1, w2, d2t, torch.linspace(-1, 1, WIDTH + w1.shape[1] + 1))
 
 
 def drafted(
     chain: MarkovProgram, previous: Tensor, logits: Tensor, sampling: tuple[Tensor, Tensor] | None = None
-) -> DraftedBlock:
+) -> Draft:
     """Of hidden states that are zeros."""
     r, g, _ = logits.shape
     return chain(previous, logits, torch.zeros(r, g, WIDTH), torch.zeros(r), sampling=sampling)
@@ -46,7 +47,8 @@ def test_matches_argmax_slot_by_slot(dtype: torch.dtype):
         logits, previous = torch.randn(r, g, vocab), torch.randint(0, 200, (r,))
         logits[0, 1, 7] = logits[0, 1, 70] = 1e30  # of equals the first
         hidden, temperatures = torch.randn(r, g, WIDTH), torch.rand(r)
-        tokens, signals, *_ = chain(previous, logits, hidden, temperatures)
+        draft = chain(previous, logits, hidden, temperatures)
+        tokens, signals = draft.tokens, draft.signals
         assert tokens.shape == (r, g)
         embeddings, logprobs = torch.empty(r, g, rank), torch.empty(r, g, vocab)
         for k in range(g):
