@@ -24,8 +24,21 @@ from dspark.models.config import DecoderConfig
 from dspark.models.decoder import Decoder, layer_shapes
 from dspark.sampling import SamplingParams, categorical, truncated_probs
 from dspark.spec.draft import Draft
+from dspark.train.data import Example
 
 AnyModel = TypeVar("AnyModel", bound=DraftModel)
+
+
+def make_example(
+    prompt_ids: Sequence[int],
+    answer_ids: Sequence[int],
+    domain: str = "other",
+    earlier: Sequence[tuple[int, int]] = (),
+) -> Example:
+    """All before the last answer, that answer, and where the answers before it are."""
+    length = len(prompt_ids)
+    return Example.of([*prompt_ids, *answer_ids], [*earlier, (length, length + len(answer_ids))], domain)
+
 
 # ---- models
 

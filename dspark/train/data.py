@@ -3,6 +3,7 @@
 import hashlib
 import json
 import sys
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -49,33 +50,40 @@ class Prompt:
 class Example:
     """A conversation as token ids; only the answers in it are trained on.
 
-    prompt_ids: all before the last answer; earlier: [start, end) of the answers among them, in order.
+    packed: the ids, four bytes each, as a run may hold a hundred million. answer_spans: [start, end) of every answer,
+    in order, which the loss mask covers. opening_length: tokens before the first answer, be that trained on or not.
     """
 
-    prompt_ids: tuple[int, ...]
-    answer_ids: tuple[int, ...]
+    packed: bytes
+    answer_spans: tuple[tuple[int, int], ...]
+    opening_length: int
     domain: str = "other"
-    earlier: tuple[tuple[int, int], ...] = ()
-    opening_length: int | None = None  # tokens before the first answer, trained on or not; None: it is
+
+    @classmethod
+    def of(
+        cls,
+        token_ids: Iterable[int],
+        answer_spans: Iterable[Iterable[int]],
+        domain: str = "other",
+        opening_length: int | None = None,
+    ) -> "Example":
+        """opening_length: None for all tokens before the first of the answers."""
+        spans = tuple((start, end) for start, end in answer_spans)
+        return cls(
+            array("i", token_ids).tobytes(), spans, spans[0][0] if opening_length is None else opening_length, domain
+        )
+
+    def __len__(self) -> int:
+        return len(self.packed) // array("i").itemsize
+
+    @property
+    def token_ids(self) -> list[int]:
+        return memoryview(self.packed).cast("i").tolist()
 
     @property
     def opening(self) -> tuple[int, ...]:
         """What makes examples those of one prompt."""
-        return self.first_prompt if self.opening_length is None else self.token_ids[: self.opening_length]
-
-    @property
-    def token_ids(self) -> tuple[int, ...]:
-        return self.prompt_ids + self.answer_ids
-
-    @property
-    def answer_spans(self) -> tuple[tuple[int, int], ...]:
-        """[start, end) of every answer in `token_ids`: what the loss mask covers."""
-        return (*self.earlier, (len(self.prompt_ids), len(self.token_ids)))
-
-    @property
-    def first_prompt(self) -> tuple[int, ...]:
-        """All before the first answer."""
-        return self.token_ids[: self.answer_spans[0][0]]
+        return tuple(self.token_ids[: self.opening_length])
 
     @property
     def answer_tokens(self) -> list[int]:
@@ -89,21 +97,31 @@ Item = TypeVar("Item", Prompt, Example)
 
 def read_jsonl(path: Path, num_bytes: int | None = None) -> Iterator[tuple[str, dict]]:
     """(place, object) of each non-empty line, of the first `num_bytes`. Raises ValueError naming file and line."""
-    try:
-        text = path.read_bytes()[:num_bytes].decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read '{path}': {error}") from None
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines would also cut at U+2028 inside a string
+    for number, line in enumerate(read_lines(path, num_bytes), 1):
         if not line.strip():
             continue
         place = f"'{path}' line {number}"
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode())
         except (ValueError, RecursionError) as error:  # besides wrong JSON, numbers and nesting without end
             raise ValueError(f"{place} is not JSON: {getattr(error, 'msg', error)}") from None
         if not isinstance(row, dict):
             raise ValueError(f"{place} is not a JSON object")
         yield place, row
+
+
+def read_lines(path: Path, num_bytes: int | None) -> Iterator[bytes]:
+    """Of a file that may be larger than memory. Raises ValueError if it cannot be read."""
+    left = sys.maxsize if num_bytes is None else num_bytes
+    try:
+        with path.open("rb") as file:  # text would also end lines at other characters, such as those inside a string
+            for line in file:
+                if left <= 0:
+                    return
+                yield line[:left]
+                left -= len(line)
+    except OSError as error:
+        raise ValueError(f"cannot read '{path}': {error}") from None
 
 
 def read_prompts(path: Path, limit: int | None = None, subset: str | None = None, split: str = "train") -> list[Prompt]:
@@ -215,11 +233,8 @@ def read_examples(path: Path, vocab_size: int, max_length: int) -> list[Example]
         opening = spans[0][0]
         spans = [(start, min(end, max_length)) for start, end in spans if min(end, max_length) - start >= 2]
         if spans:
-            *before, (start, end) = spans
             domain = str(row.get("domain") or "other")
-            tokens = tuple(token_ids[:start]), tuple(token_ids[start:end])
-            trained = before[0][0] if before else start
-            examples.append(Example(*tokens, domain, tuple(before), None if opening == trained else opening))
+            examples.append(Example.of(token_ids[: spans[-1][1]], spans, domain, opening))
     if not examples:
         raise ValueError(f"'{path}' holds no example with an answer of two tokens or more")
     return examples
@@ -237,7 +252,8 @@ def split_by_prompt(files: list[list[Example]], count: int) -> tuple[list[Exampl
 
     A prompt is on one side with all its answers, and one that was trained on stays there when data is added.
     """
-    sizes = Counter(e.opening for examples in files for e in examples)
+    openings = [[e.opening for e in examples] for examples in files]
+    sizes = Counter(opening for of_file in openings for opening in of_file)
     chosen: set[tuple[int, ...]] = set()
     held = 0
     for prompt in sorted(sizes, key=lambda prompt: hashlib.sha256(str(prompt).encode()).digest()):
@@ -245,8 +261,9 @@ def split_by_prompt(files: list[list[Example]], count: int) -> tuple[list[Exampl
             break
         chosen.add(prompt)
         held += sizes[prompt]
-    heldout = [e for examples in files for e in examples if e.opening in chosen]
-    return heldout, [[e for e in examples if e.opening not in chosen] for examples in files]
+    pairs = [list(zip(examples, of_file)) for examples, of_file in zip(files, openings)]
+    heldout = [e for of_file in pairs for e, opening in of_file if opening in chosen]
+    return heldout, [[e for e, opening in of_file if opening not in chosen] for of_file in pairs]
 
 
 def balanced(items: Iterable[Item]) -> list[Item]:

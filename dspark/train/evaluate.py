@@ -71,7 +71,7 @@ def decoded_acceptance(target: Target, model: DraftModel, heldout: list[Example]
     """
     prompts = defaultdict(list)
     for example in balanced(heldout)[:DECODED_PROMPTS]:
-        prompts[example.domain].append(list(example.prompt_ids))
+        prompts[example.domain].append(example.token_ids[: example.answer_spans[-1][0]])
     drafter = bind(model, target.decoder)
     rows = []
     for temperature in DECODED_TEMPERATURES:

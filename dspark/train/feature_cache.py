@@ -85,7 +85,7 @@ class FeatureCache:
 
     def _bytes(self, example: Example) -> int:
         width = 2 * self.source.target.config.hidden_size  # bytes of a hidden state in bf16
-        length, prompt = len(example.token_ids), len(example.first_prompt)
+        length, prompt = len(example), example.answer_spans[0][0]
         return len(self.source.tap_layers) * width * (length - 2) + (width + 4) * (length - 1 - prompt)
 
     def _shard_bytes(self, shard: int) -> int:

@@ -57,7 +57,7 @@ class Batch:
 def collate(examples: Sequence[Example], features: Sequence[Features]) -> Batch:
     taps, hidden, logsumexp = (pad_sequence(rows, batch_first=True) for rows in zip(*features))  # pyright: ignore
     tokens = pad_sequence([torch.tensor(e.token_ids) for e in examples], batch_first=True).to(taps.device)
-    starts = torch.tensor([len(e.first_prompt) for e in examples], device=taps.device)
+    starts = torch.tensor([e.answer_spans[0][0] for e in examples], device=taps.device)
     length = padded_length(examples)
     tokens, taps = F.pad(tokens, (0, length - tokens.shape[1])), F.pad(taps, (0, 0, 0, length - taps.shape[1]))
     return Batch(tokens, taps, hidden, logsumexp, starts)
@@ -65,7 +65,7 @@ def collate(examples: Sequence[Example], features: Sequence[Features]) -> Batch:
 
 def padded_length(examples: Sequence[Example]) -> int:
     """Positions of a batch."""
-    longest = max(len(e.token_ids) for e in examples)
+    longest = max(len(e) for e in examples)
     return longest + -longest % LENGTHS
 
 
@@ -91,7 +91,7 @@ class FeatureSource:
         """In their order, PACK_TOKENS positions at a time."""
         pack: list[Example] = []
         for example in examples:
-            if sum(len(e.token_ids) for e in (*pack, example)) > PACK_TOKENS and pack:
+            if sum(len(e) for e in (*pack, example)) > PACK_TOKENS and pack:
                 yield from self.compute(pack)
                 pack = []
             pack.append(example)
@@ -102,7 +102,7 @@ class FeatureSource:
     def compute(self, examples: Sequence[Example]) -> list[Features]:
         """One forward for all of them, each seeing itself alone."""
         device = self.target.device
-        lengths = [len(e.token_ids) for e in examples]
+        lengths = [len(e) for e in examples]
         tokens = torch.tensor([token for e in examples for token in e.token_ids], device=device)  # [N]
         positions = torch.cat([torch.arange(n, device=device) for n in lengths])
         attention = packed_attention(lengths, self.target.config, self.target.kv_dtype, device)
@@ -110,7 +110,7 @@ class FeatureSource:
         features = []
         by_example = (t.split(lengths) for t in (output.hidden, *output.taps))
         for example, hidden, *taps in zip(examples, *by_example, strict=True):
-            answer = hidden[len(example.first_prompt) : -1]
+            answer = hidden[example.answer_spans[0][0] : -1]
             inputs = torch.cat([t[:-2] for t in taps], -1).to(torch.bfloat16)
             features.append(Features(inputs, answer.to(torch.bfloat16, copy=True), self.logsumexp(answer)))
         return features

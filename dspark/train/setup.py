@@ -132,7 +132,7 @@ def new_drafter(
         {name: state_dict[f"model.layers.{i}.{name}"].float() for name in layer_shapes(target.config)}
         for i in recipe.source_layers
     ]
-    longest = max(examples[:64], key=lambda e: len(e.token_ids))
+    longest = max(examples[:64], key=len)
     last_tap = FeatureSource(target, recipe.tap_layers[-1:], 0).compute([longest])[0].taps.float()
     if not len(last_tap):
         raise ValueError("the examples are too short to train on: three tokens are the least")

@@ -216,7 +216,7 @@ class Trainer:
         order = torch.randperm(len(self.examples), generator=generator)
         first = i - i % SORTED_STEPS
         window = order[first * size : min(first + SORTED_STEPS, self.steps_per_epoch) * size].tolist()
-        steps = torch.tensor(sorted(window, key=lambda j: len(self.examples[j].token_ids))).view(-1, size)
+        steps = torch.tensor(sorted(window, key=lambda j: len(self.examples[j]))).view(-1, size)
         return steps[torch.randperm(len(steps), generator=generator)[i - first]].tolist()
 
     # -- the run ----------------------------------------------------------------------------------

@@ -2,12 +2,11 @@
 
 import torch
 
-from dspark.train.data import Example
 from dspark.train.features import Features, FeatureSource
-from tests.tiny import PlainAttention, plain_logits, tiny_target
+from tests.tiny import PlainAttention, make_example, plain_logits, tiny_target
 
 TARGET = tiny_target()
-EXAMPLES = [Example(tuple(range(n)), tuple(range(40 - n, 60 - n))) for n in (5, 9, 1, 30)]
+EXAMPLES = [make_example(tuple(range(n)), tuple(range(40 - n, 60 - n))) for n in (5, 9, 1, 30)]
 
 
 def assert_same(a: Features, b: Features) -> None:
@@ -23,7 +22,7 @@ def test_features_equal_a_direct_computation(monkeypatch):
     for example, features in zip(EXAMPLES, source.compute(EXAMPLES), strict=True):
         tokens = torch.tensor(example.token_ids)
         output = TARGET.forward(tokens, torch.arange(len(tokens)), PlainAttention(2), (0, 2))
-        direct, answer = torch.cat(output.taps, -1), slice(len(example.prompt_ids), len(tokens) - 1)
+        direct, answer = torch.cat(output.taps, -1), slice(example.opening_length, len(tokens) - 1)
         torch.testing.assert_close(features.taps.float(), direct[:-2], atol=2e-2, rtol=2**-7)
         hidden = output.hidden[answer]
         torch.testing.assert_close(features.hidden.float(), hidden, atol=2e-2, rtol=2**-7)

@@ -15,14 +15,13 @@ from dspark.engine.engine import Engine, EngineConfig
 from dspark.models.decoder import Decoder
 from dspark.sampling import SamplingParams
 from dspark.train.config import CHAIN_LOSS, DFLASH_LOSS, DSPARK_LOSS, TrainConfig
-from dspark.train.data import Example
 from dspark.train.setup import DRAFTERS, DrafterRecipe, default_recipe, new_drafter
 from dspark.train.trainer import Trainer
-from tests.tiny import plain_greedy, tiny_config, tiny_state_dict, tiny_target
+from tests.tiny import make_example, plain_greedy, tiny_config, tiny_state_dict, tiny_target
 
 TARGET = tiny_target()
 PROMPTS = [[i, 3 * i + 1, 7] for i in range(6)]
-EXAMPLES = [Example(tuple(p), tuple(plain_greedy(TARGET, p, 24))) for p in PROMPTS]
+EXAMPLES = [make_example(tuple(p), tuple(plain_greedy(TARGET, p, 24))) for p in PROMPTS]
 MODELS = {"eagle3": Eagle3Model, "mtp": MtpModel}
 LOSSES = {"dspark": DSPARK_LOSS, "dflash": DFLASH_LOSS, "dflash-zlab": DFLASH_LOSS}
 
@@ -40,7 +39,7 @@ def live_accepted_length(trainer: Trainer) -> float:
     sequences = [engine.add(p, SamplingParams(max_new_tokens=24)) for p in PROMPTS]
     while engine.has_work:
         engine.step()
-    assert [tuple(s.output_ids) for s in sequences] == [e.answer_ids for e in EXAMPLES]
+    assert [s.output_ids for s in sequences] == [e.answer_tokens for e in EXAMPLES]
     return sum(len(s.output_ids) - 1 for s in sequences) / sum(s.rounds for s in sequences)
 
 

@@ -17,10 +17,9 @@ from torch import Tensor
 import dspark.train.loss
 from dspark.models.decoder import Decoder
 from dspark.train.config import TrainConfig
-from dspark.train.data import Example
 from dspark.train.loss import LossWeights, SlotTargets, dspark_loss
 from dspark.train.trainer import Trainer
-from tests.tiny import tiny_config, tiny_model, tiny_state_dict
+from tests.tiny import make_example, tiny_config, tiny_model, tiny_state_dict
 
 N, C, RANK, VOCAB, DRAFT_VOCAB = 10, 6, 3, 15, 11
 WEIGHTS = [
@@ -238,7 +237,7 @@ def peak_of_a_step(vocab_size: int, anchors: int, block_size: int) -> tuple[int,
     target = Decoder(shape, tiny_state_dict(shape))
     model = tiny_model(shape, block_size=block_size)
     ids = torch.randint(0, vocab_size, (anchors + block_size,), generator=torch.Generator().manual_seed(0)).tolist()
-    example = Example(tuple(ids[:1]), tuple(ids[1:]))
+    example = make_example(tuple(ids[:1]), tuple(ids[1:]))
     trainer = Trainer(model, target, [example], [], TrainConfig(anchors_per_sequence=anchors))
     before = status("VmRSS")
     slots = trainer.step([0]).slots

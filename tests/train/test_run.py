@@ -99,8 +99,8 @@ def test_files_are_mixed_and_split_by_prompt(tmp_path: Path, data: Path):
     other.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = TrainRun((data, other), tmp_path / "out", weights=(1.0, 3.0), heldout=3)
     heldout, examples = read_all(run, tiny_target())
-    assert len(heldout) >= 3 and not {e.prompt_ids for e in heldout} & {e.prompt_ids for e in examples}
-    of_other = [e for e in examples if len(e.prompt_ids) == 2]
+    assert len(heldout) >= 3 and not {e.opening for e in heldout} & {e.opening for e in examples}
+    of_other = [e for e in examples if len(e.opening) == 2]
     assert abs(len(of_other) - 3 * (len(examples) - len(of_other))) <= 3
     with pytest.raises(ValueError, match="no prompt is left to train on"):
         read_all(TrainRun((data,), tmp_path / "out", heldout=12), tiny_target())

@@ -14,9 +14,8 @@ from dspark.drafters.checkpoint import load_drafter
 from dspark.train import parallel
 from dspark.train.checkpoint import PROGRESS_FILE, last_state, resume_training, save_training
 from dspark.train.config import TrainConfig
-from dspark.train.data import Example
 from dspark.train.trainer import Trainer
-from tests.tiny import tiny_model, tiny_target
+from tests.tiny import make_example, tiny_model, tiny_target
 from tests.train.tiny_run import saved_tensors
 
 
@@ -26,7 +25,7 @@ def make_trainer(minutes: float = 60.0, dtype: torch.dtype = torch.float32, **ch
     model = tiny_model(target.config, draft_vocab_size=40, **changes)
     generator = torch.Generator().manual_seed(1)
     examples = [
-        Example(tuple(ids[:6]), tuple(ids[6:]))
+        make_example(tuple(ids[:6]), tuple(ids[6:]))
         for ids in (torch.randint(0, 64, (20,), generator=generator).tolist() for _ in range(10))
     ]
     return Trainer(
@@ -86,7 +85,7 @@ def test_every_part_of_every_head_is_trained(tmp_path):
 
 def test_every_answer_of_a_conversation_is_supervised_and_nothing_else():
     trainer = make_trainer(anchors_per_sequence=99)
-    example = Example(tuple(range(12)), (20, 21, 22), earlier=((2, 5), (7, 9)))
+    example = make_example(tuple(range(12)), (20, 21, 22), earlier=((2, 5), (7, 9)))
     blocks = trainer.sample_blocks([0], [example], 1)
     positions = (blocks.positions() + 1)[blocks.supervised]
     assert set(positions.tolist()) == {3, 4, 8, 13, 14}
@@ -126,7 +125,7 @@ def test_a_step_in_parts_is_the_whole_step(at_once: int):
 def test_an_epoch_is_every_example_once_in_steps_of_like_length():
     trainer = make_trainer(sequences_per_step=4)
     lengths = [5, 9, 30, 6, 7, 28, 40, 8, 31, 90, 95, 93]
-    trainer.examples = [Example((1,), tuple(range(n))) for n in lengths]
+    trainer.examples = [make_example((1,), tuple(range(n))) for n in lengths]
 
     def epoch(number: int) -> list[list[int]]:
         steps = []
