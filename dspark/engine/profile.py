@@ -41,12 +41,13 @@ QUICK_REQUESTS = (1, 4, 16, 64)
 
 @dataclass(frozen=True)
 class ProfileConfig:
-    """Which sizes are timed, how often each, and how many tokens every request has in the cache."""
+    """Which sizes are timed, how often and how long each, and how many tokens every request has in the cache."""
 
     batch_tokens: tuple[int, ...] = BATCH_TOKENS
     requests: tuple[int, ...] = REQUESTS
     repeats: int = 9
     context: int = 192
+    most_seconds: float = 1.0  # of a size: where CPUs are slow a forward of 256 tokens takes them all
 
     def __post_init__(self) -> None:
         for name in ("repeats", "context"):
@@ -55,9 +56,8 @@ class ProfileConfig:
 
 
 QUICK = ProfileConfig(QUICK_BATCH_TOKENS, QUICK_REQUESTS, repeats=5)
-AGAIN = ProfileConfig((1, 16), (1,), repeats=3)  # of a kept profile, when an engine starts: half a second
+AGAIN = ProfileConfig((1, 16), (1,), repeats=3, most_seconds=0.1)  # of a kept profile, when an engine starts
 MOST_REQUESTS = 64  # with a context of their own; more tokens than that are timed as several of each
-LONG_ENOUGH = 1.0  # seconds that a job is timed for; where CPUs are slow a forward of 256 tokens takes them all
 TAKEN_IN = 3  # committed tokens of a request that its drafter takes in before it drafts
 
 
@@ -149,7 +149,7 @@ def measure_costs(
     # As many tokens of fewer requests: what is saved was spent on reading contexts.
     for name, count in (("many contexts", many), ("few contexts", few)):
         jobs[f"before {name}", 0] = jobs[name, 0] = partial(forward, tokens, count)
-    seconds = median_seconds(jobs, config.repeats, on_done)
+    seconds = median_seconds(jobs, config, on_done)
     saved = max(0.0, seconds["many contexts", 0] - seconds["few contexts", 0])
     context_seconds = saved / max(1, many - few)
     return CostTable.measured(
@@ -185,20 +185,20 @@ Job = TypeVar("Job")
 
 
 def median_seconds(
-    jobs: dict[Job, Callable[[], None]], repeats: int, on_done: Callable[[str], None]
+    jobs: dict[Job, Callable[[], None]], config: ProfileConfig, on_done: Callable[[str], None]
 ) -> dict[Job, float]:
     """Of each job. They take turns, so that a slow phase of a shared machine slows one turn of all, not all of one.
 
     The first turn is a warm-up, but for jobs so long that it counts too; those are not repeated as often.
     """
     times: dict[Job, list[float]] = {name: [] for name in jobs}
-    for turn in range(1 + repeats):
+    for turn in range(1 + config.repeats):
         for name, job in jobs.items():
-            if sum(times[name]) < LONG_ENOUGH:
+            if sum(times[name]) < config.most_seconds:
                 started = time.perf_counter()
                 job()
                 times[name].append(time.perf_counter() - started)
-        on_done(f"turn {turn} of {repeats}")
+        on_done(f"turn {turn} of {config.repeats}")
     return {name: statistics.median(kept[1:] or kept) for name, kept in times.items()}
 
 

@@ -87,7 +87,7 @@ def test_long_jobs_are_not_repeated(monkeypatch: pytest.MonkeyPatch):
         clock[0] += seconds
 
     jobs = {name: partial(job, name, seconds) for name, seconds in (("short", 0.01), ("some", 0.4), ("long", 2.0))}
-    seconds = profile.median_seconds(jobs, 5, lambda _: None)
+    seconds = profile.median_seconds(jobs, ProfileConfig(repeats=5), lambda _: None)
     assert seconds == pytest.approx({"short": 0.01, "some": 0.4, "long": 2.0})
     assert [runs.count(name) for name in jobs] == [6, 3, 1]
 
