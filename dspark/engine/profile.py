@@ -73,9 +73,14 @@ class ProbeRequest:
 
 
 def measure_costs(
-    target: Target, drafter: Drafter | None, config: ProfileConfig, on_done: Callable[[str], None] = lambda _: None
+    target: Target,
+    drafter: Drafter | None,
+    config: ProfileConfig,
+    on_done: Callable[[str], None] = lambda _: None,
+    step_seconds: float | None = None,
 ) -> CostTable:
     """Median seconds by size, forced monotone. The drafter must not be serving: its storage is made anew.
+    step_seconds: what a step costs besides; None: measured too.
 
     A target forward of B tokens is timed as B requests of one token, with its logits and their argmax; a draft pass
     with the taking in of committed tokens before it and the confidence of its tokens after it. There are MOST_REQUESTS
@@ -160,7 +165,7 @@ def measure_costs(
         [seconds["target", n] + context_seconds * max(0, n - regions) for n in config.batch_tokens],
         requests,
         [seconds["draft", n] for n in requests],
-        step_seconds=around_a_step(decoder, config),
+        step_seconds=around_a_step(decoder, config) if step_seconds is None else step_seconds,
         context_seconds=context_seconds,
         slots=max(1, gamma),
         short_slots=max(1, short),
@@ -245,7 +250,8 @@ def cost_table(target: Target, drafter: Drafter | None, name: str, profile: Path
         except ValueError:
             path.unlink()  # ours and damaged: take it anew
         else:
-            return at_present(kept, measure_costs(target, drafter, replace(AGAIN, context=context)))
+            again = replace(AGAIN, context=context)
+            return at_present(kept, measure_costs(target, drafter, again, step_seconds=kept.step_seconds))
     print("measuring what a step costs on this machine (once, a few seconds) ...", file=sys.stderr)
     table = measure_costs(target, drafter, replace(QUICK, context=context))
     write_json(table, path)

@@ -62,7 +62,7 @@ def test_a_kept_one_is_brought_to_what_steps_take_now(target: Target, tmp_path: 
     table = cost_table(target, tiny_drafter(target.decoder), "ngram")
     slower = tuple(3 * seconds for seconds in table.target_seconds)
     now = replace(table, target_seconds=slower, step_seconds=3 * table.step_seconds)
-    monkeypatch.setattr(profile, "measure_costs", lambda *_: now)
+    monkeypatch.setattr(profile, "measure_costs", lambda *_, **__: now)
     found = cost_table(target, tiny_drafter(target.decoder), "ngram")
     assert found.target_seconds == pytest.approx(slower, rel=0.2) and found.draft_seconds == pytest.approx(
         table.draft_seconds, rel=0.01
