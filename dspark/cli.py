@@ -216,7 +216,7 @@ def add_training(command: Command) -> None:
     sub.option("--learning-rate", 6e-4, "peak of the schedule")
     sub.option("--optimizer", "adamw", "muon: slower steps that bring more in a long run", choices=("adamw", "muon"))
     sub.option("--max-length", 512, "tokens of an example, prompt included")
-    sub.option("--cache-gib", 6.0, "memory for the target's features")
+    sub.option("--cache-gib", 6.0, "memory for the target's features, in each process")
     sub.option("--feature-cache", None, "keep the target's features on disk, for later runs too", metavar="FOLDER")
     sub.option("--feature-cache-gib", 50.0, "what they may take there; more is refused")
     sub.option("--heldout", 24, "examples kept for evaluation, whole prompts")
