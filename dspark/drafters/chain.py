@@ -6,18 +6,19 @@ Shapes: S sequences, T positions, A anchors, G block size, C width, I width of w
 N committed tokens.
 """
 
+import copy
 from abc import abstractmethod
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dspark.drafters.bound import BoundDrafter, Slot, whole_draft
 from dspark.drafters.interface import DraftRequest
 from dspark.drafters.layers import Config, DraftLayer, DraftModel, RMSNorm, SlotOutputs, block_tokens
 from dspark.models.attention import CachedAttention, store
 from dspark.models.decoder import Decoder, DecoderLayer, layer_shapes
-from dspark.models.layers import rms_norm
+from dspark.models.layers import linear_map
 from dspark.spec.draft import Draft
 
 
@@ -73,22 +74,18 @@ class ChainDrafter(BoundDrafter):
         self.decoder = c
         weights = {name: self.place(model.layer.get_parameter(name)) for name in layer_shapes(c)}
         self.layer = DecoderLayer(c, weights, target.rotary, target.dtype)
-        self.norm = self.place(model.norm.weight)
-
-    @abstractmethod
-    def fuse(self, taps: list[Tensor]) -> Tensor:
-        """As the trained model's."""
-
-    @abstractmethod
-    def pair(self, embeddings: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """As the trained model's."""
+        # The trained model's formulas, over packed maps.
+        self.model = copy.deepcopy(model).requires_grad_(False).to(target.device, target.compute_dtype)
+        for name in [name for name, child in model.named_children() if isinstance(child, nn.Linear)]:
+            delattr(self.model, name)
+            setattr(self.model, name, linear_map(self.place(model.get_parameter(f"{name}.weight")), target.dtype))
 
     @torch.inference_mode()
     def extend(self, taps: list[Tensor], tokens: Tensor, positions: Tensor, slots: Tensor) -> None:
         kv, features = self._storage
-        features.index_copy_(0, slots, self.fuse(taps).to(features.dtype))
+        features.index_copy_(0, slots, self.model.fuse(torch.cat(taps, -1)).to(features.dtype))
         known = self.features_before(features, before(positions, slots))
-        _, inputs = self.pair(self.target.embed(tokens), known)
+        _, inputs = self.model.pair(self.target.embed(tokens), known)
         store(self.layer.qkv(inputs, positions)[1], kv, slots)
 
     @torch.inference_mode()
@@ -101,13 +98,13 @@ class ChainDrafter(BoundDrafter):
         draw = self.sampler(requests)
         drawn: list[Slot] = []
         for k in range(slots):
-            residual, inputs = self.pair(self.target.embed(token), feature)
+            residual, inputs = self.model.pair(self.target.embed(token), feature)
             q, kv = self.layer.qkv(inputs, positions + k)
             segments = [self.segment(r, 1, k + 1) for r in requests]
             attention = CachedAttention(self._storage[:1], own + k, segments, self.decoder.group_size)
             x = residual + self.layer.o_proj(attention(0, q, kv))
             feature = x + self.layer.mlp(x)
-            logits = self.logits(rms_norm(feature, self.norm, self.decoder.rms_norm_eps))
+            logits = self.logits(self.model.norm(feature))
             drawn.append(draw(k, logits))
             token = drawn[-1].token
         return whole_draft(drawn)

@@ -11,10 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dspark.drafters.chain import ChainDrafter, ChainModel
+from dspark.drafters.chain import ChainModel
 from dspark.drafters.layers import DrafterConfig, RMSNorm
-from dspark.models.decoder import Decoder
-from dspark.models.layers import linear_map, rms_norm
 
 
 @dataclass(frozen=True)
@@ -50,18 +48,3 @@ class Eagle3Model(ChainModel[Eagle3Config]):
         self.fc.weight.zero_()
         self.fc.weight[:, -c:].copy_(torch.eye(c))
         self.norm.weight.copy_(final_norm)
-
-
-class Eagle3Drafter(ChainDrafter):
-    def __init__(self, model: Eagle3Model, target: Decoder):
-        super().__init__(model, target)
-        self.fc = linear_map(self.place(model.fc.weight), target.dtype)
-        self.hidden_norm = self.place(model.hidden_norm.weight)
-
-    def fuse(self, taps: list[Tensor]) -> Tensor:
-        return self.fc(torch.cat(taps, -1))
-
-    def pair(self, embeddings: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        eps = self.decoder.rms_norm_eps
-        normed = rms_norm(embeddings, self.layer.input_norm, eps), rms_norm(features, self.hidden_norm, eps)
-        return features, torch.cat(normed, -1)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dspark.drafters.autograd import BlockAttention, RMSNormFunction
 from dspark.drafters.copying import Copies
 from dspark.models.config import DecoderConfig
-from dspark.models.layers import apply_rotary, rotary_table
+from dspark.models.layers import apply_rotary, rms_norm, rotary_table
 
 MOST_SLOTS = 512  # of a block
 LENGTHS = 64  # batches in training are padded to a multiple of it: oneDNN compiles its products anew for every size
@@ -80,7 +80,9 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Computed in fp32; under autocast, in the precision of the products that follow."""
+        """Computed in fp32; under autocast, in the precision of the products that follow; in inference as it comes."""
+        if torch.is_inference_mode_enabled():
+            return rms_norm(x, self.weight, self.eps)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
         if torch.compiler.is_compiling():

@@ -4,12 +4,11 @@ from pathlib import Path
 
 from dspark.config import read_json
 from dspark.drafters.bound import BoundDrafter
+from dspark.drafters.chain import ChainDrafter
 from dspark.drafters.checkpoint import load_drafter
 from dspark.drafters.dspark import DSparkDrafter
-from dspark.drafters.eagle3 import Eagle3Drafter
 from dspark.drafters.interface import Drafter
 from dspark.drafters.layers import DraftModel
-from dspark.drafters.mtp import MtpDrafter
 from dspark.drafters.ngram import NgramDrafter
 from dspark.models.decoder import Decoder
 from dspark.spec.calibration import Calibration
@@ -20,7 +19,7 @@ CHECKPOINTS = PACKAGE / "checkpoints" if (PACKAGE / "checkpoints").is_dir() else
 
 SHIPPED = {"dspark": "{}", "mtp": "{}-mtp"}  # by name: the checkpoint of a model
 CALIBRATION_FILE = "calibration.json"
-DRAFTERS = {"dspark": DSparkDrafter, "eagle3": Eagle3Drafter, "mtp": MtpDrafter}  # by kind of checkpoint
+DRAFTERS = {"dspark": DSparkDrafter, "eagle3": ChainDrafter, "mtp": ChainDrafter}  # by kind of checkpoint
 
 
 def drafter_folder(name: str, model: str) -> Path | None:

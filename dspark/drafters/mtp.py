@@ -11,10 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from dspark.drafters.chain import ChainDrafter, ChainModel
+from dspark.drafters.chain import ChainModel
 from dspark.drafters.layers import DrafterConfig, RMSNorm
-from dspark.models.decoder import Decoder
-from dspark.models.layers import linear_map, rms_norm
 
 
 @dataclass(frozen=True)
@@ -56,19 +54,3 @@ class MtpModel(ChainModel[MtpConfig]):
         self.proj.weight[:, :c].copy_(torch.eye(c))
         self.hidden_norm.weight.fill_(tap_rms)
         self.norm.weight.copy_(final_norm)
-
-
-class MtpDrafter(ChainDrafter):
-    def __init__(self, model: MtpModel, target: Decoder):
-        super().__init__(model, target)
-        self.proj = linear_map(self.place(model.proj.weight), target.dtype)
-        self.norms = self.place(model.hidden_norm.weight), self.place(model.embedding_norm.weight)
-
-    def fuse(self, taps: list[Tensor]) -> Tensor:
-        return taps[0]
-
-    def pair(self, embeddings: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        eps = self.decoder.rms_norm_eps
-        both = [rms_norm(x, norm, eps) for x, norm in zip((features, embeddings), self.norms, strict=True)]
-        x = self.proj(torch.cat(both, -1))
-        return x, rms_norm(x, self.layer.input_norm, eps)
