@@ -1,9 +1,9 @@
-"""Attention and norm of a drafter in training, with gradients in closed form.
+"""Attention of a drafter in training, with gradients in closed form.
 
 Written out for autograd they pass over memory three times as often, which is most of what a training step costs
 beside its products.
 Shapes: S sequences, T positions, A anchors, B slots of a block that are seen, K KV heads, Z = S*K, n query rows of a
-block that share a KV head, D head width, C width.
+block that share a KV head, D head width.
 """
 
 import torch
@@ -63,24 +63,3 @@ class BlockAttention(torch.autograd.Function):
 def by_block(rows: Tensor, blocks: Tensor) -> Tensor:
     """[Z, A*n, X] -> [Z*A, n, X], as many as blocks [Z*A, ...]."""
     return rows.reshape(len(blocks), -1, rows.shape[-1])
-
-
-class RMSNormFunction(torch.autograd.Function):
-    """x [..., C] over its root mean square, times weight [C]: in the weight's precision, handed on in `dtype`."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        x = x.to(weight.dtype)
-        scale = (torch.linalg.vecdot(x, x) / len(weight) + eps).rsqrt_()[..., None]
-        normed = x * scale
-        ctx.save_for_backward(normed, scale, weight)
-        return (normed * weight).to(dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # pyright: ignore
-        normed, scale, weight = ctx.saved_tensors
-        grad = grad.to(weight.dtype)
-        grad_weight = (grad * normed).flatten(0, -2).sum(0)
-        grad = grad * weight
-        inner = torch.linalg.vecdot(grad, normed)[..., None] / len(weight)
-        return grad.addcmul_(normed, inner, value=-1).mul_(scale), grad_weight, None, None

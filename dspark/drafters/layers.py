@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dspark.drafters.autograd import BlockAttention, RMSNormFunction
+from dspark.drafters.autograd import BlockAttention
 from dspark.drafters.copying import Copies
 from dspark.models.config import DecoderConfig
 from dspark.models.layers import apply_rotary, rms_norm, rotary_table
@@ -85,9 +85,7 @@ class RMSNorm(nn.Module):
             return rms_norm(x, self.weight, self.eps)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
-        if torch.compiler.is_compiling():
-            return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps).to(dtype)
-        return RMSNormFunction.apply(x, self.weight, self.eps, dtype)  # pyright: ignore
+        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps).to(dtype)
 
 
 class DraftAttention(nn.Module):
