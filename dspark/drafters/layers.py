@@ -80,8 +80,8 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Computed in fp32; under autocast, in the precision of the products that follow; in inference as it comes."""
-        if torch.is_inference_mode_enabled():
+        """Computed in fp32; under autocast, in the precision of the products that follow; frozen, in the weight's."""
+        if not self.weight.requires_grad:
             return rms_norm(x, self.weight, self.eps)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
