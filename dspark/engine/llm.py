@@ -132,7 +132,7 @@ class LLM:
         try:
             ended = False
             while not ended:
-                ended = sequence.finish_reason is not None  # in a step of another caller, perhaps: so before the rest
+                ended = sequence.finish_reason is not None  # asked before the rest is read: another caller may step too
                 if delta := text.delta():
                     yield delta
                 if not ended:

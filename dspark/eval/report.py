@@ -28,16 +28,16 @@ def print_report(result: dict, show: bool, *parts: Table | str) -> None:
             print(part)  # as it is: a path must not be wrapped
         else:
             console.print(part)
-    print(json.dumps(without_nan(provenance() | result), allow_nan=False))
+    print(json.dumps(finite(provenance() | result), allow_nan=False))
 
 
-def without_nan(value: Any) -> Any:
-    """NaN, such as the ROC-AUC of rounds that all ended alike, is no JSON: null stands for it."""
+def finite(value: Any) -> Any:
+    """NaN, such as the ROC-AUC of rounds that all ended alike, and infinity are no JSON: null stands for them."""
     if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def make_table(title: str | None, columns: Sequence[str], rows: Iterable[dict], style: Box = HEAVY_HEAD) -> Table:
