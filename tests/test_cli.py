@@ -71,6 +71,7 @@ def test_prompts_files(capsys, tmp_path):
         (["--server", "http://127.0.0.1:999999"], "--server must be an address"),
         (["--server", "http://[bad"], "--server must be an address"),
         (["--server", "http://a", "--keep-answers"], "either kept or asked"),
+        (["--samples", "2", "--keep-answers"], "either kept or asked"),
     ],
 )
 def test_data_options(capsys, tmp_path, options, message):

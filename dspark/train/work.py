@@ -51,7 +51,9 @@ class DataConfig:
         if self.self_written and (self.servers or self.keep_answers):
             raise ValueError("self-written prompts need the embedded engine; afterwards give their file as prompts")
         if self.keep_answers and (self.servers or self.samples > 1):
-            raise ValueError("answers are either kept, as many as there are, or asked for: leave --keep-answers out")
+            raise ValueError(
+                "answers are either kept or asked for: --keep-answers goes with neither --server nor --samples"
+            )
         if not self.samplings:
             raise ValueError("give at least one sampling setting")
         for temperature, top_p in self.samplings:
