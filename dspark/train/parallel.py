@@ -79,7 +79,9 @@ def wrap(
         return loss
     module = LossModule(model, loss)
     if kind == "ddp":
-        return DistributedDataParallel(module, broadcast_buffers=False)  # they are tables that never change
+        shared = DistributedDataParallel(module)
+        shared.broadcast_buffers = False  # at each step: they are tables that never change
+        return shared
     from torch.distributed.device_mesh import init_device_mesh  # FSDP takes half a second to import
     from torch.distributed.fsdp import fully_shard
 
