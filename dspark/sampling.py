@@ -140,10 +140,9 @@ def truncated_probs(
         ranked = ranked.masked_fill(ranked < by_count, 0.0)
         held = ranked.cumsum(-1)
         before = pad(held[:, :-1], (1, 0))  # held by the likelier tokens
-        nucleus = (
-            (before < top_p * held[:, -1:]).sum(-1, keepdim=True).clamp(min=1)
-        )  # the best token stays whatever top_p
-        by_mass = ranked.gather(-1, nucleus - 1).where(top_p < 1, 0.0)
+        inside = (before < top_p * held[:, -1:]).sum(-1, keepdim=True)
+        last = inside.clamp(min=1) - 1  # the best token stays even if top_p rounds to 0
+        by_mass = ranked.gather(-1, last).where(top_p < 1, 0.0)
         floor = floor.maximum(by_count).maximum(by_mass)
     weights.masked_fill_(weights < floor, 0.0)
     probs = weights.div_(weights.sum(-1, keepdim=True))
