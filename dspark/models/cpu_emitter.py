@@ -1,20 +1,19 @@
-"""Emitting LLVM code for the compiled CPU operations in `cpu_ops.py`.
+"""Writing LLVM code for the compiled CPU operations in `cpu_ops.py` with Python's operators.
 
 Every kernel is `void kernel(Call*)`: a struct of pointers and sizes whose last field is the number of independent
 items. Each OpenMP thread that enters it works on its share of them. An item's arithmetic never depends on other items.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-Value = Any  # llvmlite's builder methods carry no types
-I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
+I1, I8, I16, I32, I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
 F32, F64, VOID = ir.FloatType(), ir.DoubleType(), ir.VoidType()
 FIELD_TYPES = {
     "f": F32.as_pointer(),
@@ -31,11 +30,8 @@ class BFloat(ir.Type):
     def _to_string(self) -> str:
         return "bfloat"
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, BFloat)
 
-    def __hash__(self) -> int:
-        return hash(BFloat)
+BF16 = BFloat()
 
 
 @dataclass(frozen=True)
@@ -51,173 +47,272 @@ class Machine:
     barrier: int
 
 
+def operator(of_ints: str, of_floats: str = "", *sign: str) -> Callable[[Any, Any], "Value"]:
+    """Of two operands, by names of methods of llvmlite's builder."""
+
+    def apply(a: "Value", b: Any) -> "Value":
+        operands = (x.value for x in a.e.alike(a, b))
+        return Value(a.e, getattr(a.e.b, of_floats if a.is_float else of_ints)(*sign, *operands))
+
+    return apply
+
+
+class Value:
+    """What the code computes, a number, a vector or a pointer: each operator writes the instruction that does it.
+
+    A Python number beside it is a constant of its type, a number beside a vector stands in all lanes. Comparisons with
+    NaN are false. Whole numbers are signed, but what is divided, or converted to more bits, is not below 0.
+    Of a pointer, p[i] reads the number there, p[i] = x writes a number or a vector, p + i points there.
+    """
+
+    def __init__(self, e: "Emitter", value: Any):
+        self.e, self.value, self.type = e, value, value.type
+        self.element = self.type.element if isinstance(self.type, ir.VectorType) else self.type
+        self.is_float = self.element in (F32, F64)
+
+    @property
+    def suffix(self) -> str:
+        """What LLVM's functions for its type end in."""
+        return (f"v{self.type.count}" if isinstance(self.type, ir.VectorType) else "") + self.element.intrinsic_name
+
+    _add = operator("add", "fadd")
+    __sub__ = operator("sub", "fsub")
+    __mul__ = __rmul__ = operator("mul", "fmul")
+    __truediv__ = operator("", "fdiv")
+    __floordiv__, __mod__ = operator("udiv"), operator("urem")
+    __lshift__, __rshift__ = operator("shl"), operator("ashr")
+    __and__, __or__ = operator("and_"), operator("or_")
+    __lt__, __le__, __gt__, __ge__ = (operator("icmp_signed", "fcmp_ordered", sign) for sign in ("<", "<=", ">", ">="))
+    __eq__: Any = operator("icmp_signed", "fcmp_ordered", "==")
+
+    def __add__(self, other: Any) -> "Value":
+        if isinstance(self.type, ir.PointerType):
+            return Value(self.e, self.e.b.gep(self.value, [self.e.number(other).value]))
+        return self._add(other)
+
+    __radd__ = __add__
+
+    def __rsub__(self, other: Any) -> "Value":
+        return self.e.number(other, self.type) - self
+
+    def __rtruediv__(self, other: Any) -> "Value":
+        return self.e.number(other, self.type) / self
+
+    def __neg__(self) -> "Value":
+        return Value(self.e, self.e.b.fneg(self.value))
+
+    def __invert__(self) -> "Value":
+        return Value(self.e, self.e.b.not_(self.value))
+
+    def __getitem__(self, index: Any) -> "Value":
+        return Value(self.e, self.e.b.load((self + index).value))
+
+    def __setitem__(self, index: Any, x: Any) -> None:
+        x = self.e.number(x, self.type.pointee)
+        if isinstance(x.type, ir.VectorType):
+            self.e.b.store(x.value, (self + index).bits(x.type.as_pointer()).value, align=2)
+        else:
+            self.e.b.store(x.value, (self + index).value)
+
+    def vector(self, index: Any = 0) -> "Value":
+        """All lanes from p[i] on; bf16 numbers are widened to fp32."""
+        in_bf16 = self.type.pointee == I16
+        place = (self + index).bits(ir.VectorType(self.type.pointee, self.e.lanes).as_pointer())
+        loaded = Value(self.e, self.e.b.load(place.value, align=2 if in_bf16 else 4))
+        return (loaded.to(I32) << 16).bits(F32) if in_bf16 else loaded
+
+    def _shaped(self, kind: ir.Type) -> ir.Type:
+        return ir.VectorType(kind, self.type.count) if isinstance(self.type, ir.VectorType) else kind
+
+    def to(self, kind: Any) -> "Value":
+        """The same number in another type."""
+        if kind in (F32, F64):
+            name = "sitofp" if not self.is_float else "fpext" if kind == F64 else "fptrunc"
+        else:
+            name = "fptosi" if self.is_float else "zext" if kind.width > self.element.width else "trunc"
+        return Value(self.e, getattr(self.e.b, name)(self.value, self._shaped(kind)))
+
+    def bits(self, kind: ir.Type) -> "Value":
+        """The same bits as numbers of another type, or as another vector or pointer."""
+        whole = isinstance(kind, ir.VectorType | ir.PointerType)
+        return Value(self.e, self.e.b.bitcast(self.value, kind if whole else self._shaped(kind)))
+
+
 class Emitter:
-    """An IR builder inside `void kernel(Call*)`: the loaded `fields`, and `first`..`last`, this thread's items."""
+    """What writes `void kernel(Call*)`: the loaded `fields`, and `first`..`last`, this thread's items."""
 
     def __init__(self, fields: str, machine: Machine, lanes: int):
-        """fields: one letter each (see FIELD_TYPES), the last one the number of items; lanes: width of `vector`."""
-        self.lanes, self.vector = lanes, ir.VectorType(F32, lanes)
+        """fields: one letter each (see FIELD_TYPES), the last one the number of items; lanes: width of a vector."""
+        self.lanes = lanes
         self.module = ir.Module("kernel")
         self.module.triple = llvm.get_default_triple()
         call = ir.LiteralStructType([FIELD_TYPES[f] for f in fields])
         function = ir.Function(self.module, ir.FunctionType(VOID, [call.as_pointer()]), "kernel")
         self.b = b = ir.IRBuilder(function.append_basic_block())
-        self.fields = [b.load(b.gep(function.args[0], [I32(0), I32(i)])) for i in range(len(fields))]
+        self.fields = [Value(self, b.load(b.gep(function.args[0], [I32(0), I32(i)]))) for i in range(len(fields))]
+        self.thread = self.call(machine.thread_num, I32).to(I64)
+        threads = self.call(machine.num_threads, I32).to(I64)
+        self.first, self.last = (self.fields[-1] * t // threads for t in (self.thread, self.thread + 1))
 
-        def runtime(address: int) -> Value:
-            pointer = b.inttoptr(I64(address), ir.FunctionType(I32, []).as_pointer())
-            return b.zext(b.call(pointer, []), I64)
+    def finished(self) -> str:
+        """The code, to which no more is added."""
+        self.b.ret_void()
+        return str(self.module)
 
-        thread, threads = runtime(machine.thread_num), runtime(machine.num_threads)
-        self.thread = thread
-        self.first, self.last = (b.udiv(b.mul(self.fields[-1], t), threads) for t in (thread, b.add(thread, I64(1))))
+    def number(self, x: Any, kind: Any = None) -> Value:
+        """A Python number as a constant of that type, else of 64 bits or fp32; what is a value already as it is."""
+        if isinstance(x, Value):
+            return x
+        if isinstance(x, ir.Value):
+            return Value(self, x)
+        kind = kind or (F32 if isinstance(x, float) else I64)
+        return Value(self, ir.Constant(kind, [x] * kind.count if isinstance(kind, ir.VectorType) else x))
 
-    def function(self, name: str, result: ir.Type, arguments: list[ir.Type]) -> ir.Function:
-        return self.module.globals.get(name) or ir.Function(self.module, ir.FunctionType(result, arguments), name)
+    def alike(self, *operands: Any) -> list[Value]:
+        """All of one type: that of a vector among them, else of the first that is no Python number."""
+        types = [x.type for x in operands if isinstance(x, Value | ir.Value)]  # pyright: ignore
+        kind = next((t for t in types if isinstance(t, ir.VectorType)), types[0] if types else None)
+        values = [self.number(x, kind) for x in operands]
+        return [self.spread(x) for x in values] if isinstance(kind, ir.VectorType) else values
+
+    def call(self, function: Any, result: ir.Type, *arguments: Any, fastmath: tuple[str, ...] = ()) -> Value:
+        """One of LLVM's own functions by its name, or what lies at an address."""
+        values = [self.number(a).value for a in arguments]
+        kind = ir.FunctionType(result, [v.type for v in values])
+        if isinstance(function, str):
+            callee = self.module.globals.get(f"llvm.{function}") or ir.Function(self.module, kind, f"llvm.{function}")
+        else:
+            callee = self.b.inttoptr(self.number(function).value, kind.as_pointer())
+        return Value(self, self.b.call(callee, values, fastmath=fastmath))
 
     @contextmanager
-    def loop(self, start: Value, stop: Value, step: int = 1) -> Iterator[Value]:
+    def loop(self, start: Any, stop: Any, step: int = 1) -> Iterator[Value]:
         """`with e.loop(a, b) as i`: a counting loop around what the body emits."""
         with self.sums(start, stop, [], step) as (i, _, _):
             yield i
 
+    def items(self) -> AbstractContextManager[Value]:
+        """The loop over this thread's items."""
+        return self.loop(self.first, self.last)
+
     @contextmanager
-    def sums(self, start: Value, stop: Value, initial: list[Value], step: int = 1) -> Iterator[tuple]:
+    def sums(self, start: Any, stop: Any, initial: list, step: int = 1) -> Iterator[tuple[Value, list, list[Value]]]:
         """A loop that carries values: yields (i, carried, results).
 
         The body replaces the contents of `carried`; after the loop `results` holds the final ones.
         """
         b, before = self.b, self.b.block
+        begin = [self.number(x).value for x in (start, *initial)]
         head, body, end = (b.append_basic_block() for _ in range(3))
         b.branch(head)
         b.position_at_end(head)
-        i = b.phi(I64)
-        i.add_incoming(start, before)
-        results = [b.phi(v.type) for v in initial]
-        for phi, value in zip(results, initial, strict=True):
-            phi.add_incoming(value, before)
-        b.cbranch(b.icmp_unsigned("<", i, stop), body, end)
+        phis = [b.phi(x.type) for x in begin]
+        for phi, x in zip(phis, begin, strict=True):
+            phi.add_incoming(x, before)
+        i, *results = (Value(self, phi) for phi in phis)
+        b.cbranch((i < stop).value, body, end)
         b.position_at_end(body)
         carried = list(results)
         yield i, carried, results
-        i.add_incoming(b.add(i, I64(step)), b.block)
-        for phi, value in zip(results, carried, strict=True):
-            phi.add_incoming(value, b.block)
+        for phi, x in zip(phis, [i + step, *carried], strict=True):
+            phi.add_incoming(self.number(x, phi.type).value, b.block)
         b.branch(head)
         b.position_at_end(end)
 
-    # -- vectors of fp32 ----------------------------------------------------------------------------
+    def select(self, condition: Value, a: Any, b: Any) -> Value:
+        """a where it is true, else b."""
+        return Value(self, self.b.select(condition.value, *(x.value for x in self.alike(a, b))))
 
-    def constant(self, value: float) -> Value:
-        return ir.Constant(self.vector, [value] * self.lanes)
+    def maximum(self, a: Any, b: Any) -> Value:
+        """b where one of them is no number."""
+        return self.select(self.number(a) > b, a, b)
 
-    def load(self, pointer: Value, index: Value) -> Value:
-        return self.b.load(self.b.bitcast(self.b.gep(pointer, [index]), self.vector.as_pointer()), align=4)
+    def minimum(self, a: Any, b: Any) -> Value:
+        return self.select(self.number(a) < b, a, b)
 
-    def store(self, value: Value, pointer: Value, index: Value) -> None:
-        self.b.store(value, self.b.bitcast(self.b.gep(pointer, [index]), value.type.as_pointer()), align=2)
+    def prefetch(self, place: Value, locality: int) -> None:
+        """Ask for the cache line there; locality 3 brings it nearest, 0 leaves soonest."""
+        self.call("prefetch.p0", VOID, place.bits(I8.as_pointer()), I32(0), I32(locality), I32(1))
 
-    def prefetch(self, pointer: Value, index: Value, locality: int) -> None:
-        """Ask for the cache line at pointer[index]; locality 3 brings it nearest, 0 leaves soonest."""
-        place = self.b.bitcast(self.b.gep(pointer, [index]), I8.as_pointer())
-        function = self.function("llvm.prefetch.p0", VOID, [I8.as_pointer(), I32, I32, I32])
-        self.b.call(function, [place, I32(0), I32(locality), I32(1)])
+    # -- vectors ------------------------------------------------------------------------------------
 
-    def load_bf16(self, pointer: Value, index: Value) -> Value:
-        """bf16 numbers in memory, widened."""
-        b, words = self.b, ir.VectorType(I32, self.lanes)
-        halves = ir.VectorType(I16, self.lanes)
-        loaded = b.load(b.bitcast(b.gep(pointer, [index]), halves.as_pointer()), align=2)
-        return b.bitcast(b.shl(b.zext(loaded, words), ir.Constant(words, [16] * self.lanes)), self.vector)
+    def constant(self, x: float, kind: ir.Type = F32) -> Value:
+        """That number in all lanes."""
+        return self.number(x, ir.VectorType(kind, self.lanes))
+
+    def lane_numbers(self, kind: ir.Type) -> Value:
+        return Value(self, ir.Constant(ir.VectorType(kind, self.lanes), list(range(self.lanes))))
+
+    def spread(self, x: Value) -> Value:
+        """The number in all lanes."""
+        if isinstance(x.type, ir.VectorType):
+            return x
+        undefined = ir.Constant(ir.VectorType(x.type, self.lanes), ir.Undefined)
+        first = Value(self, self.b.insert_element(undefined, x.value, I32(0)))
+        return self.shuffled(first, Value(self, undefined), [0] * self.lanes)
+
+    def shuffled(self, a: Value, b: Value, order: list[int]) -> Value:
+        """Elements of two vectors, one after the other, in that order."""
+        mask = ir.Constant(ir.VectorType(I32, len(order)), order)
+        return Value(self, self.b.shuffle_vector(a.value, b.value, mask))
+
+    def elementwise(self, name: str, *operands: Any) -> Value:
+        """One of LLVM's functions of floats, or of vectors of them: fma, rint, sqrt."""
+        values = self.alike(*operands)
+        return self.call(f"{name}.{values[0].suffix}", values[0].type, *values)
+
+    def fma(self, a: Any, x: Any, c: Any) -> Value:
+        return self.elementwise("fma", a, x, c)
+
+    def reduce(self, name: str, x: Value) -> Value:
+        """One number of a vector's: add, or, umin, fmax."""
+        return self.call(f"vector.reduce.{name}.{x.suffix}", x.element, x)
+
+    def total(self, x: Value) -> Value:
+        """The sum of a vector of floats, added in any order."""
+        return self.call(f"vector.reduce.fadd.{x.suffix}", x.element, x.element(0.0), x, fastmath=("reassoc",))
 
     def widen(self, pairs: Value) -> list[Value]:
         """Words of two bf16 numbers each: the lower ones, and the upper ones."""
-        b, words = self.b, pairs.type
-        low = b.shl(pairs, ir.Constant(words, [16] * self.lanes))
-        high = b.and_(pairs, ir.Constant(words, [0xFFFF0000] * self.lanes))
-        return [b.bitcast(half, self.vector) for half in (low, high)]
+        return [half.bits(F32) for half in (pairs << 16, pairs & -65536)]
 
     def to_bf16(self, value: Value) -> Value:
         """Rounded to the nearest bf16, ties to even; NaN stays NaN."""
-        b, words = self.b, ir.VectorType(I32, self.lanes)
-
-        def constant(word: int) -> Value:
-            return ir.Constant(words, [word] * self.lanes)
-
-        bits = b.bitcast(value, words)
-        odd = b.and_(b.lshr(bits, constant(16)), constant(1))
-        rounded = b.add(bits, b.add(odd, constant(0x7FFF)))
-        rounded = b.select(b.fcmp_unordered("uno", value, value), constant(0x7FC00000), rounded)
-        return b.trunc(b.lshr(rounded, constant(16)), ir.VectorType(I16, self.lanes))
-
-    def spread(self, scalar: Value) -> Value:
-        undefined = ir.Constant(ir.VectorType(scalar.type, self.lanes), ir.Undefined)
-        zeros = ir.Constant(ir.VectorType(I32, self.lanes), [0] * self.lanes)
-        return self.b.shuffle_vector(self.b.insert_element(undefined, scalar, I32(0)), undefined, zeros)
-
-    def fma(self, a: Value, x: Value, c: Value) -> Value:
-        function = self.function(f"llvm.fma.v{self.lanes}f32", self.vector, [self.vector] * 3)
-        return self.b.call(function, [a, x, c])
-
-    def total(self, value: Value) -> Value:
-        name = f"llvm.vector.reduce.fadd.v{self.lanes}f32"
-        function = self.function(name, F32, [F32, self.vector])
-        return self.b.call(function, [F32(0.0), value], fastmath=("reassoc",))
-
-    def maximum(self, a: Value, b: Value) -> Value:
-        kind = f"v{self.lanes}f32" if isinstance(a.type, ir.VectorType) else "f32"
-        return self.b.call(self.function(f"llvm.maxnum.{kind}", a.type, [a.type] * 2), [a, b])
-
-    def highest(self, value: Value) -> Value:
-        name = f"llvm.vector.reduce.fmax.v{self.lanes}f32"
-        return self.b.call(self.function(name, F32, [self.vector]), [value])
-
-    def any_from(self, value: Value, bound: Value) -> Value:
-        """Whether any lane is not below the bound."""
-        reached = self.b.fcmp_ordered(">=", value, self.spread(bound))
-        name = f"llvm.vector.reduce.or.v{self.lanes}i1"
-        return self.b.call(self.function(name, ir.IntType(1), [reached.type]), [reached])
+        bits = value.bits(I32)
+        rounded = bits + (((bits >> 16) & 1) + 0x7FFF)
+        return (self.select(value == value, rounded, 0x7FC00000) >> 16).to(I16)
 
     def transposed(self, rows: list[Value]) -> list[Value]:
         """A square of `lanes` vectors, turned: log2(lanes) times its upper half is dealt alternately with its lower."""
         half = self.lanes // 2
         pairs = [i // 2 + self.lanes * (i % 2) for i in range(2 * self.lanes)]  # a0 b0 a1 b1 ...
-        low, high = (
-            ir.Constant(ir.VectorType(I32, self.lanes), part) for part in (pairs[: self.lanes], pairs[self.lanes :])
-        )
+        orders = pairs[: self.lanes], pairs[self.lanes :]
         for _ in range(self.lanes.bit_length() - 1):
-            zipped = [
-                self.b.shuffle_vector(a, c, order) for a, c in zip(rows[:half], rows[half:]) for order in (low, high)
-            ]
-            rows = zipped
+            halves = zip(rows[:half], rows[half:], strict=True)
+            rows = [self.shuffled(a, b, order) for a, b in halves for order in orders]
         return rows
 
     def exp(self, x: Value) -> Value:
         """e**x to 2 units in the last place for x in -87..88 (clamped): 2**n times a polynomial of the rest."""
-        b, words = self.b, ir.VectorType(I32, self.lanes)
-        low = self.function(f"llvm.minnum.v{self.lanes}f32", self.vector, [self.vector] * 2)
-        x = b.call(low, [self.maximum(x, self.constant(-87.0)), self.constant(88.0)])
-        nearest = self.function(f"llvm.rint.v{self.lanes}f32", self.vector, [self.vector])
-        n = b.call(nearest, [b.fmul(x, self.constant(math.log2(math.e)))])
-        rest = self.fma(n, self.constant(-0.693359375), x)  # ln 2 in two parts, the first exact in few bits
-        rest = self.fma(n, self.constant(2.12194440e-4), rest)
+        x = self.minimum(self.maximum(x, -87.0), 88.0)
+        n = self.elementwise("rint", x * math.log2(math.e))
+        rest = self.fma(n, -0.693359375, x)  # ln 2 in two parts, the first exact in few bits
+        rest = self.fma(n, 2.12194440e-4, rest)
         result = self.constant(1 / math.factorial(7))
         for degree in range(6, -1, -1):
-            result = self.fma(result, rest, self.constant(1 / math.factorial(degree)))
-        exponent = b.shl(b.fptosi(n, words), ir.Constant(words, [23] * self.lanes))
-        return b.bitcast(b.add(b.bitcast(result, words), exponent), self.vector)
+            result = self.fma(result, rest, 1 / math.factorial(degree))
+        return (result.bits(I32) + (n.to(I32) << 23)).bits(F32)
 
     def log(self, x: Value) -> Value:
         """Natural logarithm of a scalar above 0: n ln 2 and, of the rest m next to 1, 2 artanh((m - 1) / (m + 1))."""
-        b = self.b
-        bits = b.sub(b.bitcast(x, I32), I32(0x3F3504F3))  # of the square root of 1/2
-        n = b.ashr(bits, I32(23))
-        rest = b.bitcast(b.add(b.and_(bits, I32(0x7FFFFF)), I32(0x3F3504F3)), F32)
-        s = b.fdiv(b.fsub(rest, F32(1.0)), b.fadd(rest, F32(1.0)))
-        square, series = b.fmul(s, s), F32(2 / 9)
+        root = 0x3F3504F3  # the bits of the square root of 1/2
+        bits = x.bits(I32) - root
+        rest = ((bits & 0x7FFFFF) + root).bits(F32)
+        s = (rest - 1.0) / (rest + 1.0)
+        square, series = s * s, 2 / 9
         for degree in (7, 5, 3, 1):
-            series = b.fadd(b.fmul(series, square), F32(2 / degree))
-        return b.fadd(b.fmul(b.sitofp(n, F32), F32(math.log(2))), b.fmul(series, s))
+            series = series * square + 2 / degree
+        return (bits >> 23).to(F32) * math.log(2) + series * s
 
 
 def lanes_for(width: int, machine: Machine) -> int:

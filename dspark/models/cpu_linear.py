@@ -1,10 +1,11 @@
 """LLVM code of the linear map: one kernel for each way this CPU can multiply (see `linear_kernel`)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from llvmlite import ir
 
-from dspark.models.cpu_emitter import F32, I8, I32, I64, VOID, BFloat, Emitter, Machine, Value
+from dspark.models.cpu_emitter import BF16, F32, I8, I32, I64, VOID, Emitter, Machine, Value
 
 VECTORS = 2  # vectors of outputs a tile of the linear map is wide
 PREFETCH = 4096  # bytes ahead; hardware prefetching stops at pages. 13.8 GB/s without it, 19 with it, for one row
@@ -25,7 +26,7 @@ class Products:
 KINDS = {"fp32": Products(1, F32, F32), "widened": Products(1, F32, I32, 1), "dots": Products(2, I32, I32)}
 
 
-def linear_kernel(machine: Machine, kind: str) -> ir.Module:
+def linear_kernel(machine: Machine, kind: str) -> Emitter:
     """y = x W^T. Fields: x [N, K], w, y [N, tiles*tile], scratch, N, K; items: tiles. By `kind`:
 
     fp32      w [tiles, K, tile] fp32
@@ -40,65 +41,61 @@ def linear_kernel(machine: Machine, kind: str) -> ir.Module:
     b = e.b
     x, w, y, scratch, rows, inputs, tiles = e.fields
     if kind == "dots":
-        x = b.gep(scratch, [b.udiv(b.mul(e.thread, b.mul(rows, inputs)), I64(2))])
-        _round_to_bf16(e, e.fields[0], x, b.mul(rows, inputs))
-        inputs = b.udiv(inputs, I64(2))
+        rounded = scratch + e.thread * (rows * inputs) // 2
+        _round_to_bf16(e, x, rounded, rows * inputs)
+        x, inputs = rounded, inputs // 2
     # Accumulators of a tile, two weight vectors and a broadcast must fit the vector registers.
     max_rows = 12 if machine.registers == 32 else 6
     functions = [_tile_function(e, n, products) for n in range(1, max_rows + 1)]
-    tile_size = I64(VECTORS * machine.lanes)
-    stride = b.mul(tiles, tile_size)
-    tile_words = b.mul(inputs, I64(products.weight_vectors * machine.lanes))
+    tile_size = VECTORS * machine.lanes
+    stride = tiles * tile_size
+    tile_words = inputs * (products.weight_vectors * machine.lanes)
     # Passes over a tile of about as many rows each: in a pass of few, reading and widening weights is most of the work.
     # If there is one, it fetches what it will soon read itself; several share the fetching of the next tile's weights,
     # so that memory keeps reading while all of them multiply.
-    passes = b.udiv(b.add(rows, I64(max_rows - 1)), I64(max_rows))
-    divisor = b.select(b.icmp_unsigned("==", rows, I64(0)), I64(1), passes)
-    pass_rows = b.udiv(b.add(rows, b.sub(divisor, I64(1))), divisor)
-    share = b.udiv(tile_words, divisor)
-    first_ahead = b.select(b.icmp_unsigned("<", passes, I64(2)), I64(PREFETCH // 4), tile_words)
-    with e.loop(e.first, e.last) as tile:
-        tile_weights = b.gep(w, [b.mul(tile, tile_words)])
-        tile_y = b.gep(y, [b.mul(tile, tile_size)])
-        with e.loop(I64(0), passes) as i:
-            row = b.mul(i, pass_rows)
-            ahead = b.gep(tile_weights, [b.add(first_ahead, b.mul(i, share))])
-            places = [b.gep(x, [b.mul(row, inputs)]), tile_weights, b.gep(tile_y, [b.mul(row, stride)])]
-            args = [*places, inputs, stride, ahead, b.udiv(share, inputs)]
+    passes = (rows + (max_rows - 1)) // max_rows
+    divisor = e.select(rows == 0, 1, passes)
+    pass_rows = (rows + (divisor - 1)) // divisor
+    share = tile_words // divisor
+    first_ahead = e.select(passes < 2, PREFETCH // 4, tile_words)
+    with e.items() as tile:
+        weights, out = w + tile * tile_words, y + tile * tile_size
+        with e.loop(0, passes) as i:
+            row = i * pass_rows
+            ahead = weights + (first_ahead + i * share)
+            args = [x + row * inputs, weights, out + row * stride, inputs, stride, ahead, share // inputs]
             switch_block, done = b.block, b.append_basic_block()
             blocks = []
             for function in functions:
                 blocks.append(b.append_basic_block())
                 b.position_at_end(blocks[-1])
-                b.call(function, args)
+                b.call(function, [a.value for a in args])
                 b.branch(done)
             b.position_at_end(switch_block)
-            left = b.sub(rows, row)
-            switch = b.switch(b.select(b.icmp_unsigned("<", left, pass_rows), left, pass_rows), blocks[-1])
+            left = rows - row
+            switch = b.switch(e.select(left < pass_rows, left, pass_rows).value, blocks[-1])
             for n, block in enumerate(blocks[:-1], 1):
                 switch.add_case(I64(n), block)
             b.position_at_end(done)
-    b.ret_void()
-    return e.module
+    return e
 
 
-def round_vector(e: Emitter, value: Value) -> Value:
+def round_vector(e: Emitter, x: Value) -> Value:
     """16 fp32 numbers as 8 words of two bf16 numbers each."""
-    function = e.function("llvm.x86.avx512bf16.cvtneps2bf16.512", ir.VectorType(BFloat(), 16), [e.vector])
-    return e.b.bitcast(e.b.call(function, [value]), ir.VectorType(I32, 8))
+    rounded = e.call("x86.avx512bf16.cvtneps2bf16.512", ir.VectorType(BF16, 16), x)
+    return rounded.bits(ir.VectorType(I32, 8))
 
 
 def dot(e: Emitter, total: Value, x: Value, y: Value) -> Value:
     """total + the sum of two bf16 products in each of 16 words of x and y."""
-    pairs = ir.VectorType(BFloat(), 2 * e.lanes)
-    function = e.function("llvm.x86.avx512bf16.dpbf16ps.512", e.vector, [e.vector, pairs, pairs])
-    return e.b.call(function, [total, e.b.bitcast(x, pairs), e.b.bitcast(y, pairs)])
+    pairs = ir.VectorType(BF16, 2 * e.lanes)
+    return e.call("x86.avx512bf16.dpbf16ps.512", total.type, total, x.bits(pairs), y.bits(pairs))
 
 
 def _round_to_bf16(e: Emitter, source: Value, target: Value, count: Value) -> None:
     """`count` fp32 numbers, a multiple of the vector width, to bf16 numbers packed two in a word."""
-    with e.loop(I64(0), count, e.lanes) as i:
-        e.store(round_vector(e, e.load(source, i)), target, e.b.udiv(i, I64(2)))
+    with e.loop(0, count, e.lanes) as i:
+        target[i // 2] = round_vector(e, source.vector(i))
 
 
 def _tile_function(e: Emitter, rows: int, products: Products) -> ir.Function:
@@ -109,35 +106,31 @@ def _tile_function(e: Emitter, rows: int, products: Products) -> ir.Function:
     pointers = [products.x_type.as_pointer(), products.weight_type.as_pointer(), F32.as_pointer()]
     function = ir.Function(e.module, ir.FunctionType(VOID, [*pointers, I64, I64, pointers[1], I64]), f"tile_{rows}")
     function.linkage = "internal"
-    x, w, y, inputs, stride, ahead, words = function.args
+    x, w, y, inputs, stride, ahead, words = (Value(e, argument) for argument in function.args)
     locality = 3 if rows <= FEW_ROWS else 2
     lanes, outer = e.lanes, e.b
-    e.b = b = ir.IRBuilder(function.append_basic_block())
-    x_rows = [b.gep(x, [b.mul(I64(r), inputs)]) for r in range(rows)]
-    vector = ir.VectorType(products.weight_type, lanes)
+    e.b = ir.IRBuilder(function.append_basic_block())
+    x_rows = [x + inputs * r for r in range(rows)]
 
-    def add(x_value: Value, weight: Value, total: Value) -> Value:
-        if products.step == 1:
-            return e.fma(e.spread(x_value), weight, total)
-        return dot(e, total, e.spread(b.bitcast(x_value, F32)), weight)
-
-    with e.sums(I64(0), inputs, [e.constant(0.0)] * (rows * VECTORS)) as (k, carried, results):
-        start = b.mul(k, I64(products.weight_vectors * lanes))
-        places = [b.gep(w, [b.add(start, I64(v * lanes))]) for v in range(products.weight_vectors)]
-        weights = [b.load(b.bitcast(place, vector.as_pointer()), align=4) for place in places]
+    with e.sums(0, inputs, [e.constant(0.0)] * (rows * VECTORS)) as (k, carried, results):
+        start = k * (products.weight_vectors * lanes)
+        weights = [w.vector(start + v * lanes) for v in range(products.weight_vectors)]
         if products.weight_vectors < VECTORS:
             weights = e.widen(weights[0])
         for line in range(0, products.weight_vectors * lanes, CACHE_LINE):
-            e.prefetch(ahead, b.add(b.mul(k, words), I64(line)), locality)
+            e.prefetch(ahead + (k * words + line), locality)
         for r in range(rows):
-            x_value = b.load(b.gep(x_rows[r], [k]))
+            x_value = x_rows[r][k]
             for v in range(VECTORS):
                 i = r * VECTORS + v
-                carried[i] = add(x_value, weights[v], carried[i])
+                if products.step == 1:
+                    carried[i] = e.fma(x_value, weights[v], carried[i])
+                else:
+                    carried[i] = dot(e, carried[i], e.spread(x_value.bits(F32)), weights[v])
     for i, total in enumerate(results):
         r, v = divmod(i, VECTORS)
-        e.store(total, y, b.add(b.mul(I64(r), stride), I64(v * lanes)))
-    b.ret_void()
+        y[stride * r + v * lanes] = total
+    e.b.ret_void()
     e.b = outer
     return function
 
@@ -152,7 +145,25 @@ def tile_config(rows: int) -> bytes:
     return bytes([1]) + bytes(15) + bytes([64, 0] * 8) + bytes(16) + bytes(tile_rows) + bytes(8)
 
 
-def tiled_linear_kernel(machine: Machine) -> ir.Module:
+def tile_load(e: Emitter, register: int, place: Value, stride: Any) -> None:
+    """Rows `stride` bytes apart."""
+    e.call("x86.tileloadd64", VOID, I8(register), place.bits(I8.as_pointer()), stride)
+
+
+def tile_store(e: Emitter, register: int, place: Value, stride: Any) -> None:
+    e.call("x86.tilestored64", VOID, I8(register), place.bits(I8.as_pointer()), stride)
+
+
+def tile_zero(e: Emitter, register: int) -> None:
+    e.call("x86.tilezero", VOID, I8(register))
+
+
+def tile_dot(e: Emitter, sums: int, x: int, y: int) -> None:
+    """Add to the sums of one register the products of bf16 pairs of two others."""
+    e.call("x86.tdpbf16ps", VOID, I8(sums), I8(x), I8(y))
+
+
+def tiled_linear_kernel(machine: Machine) -> Emitter:
     """y = x W^T in AMX tiles, K a multiple of 32. Fields: x [N, K], w as for "dots", y with P rows, scratch [threads,
     P, K] bf16, tile_config(min(N, 16)), N, P, K; items: tiles. P is N up to 16 and a multiple of 16 above.
 
@@ -160,58 +171,49 @@ def tiled_linear_kernel(machine: Machine) -> ir.Module:
     independent of each other, and each is summed over K in its order.
     """
     e = Emitter("fwfwwiiii", machine, machine.lanes)
-    b = e.b
     x, w, y, scratch, config, rows, padded, inputs, tiles = e.fields
-    words = b.udiv(inputs, I64(2))  # of a row in bf16
-    own = b.gep(scratch, [b.mul(e.thread, b.mul(padded, words))])
-    _round_to_bf16(e, x, own, b.mul(rows, inputs))
+    words = inputs // 2  # of a row in bf16
+    own = scratch + e.thread * (padded * words)
+    _round_to_bf16(e, x, own, rows * inputs)
     size = VECTORS * machine.lanes
-    stride = b.mul(tiles, I64(size))
-
-    def call(name: str, *arguments: Value) -> None:
-        b.call(e.function(f"llvm.{name}", VOID, [a.type for a in arguments]), arguments)
-
-    def pointer(base: Value, index: Value) -> Value:
-        return b.bitcast(b.gep(base, [index]), I8.as_pointer())
+    stride = tiles * size
 
     def multiply(row: Value, tile: Value, count: int, first: bool) -> None:
         """A tile of outputs for `count` times 16 rows: sums in registers 0..3, x in 4 and 5, weights in 6 and 7.
 
         The first rows fetch the next tile's weights, so that memory keeps reading while other rows use this one's.
         """
-        sums = [(a, v, I8(a * VECTORS + v)) for a in range(count) for v in range(VECTORS)]
+        sums = [(a, v, a * VECTORS + v) for a in range(count) for v in range(VECTORS)]
         for _, _, register in sums:
-            call("x86.tilezero", register)
-        x_tiles = [b.gep(own, [b.mul(b.add(row, I64(a * TILE_ROWS)), words)]) for a in range(count)]
-        weights = b.gep(w, [b.mul(b.mul(tile, words), I64(size))])
-        with e.loop(I64(0), words, TILE_INPUTS // 2) as k:
+            tile_zero(e, register)
+        x_tiles = [own + (row + a * TILE_ROWS) * words for a in range(count)]
+        weights = w + tile * words * size
+        with e.loop(0, words, TILE_INPUTS // 2) as k:
             for a in range(count):
-                call("x86.tileloadd64", I8(4 + a), pointer(x_tiles[a], k), b.mul(words, I64(4)))
+                tile_load(e, 4 + a, x_tiles[a] + k, words * 4)
             for v in range(VECTORS):
-                at = b.add(b.mul(k, I64(size)), I64(v * machine.lanes))
-                call("x86.tileloadd64", I8(6 + v), pointer(weights, at), I64(4 * size))
-            for line in range(0, TILE_INPUTS // 2 * size * first, 16):
-                e.prefetch(weights, b.add(b.mul(b.add(words, k), I64(size)), I64(line)), locality=2)
+                tile_load(e, 6 + v, weights + (k * size + v * machine.lanes), 4 * size)
+            for line in range(0, TILE_INPUTS // 2 * size * first, CACHE_LINE):
+                e.prefetch(weights + ((words + k) * size + line), locality=2)
             for a, v, register in sums:
-                call("x86.tdpbf16ps", register, I8(4 + a), I8(6 + v))
+                tile_dot(e, register, 4 + a, 6 + v)
         for a, v, register in sums:
-            at = b.add(b.mul(b.add(row, I64(a * TILE_ROWS)), stride), b.mul(tile, I64(size)))
-            call("x86.tilestored64", register, pointer(y, b.add(at, I64(v * machine.lanes))), b.mul(stride, I64(4)))
+            out = y + ((row + a * TILE_ROWS) * stride + tile * size)
+            tile_store(e, register, out + v * machine.lanes, stride * 4)
 
-    call("x86.ldtilecfg", b.bitcast(config, I8.as_pointer()))
+    e.call("x86.ldtilecfg", VOID, config.bits(I8.as_pointer()))
     pair = 2 * TILE_ROWS
-    few = b.icmp_unsigned("<", padded, I64(pair))
-    first_pair, few_rows = (b.select(few, *ends) for ends in ((I64(0), I64(pair)), (padded, I64(0))))
-    pairs = b.and_(padded, I64(-pair))
-    with e.loop(e.first, e.last) as tile:
-        with e.loop(I64(0), few_rows, pair) as row:
+    few = padded < pair
+    first_pair, few_rows = e.select(few, 0, pair), e.select(few, padded, 0)
+    pairs = padded & -pair
+    with e.items() as tile:
+        with e.loop(0, few_rows, pair) as row:
             multiply(row, tile, 1, first=True)
-        with e.loop(I64(0), first_pair, pair) as row:
+        with e.loop(0, first_pair, pair) as row:
             multiply(row, tile, 2, first=True)
         with e.loop(first_pair, pairs, pair) as row:
             multiply(row, tile, 2, first=False)
-        with e.loop(b.add(pairs, few_rows), padded, TILE_ROWS) as row:
+        with e.loop(pairs + few_rows, padded, TILE_ROWS) as row:
             multiply(row, tile, 1, first=False)
-    call("x86.tilerelease")
-    b.ret_void()
-    return e.module
+    e.call("x86.tilerelease", VOID)
+    return e

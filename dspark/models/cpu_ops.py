@@ -18,7 +18,6 @@ import llvmlite.binding as llvm
 import numpy as np
 import torch
 import torch.nn.functional as F
-from llvmlite import ir
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
@@ -51,8 +50,8 @@ class _Compiler:
         self.machine = Machine(16 if wide else 8, 32 if wide else 16, dots, tiles, *addresses)
         self._engines = []
 
-    def compile(self, module: ir.Module) -> "Kernel":
-        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(str(module)), self._target_machine)
+    def compile(self, code: str) -> "Kernel":
+        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(code), self._target_machine)
         engine.finalize_object()
         self._engines.append(engine)  # the code lives as long as its engine
         return Kernel(engine.get_function_address("kernel"), self._parallel)
@@ -115,7 +114,7 @@ def kernel(name: str, *shape: int | float) -> Kernel:
     """The kernel of that name in the modules of kernels. Raises RuntimeError where there are none."""
     modules = cpu_kernels, cpu_linear, cpu_attention, cpu_draw, cpu_verdict
     make = next(make for module in modules if (make := getattr(module, f"{name}_kernel", None)))
-    return compiler().compile(make(compiler().machine, *shape))
+    return compiler().compile(make(compiler().machine, *shape).finished())
 
 
 LARGE_PAGE = 2 << 20

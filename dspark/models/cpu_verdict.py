@@ -5,11 +5,11 @@ each step's weights went through; here each is one kernel.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
-from llvmlite import ir
-
-from dspark.models.cpu_emitter import F32, F64, I8, I32, I64, Emitter, Machine, Value, lanes_for
+from dspark.models.cpu_emitter import F32, F64, I1, I32, I64, Emitter, Machine, Value, lanes_for
 from dspark.sampling import BLOCK
 
 LIKELY = 2.0**-10  # times the likeliest token: few are, and filters mostly cut above it
@@ -17,100 +17,96 @@ ONE = 0x3F800000  # the bits of 1.0; those of smaller positive numbers are small
 BELOW_ONE = 1 - 2.0**-51  # a draw next to 1 times a sum may round to the sum
 
 
-def truncated_probs_kernel(machine: Machine, vocab: int, least: float) -> ir.Module:
+def truncated_probs_kernel(machine: Machine, vocab: int, least: float) -> Emitter:
     """`sampling.truncated_probs` in place, each row by one thread; a weight below exp(least) is 0.
 
     Fields: x [N, vocab], settings [N, 4] (temperature above 0, top-k up to vocab, top-p, min-p), scratch [threads,
     vocab + 16]; items: rows.
     """
     e = Emitter("fffi", machine, lanes_for(vocab, machine))
-    b = e.b
     x, settings, scratch, _ = e.fields
-    likely = b.gep(scratch, [b.mul(e.thread, I64(vocab + 16))])
-    with e.loop(e.first, e.last) as row:
-        own, own_settings = b.gep(x, [b.mul(row, I64(vocab))]), b.gep(settings, [b.mul(row, I64(4))])
-        temperature, top_k, top_p, min_p = (b.load(b.gep(own_settings, [I64(i)])) for i in range(4))
+    likely = scratch + e.thread * (vocab + 16)
+    with e.items() as row:
+        own, own_settings = x + row * vocab, settings + row * 4
+        temperature, top_k, top_p, min_p = (own_settings[i] for i in range(4))
         total = _add_weights(e, own, vocab, temperature, least)
 
         # Floors of weights, found by halving the range of their bits, among the likely ones if these are enough.
-        by_count, by_mass = b.fcmp_ordered("<", top_k, F32(vocab)), b.fcmp_ordered("<", top_p, F32(1.0))
-        filtered = b.or_(by_count, by_mass)
-        count = _collect_likely(e, own, b.select(filtered, I64(vocab), I64(0)), likely)
-        has_rank = b.fcmp_ordered(">=", b.uitofp(count, F32), top_k)
-        has_mass = b.fcmp_ordered(">=", sum_from(e, likely, count, F32(0.0)), b.fmul(top_p, total))
-        enough = b.and_(filtered, b.select(by_count, has_rank, has_mass))
-        values, size = b.select(enough, likely, own), b.select(enough, count, I64(vocab))
-        floor = _floor(e, by_count, lambda at: b.fcmp_ordered(">=", sum_from(e, values, size, at, count=True), top_k))
-        wanted = b.fmul(top_p, b.select(by_count, sum_from(e, values, size, floor), total))
-        nucleus = _floor(
-            e, by_mass, lambda at: b.fcmp_ordered(">=", sum_from(e, values, size, e.maximum(at, floor)), wanted)
-        )
+        by_count, by_mass = top_k < float(vocab), top_p < 1.0
+        filtered = by_count | by_mass
+        count = _collect_likely(e, own, e.select(filtered, vocab, 0), likely)
+        has_rank, has_mass = count.to(F32) >= top_k, sum_from(e, likely, count, 0.0) >= top_p * total
+        enough = filtered & e.select(by_count, has_rank, has_mass)
+        values, size = e.select(enough, likely, own), e.select(enough, count, vocab)
+        floor = _floor(e, by_count, lambda at: sum_from(e, values, size, at, count=True) >= top_k)
+        wanted = top_p * e.select(by_count, sum_from(e, values, size, floor), total)
+        nucleus = _floor(e, by_mass, lambda at: sum_from(e, values, size, e.maximum(at, floor)) >= wanted)
         floor = e.maximum(e.maximum(floor, nucleus), min_p)
 
         kept = sum_from(e, values, size, floor)
-        with e.loop(I64(0), I64(vocab), e.lanes) as i:
-            weight = e.load(own, i)
-            stays = b.fcmp_ordered(">=", weight, e.spread(floor))
-            e.store(b.fdiv(b.select(stays, weight, e.constant(0.0)), e.spread(kept)), own, i)
-    b.ret_void()
-    return e.module
+        with e.loop(0, vocab, e.lanes) as i:
+            weight = own.vector(i)
+            own[i] = e.select(weight >= floor, weight, 0.0) / kept
+    return e
 
 
 def _add_weights(e: Emitter, x: Value, count: int, temperature: Value, least: float) -> Value:
     """x = exp((x - the largest) / temperature), 0 where that is below exp(least) or not a number; their sum."""
-    b = e.b
-    with e.sums(I64(0), I64(count), [e.constant(-math.inf)], e.lanes) as (i, carried, results):
-        carried[0] = e.maximum(carried[0], e.load(x, i))
-    best, divisor = e.spread(e.highest(results[0])), e.spread(temperature)
-    with e.sums(I64(0), I64(count), [e.constant(0.0)], e.lanes) as (i, carried, results):
-        exponent = b.fdiv(b.fsub(e.load(x, i), best), divisor)
-        seen = b.fcmp_ordered(">=", exponent, e.constant(least))
-        weight = b.select(seen, e.exp(exponent), e.constant(0.0))
-        e.store(weight, x, i)
-        carried[0] = b.fadd(carried[0], weight)
+    with e.sums(0, count, [e.constant(-math.inf)], e.lanes) as (i, carried, results):
+        carried[0] = e.maximum(x.vector(i), carried[0])
+    best, divisor = e.spread(e.reduce("fmax", results[0])), e.spread(temperature)
+    with e.sums(0, count, [e.constant(0.0)], e.lanes) as (i, carried, results):
+        exponent = (x.vector(i) - best) / divisor
+        weight = e.select(exponent >= least, e.exp(exponent), 0.0)
+        x[i] = weight
+        carried[0] += weight
     return e.total(results[0])
 
 
 def _collect_likely(e: Emitter, x: Value, count: Value, y: Value) -> Value:
     """y = the weights of x from LIKELY on, then a vector of zeros; how many they are."""
-    b = e.b
-    with e.sums(I64(0), count, [I64(0)], e.lanes) as (i, carried, results):
-        looked_at = b.select(e.any_from(e.load(x, i), F32(LIKELY)), I64(e.lanes), I64(0))
-        with e.sums(i, b.add(i, looked_at), list(carried)) as (place, inner, found):
-            weight = b.load(b.gep(x, [place]))
-            taken = b.zext(b.fcmp_ordered(">=", weight, F32(LIKELY)), I64)
-            with e.loop(I64(0), taken):
-                b.store(weight, b.gep(y, [found[0]]))
-            inner[0] = b.add(found[0], taken)
+    with sums_from(e, x, count, LIKELY, [0]) as (place, carried, (found,), (total,)):
+        weight = x[place]
+        taken = (weight >= LIKELY).to(I64)
+        with e.loop(0, taken):
+            y[found] = weight
+        carried[0] += taken
+    y[total] = e.constant(0.0)
+    return total
+
+
+@contextmanager
+def sums_from(e: Emitter, x: Value, count: Any, bound: Any, initial: list) -> Iterator[tuple]:
+    """As `Emitter.sums` over places of x, without vectors of numbers that are all below the bound.
+
+    Yields (place, carried, what was carried there, results).
+    """
+    with e.sums(0, count, initial, e.lanes) as (i, carried, results):
+        looked_at = e.select(e.reduce("or", x.vector(i) >= bound), e.lanes, 0)
+        with e.sums(i, i + looked_at, list(carried)) as (place, inner, found):
+            yield place, inner, found, results
         carried[:] = found
-    e.store(e.constant(0.0), y, results[0])
-    return results[0]
 
 
-def sum_from(e: Emitter, x: Value, size: Value, bound: Value, count: bool = False) -> Value:
+def sum_from(e: Emitter, x: Value, size: Any, bound: Any, count: bool = False) -> Value:
     """The sum, or the number, of those of x that are not below the bound; zeros may follow x to a whole vector."""
-    b = e.b
-    with e.sums(I64(0), size, [e.constant(0.0)], e.lanes) as (i, carried, results):
-        value = e.load(x, i)
-        part = b.select(
-            b.fcmp_ordered(">=", value, e.spread(bound)), e.constant(1.0) if count else value, e.constant(0)
-        )
-        carried[0] = b.fadd(carried[0], part)
+    with e.sums(0, size, [e.constant(0.0)], e.lanes) as (i, carried, results):
+        value = x.vector(i)
+        carried[0] += e.select(value >= bound, e.constant(1.0) if count else value, 0.0)
     return e.total(results[0])
 
 
 def _floor(e: Emitter, wanted: Value, reached: Callable[[Value], Value]) -> Value:
     """The largest number up to 1 that is still `reached`, as smaller ones are; 0 if none is wanted."""
-    b = e.b
-    steps = b.select(wanted, I64(ONE.bit_length() + 1), I64(0))
-    with e.sums(I64(0), steps, [I32(0), I32(ONE + 1)]) as (_, carried, (low, high)):
-        middle = b.lshr(b.add(low, high), I32(1))
-        enough = reached(b.bitcast(middle, F32))
-        carried[:] = [b.select(enough, middle, low), b.select(enough, high, middle)]
-    return b.bitcast(low, F32)
+    steps = e.select(wanted, ONE.bit_length() + 1, 0)
+    with e.sums(0, steps, [I32(0), I32(ONE + 1)]) as (_, carried, (low, high)):
+        middle = (low + high) >> 1
+        enough = reached(middle.bits(F32))
+        carried[:] = [e.select(enough, middle, low), e.select(enough, high, middle)]
+    return low.bits(F32)
 
 
-def verify_kernel(machine: Machine, vocab: int, candidates: int) -> ir.Module:
+def verify_kernel(machine: Machine, vocab: int, candidates: int) -> Emitter:
     """`spec.verify.verify`, each request by one thread; rows of target_probs that end a round are written over.
 
     Fields: target_probs [B, vocab], lengths [R], tokens [R, G], support and draft_probs [R, G, candidates]; draws in
@@ -118,99 +114,81 @@ def verify_kernel(machine: Machine, vocab: int, candidates: int) -> ir.Module:
     tokens [R], G; items: R.
     """
     e = Emitter("fqqqfffqqii", machine, lanes_for(math.gcd(vocab, BLOCK), machine))
-    b = e.b
     probs, lengths, tokens, support, draft_probs, accept, own, accepted, next_token, slots, _ = e.fields
-    accept, own = (b.bitcast(draws, F64.as_pointer()) for draws in (accept, own))
-    tiny = F64(2.0**-126)
-    with e.loop(e.first, e.last) as request:
-        with e.sums(I64(0), request, [request]) as (i, carried, results):
-            carried[0] = b.add(carried[0], b.load(b.gep(lengths, [i])))
-        first_row, length = results[0], b.load(b.gep(lengths, [request]))
-        first_slot, first_draw = b.mul(request, slots), b.mul(request, b.add(slots, I64(1)))
+    accept, own = (draws.bits(F64.as_pointer()) for draws in (accept, own))
+    tiny = 2.0**-126
+    with e.items() as request:
+        with e.sums(0, request, [request]) as (i, carried, (first_row,)):
+            carried[0] += lengths[i]
+        length, first_slot, first_draw = lengths[request], request * slots, request * (slots + 1)
 
-        def row_at(k: Value, first_row: Value = first_row) -> Value:
-            return b.gep(probs, [b.mul(b.add(first_row, k), I64(vocab))])
+        def row_at(k: Value) -> Value:
+            return probs + (first_row + k) * vocab
 
-        def drafted(k: Value, length: Value = length) -> Value:
+        def drafted(k: Value) -> Value:
             """How many tokens the draft distribution of slot k speaks of: none behind the last verified one."""
-            return b.select(b.icmp_unsigned("<", k, length), I64(candidates), I64(0))
+            return e.select(k < length, candidates, 0)
 
-        def entry(k: Value, i: Value, first_slot: Value = first_slot) -> tuple[Value, Value]:
+        def entry(k: Value, i: Value) -> tuple[Value, Value]:
             """One of them, and its probability."""
-            place = b.add(b.mul(b.add(first_slot, k), I64(candidates)), i)
-            return b.load(b.gep(support, [place])), b.fpext(b.load(b.gep(draft_probs, [place])), F64)
+            place = (first_slot + k) * candidates + i
+            return support[place], draft_probs[place].to(F64)
 
         # w, the longest prefix so far at which the round may end, and w there
-        with e.sums(I64(0), b.add(length, I64(1)), [F64(1.0), I64(0), F64(1.0)]) as (k, carried, results):
-            kept, row = carried[0], row_at(k)
-            with e.sums(I64(0), drafted(k), [F64(0.0)] * 3) as (i, inner, (overlap, target_prob, draft_prob)):
+        with e.sums(0, length + 1, [F64(1.0), 0, F64(1.0)]) as (k, carried, (kept, end, kept_there)):
+            row = row_at(k)
+            with e.sums(0, drafted(k), [F64(0.0)] * 3) as (i, inner, (overlap, target_prob, draft_prob)):
                 token, q = entry(k, i)
-                p = b.fpext(b.load(b.gep(row, [token])), F64)
-                both = b.fmul(kept, p)
-                is_own = b.icmp_unsigned("==", token, b.load(b.gep(tokens, [b.add(first_slot, k)])))
-                inner[0] = b.fadd(overlap, b.select(b.fcmp_ordered("<", both, q), both, q))
-                inner[1] = b.select(is_own, p, target_prob)
-                inner[2] = b.fadd(draft_prob, b.select(is_own, q, F64(0.0)))
-            mass = b.fsub(kept, overlap)
-            mass = b.select(b.fcmp_ordered(">", mass, F64(0.0)), mass, F64(0.0))
-            rest = b.fsub(b.fadd(mass, F64(1.0)), kept)
-            ending = b.select(b.fcmp_ordered("<", kept, F64(1.0)), b.fdiv(mass, rest), F64(1.0))
-            ends = b.fcmp_ordered("<", b.load(b.gep(accept, [b.add(first_draw, k)])), ending)
-            ratio = b.fdiv(target_prob, b.select(b.fcmp_ordered(">", draft_prob, tiny), draft_prob, tiny))
-            stays = b.fmul(kept, ratio)
-            carried[0] = b.select(b.fcmp_ordered("<", stays, F64(1.0)), stays, F64(1.0))
-            carried[1], carried[2] = b.select(ends, k, carried[1]), b.select(ends, kept, carried[2])
-        _, end, kept = results
-        b.store(end, b.gep(accepted, [request]))
+                p = row[token].to(F64)
+                is_own = token == tokens[first_slot + k]
+                inner[:] = [
+                    overlap + e.minimum(kept * p, q),
+                    e.select(is_own, p, target_prob),
+                    draft_prob + e.select(is_own, q, 0.0),
+                ]
+            mass = e.maximum(kept - overlap, 0.0)
+            rest = mass + 1.0 - kept
+            ending = e.select(kept < 1.0, mass / rest, 1.0)
+            ends = accept[first_draw + k] < ending
+            stays = kept * (target_prob / e.maximum(draft_prob, tiny))
+            carried[:] = [e.minimum(stays, 1.0), e.select(ends, k, end), e.select(ends, kept, kept_there)]
+        accepted[request] = end
 
         row, count = row_at(end), drafted(end)
-        with e.loop(I64(0), count) as i:
+        with e.loop(0, count) as i:
             token, q = entry(end, i)
-            excess = b.fsub(b.fpext(b.load(b.gep(row, [token])), F64), b.fdiv(q, kept))
-            excess = b.select(b.fcmp_ordered(">", excess, F64(0.0)), excess, F64(0.0))
-            b.store(b.fptrunc(excess, F32), b.gep(row, [token]))
+            row[token] = e.maximum(row[token].to(F64) - q / kept_there, 0.0).to(F32)
         total, _, _ = _cumulative_by_blocks(e, row, vocab, F64(0.0))
-        nothing = b.fcmp_ordered("==", total, F64(0.0))  # then p is q / w up to rounding
-        with e.loop(I64(0), b.select(nothing, count, I64(0))) as i:
+        nothing = total == 0.0  # then p is q / w up to rounding
+        with e.loop(0, e.select(nothing, count, 0)) as i:
             token, q = entry(end, i)
-            place = b.gep(row, [token])
-            b.store(b.fadd(b.load(place), b.fptrunc(b.fdiv(q, kept), F32)), place)
-        draw = b.load(b.gep(own, [b.add(first_draw, end)]))
-        b.store(drawn_index(e, row, vocab, draw), b.gep(next_token, [request]))
-    b.ret_void()
-    return e.module
+            row[token] = row[token] + (q / kept_there).to(F32)
+        next_token[request] = drawn_index(e, row, vocab, own[first_draw + end])
+    return e
 
 
-def _cumulative_by_blocks(e: Emitter, x: Value, count: int, bound: Value) -> tuple[Value, Value, Value]:
+def _cumulative_by_blocks(e: Emitter, x: Value, count: int, bound: Any) -> list[Value]:
     """The sum; how many blocks' cumulative sums do not exceed the bound, and the last of these sums."""
-    b, blocks = e.b, -(-count // BLOCK)
-    with e.sums(I64(0), I64(blocks), [F64(0.0), I64(0), F64(0.0)]) as (j, carried, results):
-        start = b.mul(j, I64(BLOCK))
-        end = b.add(start, I64(BLOCK))
-        end = b.select(b.icmp_unsigned("<", end, I64(count)), end, I64(count))
-        with e.sums(start, end, [e.constant(0.0)], e.lanes) as (i, inner, of_block):
-            inner[0] = b.fadd(inner[0], e.load(x, i))
-        so_far = b.fadd(carried[0], b.fpext(e.total(of_block[0]), F64))
-        passed = b.fcmp_ordered("<=", so_far, bound)
-        carried[:] = [so_far, b.add(carried[1], b.zext(passed, I64)), b.select(passed, so_far, carried[2])]
-    return results[0], results[1], results[2]
+    with e.sums(0, -(-count // BLOCK), [F64(0.0), 0, F64(0.0)]) as (j, carried, results):
+        total, passed, before = results
+        start = j * BLOCK
+        with e.sums(start, e.minimum(start + BLOCK, count), [e.constant(0.0)], e.lanes) as (i, inner, of_block):
+            inner[0] += x.vector(i)
+        so_far = total + e.total(of_block[0]).to(F64)
+        passes = so_far <= bound
+        carried[:] = [so_far, passed + passes.to(I64), e.select(passes, so_far, before)]
+    return results
 
 
 def drawn_index(e: Emitter, x: Value, count: int, draw: Value) -> Value:
     """As `sampling.categorical`: the first index, of those above 0, whose cumulative sum is above the draw's share."""
-    b = e.b
     total, _, _ = _cumulative_by_blocks(e, x, count, F64(0.0))
-    bound = b.fmul(b.fmul(draw, F64(BELOW_ONE)), total)
+    bound = draw * BELOW_ONE * total
     _, block, before = _cumulative_by_blocks(e, x, count, bound)
-    last = I64(-(-count // BLOCK) - 1)
-    start = b.mul(b.select(b.icmp_unsigned("<", block, last), block, last), I64(BLOCK))
-    end = b.add(start, I64(BLOCK))
-    end = b.select(b.icmp_unsigned("<", end, I64(count)), end, I64(count))
-    with e.sums(start, end, [before, start, I8(0)]) as (i, carried, results):
-        so_far, chosen, done = carried
-        value = b.load(b.gep(x, [i]))
-        so_far = b.fadd(so_far, b.fpext(value, F64))
-        counts = b.and_(b.icmp_unsigned("==", done, I8(0)), b.fcmp_ordered(">", value, F32(0.0)))
-        above = b.zext(b.fcmp_ordered(">", so_far, bound), I8)
-        carried[:] = [so_far, b.select(counts, i, chosen), b.or_(done, above)]
+    start = e.minimum(block, -(-count // BLOCK) - 1) * BLOCK
+    with e.sums(start, e.minimum(start + BLOCK, count), [before, start, I1(0)]) as (i, carried, results):
+        (so_far, chosen, done), value = results, x[i]
+        counts = ~done & (value > 0.0)
+        so_far = so_far + value.to(F64)
+        carried[:] = [so_far, e.select(counts, i, chosen), done | (so_far > bound)]
     return results[1]
