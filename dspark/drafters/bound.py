@@ -3,21 +3,21 @@
 Shapes: R requests, G slots, M candidates, S signals, V' draft vocabulary, C width, r head rank.
 """
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from dspark.drafters.interface import DraftRequest
 from dspark.drafters.layers import DraftModel, check_fit
 from dspark.draws import Purpose, uniforms
 from dspark.models.attention import Segment, copy_slots
-from dspark.models.cpu_ops import CompiledLinear, ReusedMemory
 from dspark.models.decoder import Decoder
 from dspark.models.layers import linear_map
 from dspark.sampling import categorical, first_maximum
@@ -26,6 +26,17 @@ from dspark.spec.draft import Draft
 LEAST = torch.finfo(torch.float32).min / 4  # a logit; differences of two are finite
 ODDS_EPS = 1e-4  # probabilities are at most 1 less this in log-odds
 NUM_CANDIDATES = 64  # tokens a slot is sampled from: the likeliest, after a sequential head's bias if there is one
+AnyModel = TypeVar("AnyModel", bound=DraftModel)
+
+
+def packed(model: AnyModel, target: Decoder) -> AnyModel:
+    """A frozen copy where the target is, with the linear maps that are its own, not of parts, made for inference."""
+    copied = copy.deepcopy(model).requires_grad_(False).to(target.device, target.compute_dtype)
+    for name, child in list(copied.named_children()):
+        if isinstance(child, nn.Linear):
+            delattr(copied, name)
+            setattr(copied, name, linear_map(child.weight, target.dtype))
+    return copied
 
 
 class Slot(NamedTuple):
@@ -72,8 +83,7 @@ class BoundDrafter(ABC):
         self.tap_layers: tuple[int, ...] = model.config.tap_layers
         self.window: int = model.config.window
         self.d2t = model.d2t.to(target.device)
-        self.head = linear_map(target.lm_head_weight[self.d2t], target.dtype)
-        self._logits = ReusedMemory()
+        self.head = linear_map(target.lm_head_weight[self.d2t], target.dtype, reuses_memory=True)
         self._storage: list[Tensor] = []
 
     has_confidence: bool
@@ -86,12 +96,7 @@ class BoundDrafter(ABC):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [N, C] -> logits of the draft vocabulary [N, V'], valid until the next call."""
-        if isinstance(self.head, CompiledLinear):
-            return self.head(hidden, self._logits)
         return self.head(hidden).float()
-
-    def place(self, weight: Tensor) -> Tensor:
-        return weight.detach().to(self.target.device, self.target.compute_dtype)
 
     @property
     def slot_bytes(self) -> int:

@@ -6,19 +6,17 @@ Shapes: S sequences, T positions, A anchors, G block size, C width, I width of w
 N committed tokens.
 """
 
-import copy
 from abc import abstractmethod
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from dspark.drafters.bound import BoundDrafter, Slot, whole_draft
+from dspark.drafters.bound import BoundDrafter, Slot, packed, whole_draft
 from dspark.drafters.interface import DraftRequest
 from dspark.drafters.layers import Config, DraftLayer, DraftModel, RMSNorm, SlotOutputs, block_tokens
 from dspark.models.attention import CachedAttention, store
 from dspark.models.decoder import Decoder, DecoderLayer, layer_shapes
-from dspark.models.layers import linear_map
 from dspark.spec.draft import Draft
 
 
@@ -71,14 +69,9 @@ class ChainDrafter(BoundDrafter):
         """Raises ValueError if the drafter was trained for a target of another shape."""
         c = model.config.decoder
         super().__init__(model, target, [(2, c.num_kv_heads, c.head_dim), (c.hidden_size,)])
-        self.decoder = c
-        weights = {name: self.place(model.layer.get_parameter(name)) for name in layer_shapes(c)}
+        self.decoder, self.model = c, packed(model, target)
+        weights = {name: self.model.layer.get_parameter(name) for name in layer_shapes(c)}
         self.layer = DecoderLayer(c, weights, target.rotary, target.dtype)
-        # The trained model's formulas, over packed maps.
-        self.model = copy.deepcopy(model).requires_grad_(False).to(target.device, target.compute_dtype)
-        for name in [name for name, child in model.named_children() if isinstance(child, nn.Linear)]:
-            delattr(self.model, name)
-            setattr(self.model, name, linear_map(self.place(model.get_parameter(f"{name}.weight")), target.dtype))
 
     @torch.inference_mode()
     def extend(self, taps: list[Tensor], tokens: Tensor, positions: Tensor, slots: Tensor) -> None:

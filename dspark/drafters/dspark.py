@@ -3,22 +3,20 @@
 Shapes: R requests, G slots, N committed or block tokens, C width, V' draft vocabulary, r head rank.
 """
 
-import copy
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dspark.drafters.bound import BoundDrafter, Slot, sampling_rows, slot_signals, whole_draft
+from dspark.drafters.bound import BoundDrafter, Slot, packed, sampling_rows, slot_signals, whole_draft
 from dspark.drafters.copying import CopyBias
 from dspark.drafters.interface import DraftRequest
 from dspark.drafters.model import DSparkModel
 from dspark.drafters.programs import BlockInputs, ContextProgram, MarkovProgram
 from dspark.models.attention import CachedAttention, compiled_cache, copy_slots, store
-from dspark.models.cpu_ops import CompiledLinear
+from dspark.models.cpu_ops import is_dense
 from dspark.models.decoder import Decoder, DecoderLayer, layer_shapes
 from dspark.models.layer_stack import LayerStack
-from dspark.models.layers import linear_map, rms_norm, rotate_
+from dspark.models.layers import linear_map, rotate_
 from dspark.spec.draft import Draft
 
 
@@ -30,51 +28,45 @@ class DSparkDrafter(BoundDrafter):
         c = model.config.decoder
         of_feature = [(c.hidden_size,)] if model.config.feature_input else []
         super().__init__(model, target, [(2, c.num_kv_heads, c.head_dim)] * len(model.layers) + of_feature)
-        self.config, place = model.config, self.place
-        weights = [
-            {name: place(layer.get_parameter(name)) for name in layer_shapes(c)}  # pyright: ignore
-            for layer in model.layers
-        ]
-        self.layers = [DecoderLayer(c, w, target.rotary, target.dtype) for w in weights]
-        self._stack = LayerStack(self.layers, place(model.norm.weight))
+        self.config, self.model = model.config, packed(model, target)
+        model, dtype = self.model, target.dtype
+        weights = [{name: layer.get_parameter(name) for name in layer_shapes(c)} for layer in model.layers]
+        self.layers = [DecoderLayer(c, w, target.rotary, dtype) for w in weights]
+        del model.layers  # whose weights are packed now
+        self._stack = LayerStack(self.layers, model.norm.weight)
         # The context is the same for every layer, so one product gives the K and V of all of them.
-        context_kv = torch.cat([w[f"self_attn.{n}_proj.weight"] for w in weights for n in ("k", "v")])
-        self.context_kv = linear_map(context_kv, target.dtype)
+        self.context_kv = linear_map(
+            torch.cat([w[f"self_attn.{n}_proj.weight"] for w in weights for n in ("k", "v")]), dtype
+        )
         self.context_bias = self.context_norm = None
         if c.qkv_bias:
             self.context_bias = torch.cat([w[f"self_attn.{n}_proj.bias"] for w in weights for n in ("k", "v")])
         if c.qk_norm:
             self.context_norm = torch.stack([w["self_attn.k_norm.weight"] for w in weights])[:, None]  # [L, 1, D]
-        self.fc = linear_map(place(model.fc.weight), target.dtype)
-        self.hidden_norm = place(model.hidden_norm.weight)
-        self.context_program = None
-        maps = self.fc, self.context_kv
-        if all(isinstance(m, CompiledLinear) and m.dense for m in maps) and not (c.qkv_bias or c.qk_norm):
-            parts = self.fc, self.hidden_norm, self.context_kv, target.rotary, c
-            self.context_program = ContextProgram(*parts)  # pyright: ignore
-        self.input_program = None
+        self.context_program = self.input_program = self.markov_program = None
+        if is_dense(model.fc) and is_dense(self.context_kv) and not (c.qkv_bias or c.qk_norm):
+            norm = model.hidden_norm.weight
+            self.context_program = ContextProgram(model.fc, norm, self.context_kv, target.rotary, c)
         if self.config.feature_input:
-            self.input_proj = linear_map(place(model.input_proj.weight), target.dtype)
-            self.feature_norm, self.token_norm = place(model.feature_norm.weight), place(model.token_norm.weight)
             mask = target.embed(torch.tensor([self.config.mask_token_id], device=target.device))
-            self.mask = rms_norm(mask, self.token_norm, c.rms_norm_eps)  # [1, C]
-            if isinstance(self.input_proj, CompiledLinear) and self.input_proj.dense:
-                weights = self.feature_norm, self.token_norm, self.mask
-                self.input_program = BlockInputs(target.embedding, weights, self.input_proj, c.rms_norm_eps)
+            self.mask = model.token_norm(mask)  # [1, C]
+            if is_dense(model.input_proj):
+                norms = model.feature_norm.weight, model.token_norm.weight, self.mask
+                self.input_program = BlockInputs(target.embedding, norms, model.input_proj, c.rms_norm_eps)
         self.has_confidence = model.confidence_head is not None
         self.confidence = torch.zeros(c.hidden_size + self.config.markov_rank + 1, device=target.device)
         if model.confidence_head is not None:
-            self.confidence = torch.cat([place(p).flatten() for p in model.confidence_head.proj.parameters()]).float()
+            self.confidence = torch.cat([p.flatten() for p in model.confidence_head.parameters()]).float()
         self.copies = None
         if model.copy_head is not None:
-            self.copies = CopyBias(model.copy_head, model.t2d.to(target.device))
-        self.markov = self.markov_program = None
+            self.copies = CopyBias(model.copy_head, model.t2d)
         if model.markov_head is not None:
-            self.markov = copy.deepcopy(model.markov_head).to(target.device, target.compute_dtype)
-            self.w2 = linear_map(place(model.w2), target.dtype)  # [R, r] -> [R, V']
-            if self.markov.kind == "vanilla" and isinstance(self.w2, CompiledLinear) and self.w2.dense:
-                parts = self.markov.markov_w1.weight.detach(), self.w2, self.d2t, self.confidence, self.copies
-                self.markov_program = MarkovProgram(self.block_size, *parts)
+            self.w2 = linear_map(model.w2, dtype)  # [R, r] -> [R, V']
+            if model.markov_head.kind == "vanilla" and is_dense(self.w2):
+                w1 = model.markov_head.markov_w1.weight
+                self.markov_program = MarkovProgram(
+                    self.block_size, w1, self.w2, self.d2t, self.confidence, self.copies
+                )
 
     @property
     def _caches(self) -> list[Tensor]:
@@ -109,11 +101,10 @@ class DSparkDrafter(BoundDrafter):
         if self.context_program is not None and compiled_cache(self._storage[0]):
             self.context_program(taps, positions, slots, self._caches, self._features)
             return
-        fused = self.fc(torch.cat(taps, -1))
+        fused = self.model.fc(torch.cat(taps, -1))
         if self._features is not None:
             self._features.index_copy_(0, slots, fused.to(self._features.dtype))
-        context = rms_norm(fused, self.hidden_norm, c.rms_norm_eps)
-        product = self.context_kv(context)
+        product = self.context_kv(self.model.hidden_norm(fused))
         if self.context_bias is not None:
             product = product + self.context_bias
         kv = product.view(len(positions), len(self.layers), 2, c.num_kv_heads, c.head_dim)
@@ -152,11 +143,10 @@ class DSparkDrafter(BoundDrafter):
             return self.target.embed(rows.flatten())
         if self.input_program is not None:
             return self.input_program(self._features, before, tokens, slots)
-        eps = self.config.decoder.rms_norm_eps
-        feature = rms_norm(self.features_before(self._features, before), self.feature_norm, eps)
-        token = rms_norm(self.target.embed(tokens), self.token_norm, eps)
+        feature = self.model.feature_norm(self.features_before(self._features, before))
+        token = self.model.token_norm(self.target.embed(tokens))
         pairs = torch.cat([feature.repeat(2, 1), torch.cat([token, self.mask.expand(r, -1)])], -1)
-        first, mask = self.input_proj(pairs).split(r)
+        first, mask = self.model.input_proj(pairs).split(r)
         return torch.stack([first, *[mask] * (slots - 1)], 1).flatten(0, 1)
 
     def decode_block(self, requests: list[DraftRequest], hidden: Tensor) -> Draft:
@@ -177,9 +167,9 @@ class DSparkDrafter(BoundDrafter):
         lengths = torch.zeros(r, g, device=hidden.device)
         # The Markov bias decides most later slots: candidates are picked after it, never before.
         for k in range(g):
-            if self.markov is not None:
-                embeddings[:, k] = self.markov.markov_w1(previous)
-                features, state = self.markov.step(embeddings[:, k], hidden[:, k], state)
+            if (markov := self.model.markov_head) is not None:
+                embeddings[:, k] = markov.markov_w1(previous)
+                features, state = markov.step(embeddings[:, k], hidden[:, k], state)
                 logits[:, k] += self.w2(features)
             if self.copies is not None and spans is not None:
                 lengths[:, k] = self.copies.add_(logits[:, k], self._history, spans, previous, k)

@@ -13,6 +13,7 @@ import functools
 import platform
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeGuard
 
 import llvmlite.binding as llvm
 import numpy as np
@@ -171,8 +172,11 @@ class CompiledLinear:
     of 32 and the CPU has AMX, rows are multiplied sixteen at a time.
     """
 
-    def __init__(self, weight: Tensor):
-        """weight [M, K] in the dtype to keep it in. Raises RuntimeError where kernels are not available."""
+    def __init__(self, weight: Tensor, reuses_memory: bool = False):
+        """weight [M, K] in the dtype to keep it in; reuses_memory: a result is overwritten by the next one.
+
+        Raises RuntimeError where kernels are not available.
+        """
         self.outputs, self.inputs = weight.shape
         machine, in_bf16 = compiler().machine, weight.dtype is torch.bfloat16
         self.rounds_inputs = in_bf16 and machine.bf16_dots and self.inputs % machine.lanes == 0
@@ -195,13 +199,13 @@ class CompiledLinear:
         else:
             tiles = tiles.transpose(1, 2)
         self.weight = _weight_memory.place(tiles)
+        self._memory = ReusedMemory() if reuses_memory else None
 
-    def __call__(self, x: Tensor, reused: ReusedMemory | None = None) -> Tensor:
-        """reused: memory for the result, whose earlier results are overwritten."""
+    def __call__(self, x: Tensor) -> Tensor:
         x = x.contiguous()
         rows = len(x)
         shape = self._computed(rows), self._padded
-        y = x.new_empty(shape) if reused is None else reused.take(*shape)
+        y = x.new_empty(shape) if self._memory is None else self._memory.take(*shape)
         scratch = x.new_empty(torch.get_num_threads() * len(y) * self.inputs // 2 if self.rounds_inputs else 0)
         self.kernel(rows * self._padded * self.inputs, *self.fields(x, y, scratch, rows))
         y = y[:rows]
@@ -216,6 +220,11 @@ class CompiledLinear:
 
     def _computed(self, rows: int) -> int:
         return rows + -rows % TILE_ROWS if self.tiled and rows > TILE_ROWS else rows
+
+
+def is_dense(linear_map: object) -> TypeGuard[CompiledLinear]:
+    """Whether programs can have it: compiled, no padding between the rows of its result."""
+    return isinstance(linear_map, CompiledLinear) and linear_map.dense
 
 
 @functools.cache

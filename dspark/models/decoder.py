@@ -4,7 +4,7 @@ It computes on flattened tokens [N, ...]; which token belongs to which request i
 `Attention` object that the caller passes, and to nothing else here.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,7 +34,7 @@ class DecoderLayer:
     def __init__(
         self,
         config: DecoderConfig,
-        weights: dict[str, Tensor],
+        weights: Mapping[str, Tensor],
         rotary: Tensor,
         dtype: torch.dtype,
         deterministic: bool = False,
@@ -120,8 +120,7 @@ class Decoder:
         self.embedding = place("model.embed_tokens.weight")  # [V, C]
         # Plain weight beside the packed one: drafters prune it, training multiplies with its transpose.
         self.lm_head_weight = self.embedding if config.tie_embeddings else place("lm_head.weight")
-        self.lm_head = linear_map(self.lm_head_weight, dtype, deterministic)
-        self._logits = cpu_ops.ReusedMemory()
+        self.lm_head = linear_map(self.lm_head_weight, dtype, deterministic, reuses_memory=True)
         self.final_norm = place("model.norm.weight")
         self.rotary = rotary_table(config.max_position_embeddings, config.head_dim, config.rope_theta, self.device)
         self.layers = []
@@ -166,8 +165,6 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [N, C] -> logits [N, V], valid until the next call."""
-        if isinstance(self.lm_head, cpu_ops.CompiledLinear):
-            return self.lm_head(hidden, self._logits)
         return self.lm_head(hidden)
 
 

@@ -45,11 +45,7 @@ class LayerStack:
 def is_compiled(layer: "DecoderLayer") -> bool:
     """Whether kernels do all that the layer does."""
     maps = (layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj)
-    return (
-        layer.qkv_bias is None
-        and layer.qk_norms is None
-        and all(isinstance(m, CompiledLinear) and m.dense for m in maps)
-    )
+    return layer.qkv_bias is None and layer.qk_norms is None and all(map(cpu_ops.is_dense, maps))
 
 
 class LayerProgram:

@@ -47,15 +47,18 @@ class PackedLinear:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
 
 
-def linear_map(weight: Tensor, dtype: torch.dtype, deterministic: bool = False) -> Callable[[Tensor], Tensor]:
+def linear_map(
+    weight: Tensor, dtype: torch.dtype, deterministic: bool = False, reuses_memory: bool = False
+) -> Callable[[Tensor], Tensor]:
     """The fastest bias-free map [N, in] -> [N, out] for weight [out, in] of a model of precision `dtype`.
 
     fp32 is the precision to compare in, so it keeps `F.linear`: the other two add in another order, which moves
-    logits of 40 by up to 1.7e-4. Deterministic: a row's result is the same to the last bit in any batch.
+    logits of 40 by up to 1.7e-4. Deterministic: a row's result is the same to the last bit in any batch. reuses_memory:
+    a result may be overwritten by the next.
     """
     on_cpu, in_fp32 = weight.device.type == "cpu", weight.dtype is torch.float32
     if deterministic or (dtype is torch.bfloat16 and on_cpu and in_fp32 and cpu_ops.available()):
-        return cpu_ops.CompiledLinear(weight.to(dtype))
+        return cpu_ops.CompiledLinear(weight.to(dtype), reuses_memory)
     if dtype is torch.bfloat16 and on_cpu:
         on_x86 = platform.machine().lower() in ("x86_64", "amd64") and torch.backends.mkldnn.is_available()
         if on_x86 and (in_fp32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):

@@ -170,8 +170,8 @@ class Untruncated(DSparkDrafter):
         draft = super().decode_block(requests, hidden)
         anchors = torch.tensor([[r.token_ids[-1]] for r in requests])
         previous = torch.cat([anchors, draft.tokens[:, :-1]], 1)  # [R, G]
-        assert self.markov is not None
-        logits = self.head(hidden.flatten(0, 1)) + self.w2(self.markov.markov_w1(previous.flatten()))
+        assert self.model.markov_head is not None
+        logits = self.head(hidden.flatten(0, 1)) + self.w2(self.model.markov_head.markov_w1(previous.flatten()))
         draft.draft_probs = logits.float().softmax(-1).view(*previous.shape, -1)
         draft.support = self.d2t.expand(draft.draft_probs.shape)
         return draft
