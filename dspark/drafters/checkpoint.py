@@ -3,7 +3,6 @@
 Folders in the format of the official implementation are read too, see `official.py`.
 """
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -63,9 +62,7 @@ def write_official(
     config = config_to_official(model.config, dtype)
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(tensors, folder / "model.safetensors", {"format": "pt"})
-    temporary = folder / "config.json.tmp"
-    temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    temporary.replace(folder / "config.json")
+    write_json(config, folder / "config.json")
 
 
 def read_config(path: Path) -> tuple[DrafterConfig, bool]:

@@ -4,53 +4,48 @@ One folder: `config.json` (a Qwen3 config with the drafter's fields beside it) a
 the target's frozen embedding and LM head included.
 """
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from dspark.config import from_dict
 from dspark.drafters.layers import DrafterConfig
 from dspark.drafters.model import DSparkConfig, DSparkModel
 from dspark.models.config import DecoderConfig
 
 ARCHITECTURE = "Qwen3DSparkModel"
 FROZEN = ("embed_tokens.weight", "lm_head.weight")
+OFFICIAL_NAMES = {  # of fields of DSparkConfig
+    "tap_layers": "target_layer_ids",
+    "block_size": "block_size",
+    "num_draft_layers": "num_hidden_layers",
+    "markov_rank": "markov_rank",
+    "mask_token_id": "mask_token_id",
+}
 
 
 def official_to_config(config: dict) -> DSparkConfig:
     """Raises ValueError for another architecture and for what our drafter does not compute."""
     if config.get("architectures") != [ARCHITECTURE]:
         raise ValueError(f"architecture {config.get('architectures')} is not supported; only {ARCHITECTURE} is")
-    rank = _field(config, "markov_rank")
+    for name in ("num_target_layers", *OFFICIAL_NAMES.values()):
+        if name not in config:
+            raise ValueError(f"config.json lacks '{name}'")
     has_confidence = config.get("enable_confidence_head", False)
-    if has_confidence and rank and not config.get("confidence_head_with_markov", False):
+    if has_confidence and config["markov_rank"] and not config.get("confidence_head_with_markov", False):
         raise ValueError("a confidence head that does not see the token before its slot is not supported")
     layer = DecoderConfig.from_hf(
         AutoConfig.for_model("qwen3", **{k: v for k, v in config.items() if k not in ("architectures", "model_type")})
     )
-    decoder = replace(layer, num_layers=_field(config, "num_target_layers"))
-    numbers = {name: _field(config, name) for name in ("block_size", "num_hidden_layers", "mask_token_id")}
-    if not all(type(value) is int for value in (*numbers.values(), rank)) or type(has_confidence) is not bool:
-        names = ", ".join(numbers)
-        raise ValueError(f"{names} and markov_rank must be whole numbers, enable_confidence_head a truth value")
-    return DSparkConfig(
-        decoder=decoder,
-        tap_layers=tuple(_field(config, "target_layer_ids")),
-        block_size=numbers["block_size"],
-        num_draft_layers=numbers["num_hidden_layers"],
-        markov_rank=rank,
-        mask_token_id=numbers["mask_token_id"],
-        draft_vocab_size=decoder.vocab_size,
-        markov_head=config.get("markov_head_type", "vanilla"),
-        confidence_head=has_confidence,
-    )
-
-
-def _field(config: dict, name: str):
-    if name not in config:
-        raise ValueError(f"config.json lacks '{name}'")
-    return config[name]
+    ours = {name: config[theirs] for name, theirs in OFFICIAL_NAMES.items()} | {
+        "decoder": asdict(replace(layer, num_layers=config["num_target_layers"])),
+        "draft_vocab_size": layer.vocab_size,
+        "markov_head": config.get("markov_head_type", "vanilla"),
+        "confidence_head": has_confidence,
+    }
+    return from_dict(DSparkConfig, ours, "the drafter")
 
 
 def drafter_tensors(tensors: dict[str, Tensor], config: DrafterConfig) -> dict[str, Tensor]:
@@ -82,28 +77,22 @@ def config_to_official(config: DSparkConfig, dtype: torch.dtype) -> dict:
         )
     if not c.qk_norm or c.qkv_bias:
         raise ValueError("the official format is for drafters of Qwen3 targets")
-    heads = {"enable_confidence_head": config.confidence_head, "markov_rank": config.markov_rank}
+    heads = {"enable_confidence_head": config.confidence_head}
     if config.markov_rank:
         heads |= {"confidence_head_with_markov": config.confidence_head, "markov_head_type": config.markov_head}
-    return heads | {
+    names = "head_dim", "hidden_size", "intermediate_size", "max_position_embeddings", "rms_norm_eps", "vocab_size"
+    return {
+        **heads,
+        **{theirs: getattr(config, ours) for ours, theirs in OFFICIAL_NAMES.items()},
+        **{name: getattr(c, name) for name in names},
         "architectures": [ARCHITECTURE],
         "attention_bias": False,
-        "block_size": config.block_size,
         "dtype": str(dtype).removeprefix("torch."),
-        "head_dim": c.head_dim,
         "hidden_act": "silu",
-        "hidden_size": c.hidden_size,
-        "intermediate_size": c.intermediate_size,
-        "mask_token_id": config.mask_token_id,
-        "max_position_embeddings": c.max_position_embeddings,
         "model_type": "qwen3",
         "num_attention_heads": c.num_heads,
-        "num_hidden_layers": config.num_draft_layers,
         "num_key_value_heads": c.num_kv_heads,
         "num_target_layers": c.num_layers,
-        "rms_norm_eps": c.rms_norm_eps,
         "rope_parameters": {"rope_theta": c.rope_theta, "rope_type": "default"},
-        "target_layer_ids": list(config.tap_layers),
         "tie_word_embeddings": c.tie_embeddings,
-        "vocab_size": c.vocab_size,
     }

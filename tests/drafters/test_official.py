@@ -200,7 +200,7 @@ def test_a_pruned_vocabulary_and_other_architectures_are_refused(tmp_path: Path)
     for changes, message in (
         ({"architectures": ["LlamaForCausalLM"]}, "only Qwen3DSparkModel"),
         ({"confidence_head_with_markov": False}, "confidence head"),
-        ({"markov_head_type": "lstm"}, "vanilla, gated or rnn"),
+        ({"markov_head_type": "lstm"}, "markov_head must be one of vanilla, gated, rnn"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | changes))
         with pytest.raises(ValueError, match=message):
