@@ -76,17 +76,19 @@ class BlockInputs:
 
     def __call__(self, features: Tensor, before: Tensor, tokens: Tensor, slots: int) -> Tensor:
         """features [slots, C]; of each anchor the slot before its own (-1: none) and its token [R] -> [R*slots, C]."""
-        program = self._programs.get(len(tokens), features.dtype is torch.bfloat16)
+        program = self._programs.get(len(tokens), slots, features.dtype is torch.bfloat16)
         x = torch.empty(len(tokens) * slots, self.proj.outputs)
-        program.run(features=features, slots=before, tokens=tokens, x=x, count=slots)
+        program.run(features=features, slots=before, tokens=tokens, x=x)
         return x
 
-    def _build(self, r: int, in_bf16: bool) -> Program:
+    def _build(self, r: int, slots: int, in_bf16: bool) -> Program:
         width, program, at = self.proj.outputs, Program(), self._programs.buffers
+        rows = torch.arange(r)[:, None].repeat(1, slots)
+        rows[:, 1:] += r
         read = "features", "slots", "tokens", self.embedding, *self.weights
         program.add(cpu_ops.kernel("draft_input", width, self.eps, in_bf16), *read, at["pairs"], r)
         program.add_linear(self.proj, at["pairs"], at["y"], self._programs.scratch, 2 * r)
-        program.add(cpu_ops.kernel("block_rows", width), at["y"], "x", "count", r)
+        program.add(cpu_ops.kernel("embed", width), rows, at["y"], "x", 1, r * slots)
         return program
 
 

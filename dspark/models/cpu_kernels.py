@@ -97,7 +97,7 @@ def store_kernel(machine: Machine, width: int, to_bf16: bool) -> Emitter:
 
 
 def embed_kernel(machine: Machine, width: int) -> Emitter:
-    """Fields: tokens (stride given) of rows, table [V, width], y [N, width], token stride; items: rows."""
+    """Rows of a table. Fields: tokens (stride given), table [V, width], y [N, width], token stride; items: tokens."""
     e = Emitter("qffii", machine, lanes_for(width, machine))
     tokens, table, y, stride, _ = e.fields
     with e.items() as row:
@@ -128,19 +128,6 @@ def draft_input_kernel(machine: Machine, width: int, eps: float, from_bf16: bool
         _normalise_row(e, embedding + tokens[row] * width, token_weight, upper + width, width, eps)
         _copy(e, upper, lower, width)
         _copy(e, mask, lower + width, width)
-    return e
-
-
-def block_rows_kernel(machine: Machine, width: int) -> Emitter:
-    """Blocks of the upper row of each, then the lower one again and again.
-
-    Fields: y [2N, width], x [N*count, width], count; items: N.
-    """
-    e = Emitter("ffii", machine, lanes_for(width, machine))
-    y, x, count, rows = e.fields
-    with e.items() as row, e.loop(0, count) as k:
-        source = e.select(k == 0, row, row + rows)
-        _copy(e, y + source * width, x + (row * count + k) * width, width)
     return e
 
 
