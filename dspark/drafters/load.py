@@ -9,6 +9,7 @@ from dspark.drafters.checkpoint import load_drafter
 from dspark.drafters.dspark import DSparkDrafter
 from dspark.drafters.interface import Drafter
 from dspark.drafters.layers import DraftModel
+from dspark.drafters.model import DSparkModel
 from dspark.drafters.ngram import NgramDrafter
 from dspark.models.decoder import Decoder
 from dspark.spec.calibration import Calibration
@@ -19,7 +20,6 @@ CHECKPOINTS = PACKAGE / "checkpoints" if (PACKAGE / "checkpoints").is_dir() else
 
 SHIPPED = {"dspark": "{}", "mtp": "{}-mtp"}  # by name: the checkpoint of a model
 CALIBRATION_FILE = "calibration.json"
-DRAFTERS = {"dspark": DSparkDrafter, "eagle3": ChainDrafter, "mtp": ChainDrafter}  # by kind of checkpoint
 
 
 def drafter_folder(name: str, model: str) -> Path | None:
@@ -52,7 +52,7 @@ def make_drafter(name: str, model: str, target: Decoder) -> Drafter | None:
 
 def bind(model: DraftModel, target: Decoder) -> BoundDrafter:
     """The drafter that serves what was trained. Raises ValueError if it does not fit the target."""
-    return DRAFTERS[model.config.kind](model, target)  # pyright: ignore
+    return DSparkDrafter(model, target) if isinstance(model, DSparkModel) else ChainDrafter(model, target)  # pyright: ignore
 
 
 def load_calibration(name: str, model: str) -> Calibration | None:

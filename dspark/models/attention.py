@@ -3,7 +3,7 @@
 Shapes: N rows of the batch, H query heads, K KV heads, G = H / K, D head width, T slots a request sees.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +14,13 @@ from dspark.models.config import DecoderConfig
 from dspark.models.cpu_chunks import AttentionShape, Chunks, attend_chunks
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """`count` consecutive rows of one request, whose last one sees `length` cache slots from `first_slot` on.
 
     Causal rows see one slot less for every row that follows; otherwise all see the same.
     """
 
-    count: int
+    count: int  # pyright: ignore
     first_slot: int
     length: int
     causal: bool = True
@@ -40,7 +39,7 @@ class CachedAttention:
         self.chunks = self.masks = None
         if compiled_cache(first):
             shape = AttentionShape(first.shape[2], group_size, first.shape[3], first.dtype is torch.bfloat16)
-            self.chunks = Chunks.of(((s.count, s.first_slot, s.length, s.causal) for s in segments), shape)
+            self.chunks = Chunks.of(segments, shape)
         else:
             self.masks = [
                 causal_mask(s.count, s.length, group_size, first.dtype, first.device) if s.causal else None

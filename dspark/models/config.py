@@ -28,15 +28,14 @@ class DecoderConfig:
     qk_norm: bool = False  # Qwen3: queries and keys are normed head by head before they are rotated
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+        sizes = "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"
+        for name in (*sizes, "max_position_embeddings"):
             if not 1 <= getattr(self, name) <= MOST:
                 raise ValueError(f"{name} must lie in 1..{MOST}, not {getattr(self, name)}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"{self.num_heads} query heads cannot share {self.num_kv_heads} KV heads evenly")
         if not 2 <= self.head_dim <= MOST or self.head_dim % 2:
             raise ValueError(f"head_dim must be even and lie in 2..{MOST}, not {self.head_dim}")
-        if not 1 <= self.max_position_embeddings <= MOST:
-            raise ValueError(f"max_position_embeddings must lie in 1..{MOST}, not {self.max_position_embeddings}")
         for name in ("rope_theta", "rms_norm_eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and above 0, not {getattr(self, name)}")

@@ -3,7 +3,7 @@
 Shapes: N rows, H query heads, KV key-value heads, D head width.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -83,9 +83,8 @@ class Chunks:
         return len(self.chunks) * self.shape.kv_heads
 
     @classmethod
-    def of(cls, segments: Iterable[tuple[int, int, int, bool]], shape: AttentionShape) -> "Chunks":
+    def of(cls, segments: Sequence[tuple[int, int, int, bool]], shape: AttentionShape) -> "Chunks":
         """segments: rows, first slot, slots the last row sees, whether causal; rows lie one segment after the other."""
-        segments = list(segments)
         most = shape.chunk_rows(len(segments))
         chunks, row = [], 0
         for count, first_slot, length, causal in segments:
