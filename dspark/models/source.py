@@ -1,12 +1,13 @@
 """Where a model's files are: every way to name a model ends in a local Hugging Face folder."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -47,12 +48,8 @@ def resolve_model(name: str) -> ModelSource:
         raise ValueError(f"there is no model '{name}': give {DEFAULT_MODEL}, a folder, a GGUF file or a hub name")
     from huggingface_hub import snapshot_download
 
-    try:
+    with errors_as(f"'{name}' is no local path and could not be fetched from the hub"):
         return ModelSource(name, Path(snapshot_download(name, allow_patterns=HUB_FILES)))
-    except Exception as error:  # the hub client has many error classes, all mean the same here
-        raise ValueError(
-            f"'{name}' is no local path and could not be fetched from the hub: {first_line(error)}"
-        ) from None
 
 
 def load_hf_config(source: ModelSource) -> "PretrainedConfig":
@@ -65,11 +62,9 @@ def load_hf_config(source: ModelSource) -> "PretrainedConfig":
     path = source.folder / "config.json"
     if not path.is_file():
         raise ValueError(f"'{source.folder}' is not a model folder: it has no config.json")
-    try:
+    with errors_as(f"'{path}' cannot be read"):
         json.loads(path.read_text(encoding="utf-8"))  # its message says where, Transformers' does not
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
-    except Exception as error:  # Transformers trusts the file's values to have the right types
-        raise ValueError(f"'{path}' cannot be read: {first_line(error)}") from None
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"'{source.folder}' holds quantised weights; give the unquantised model or a GGUF file")
     return config
@@ -81,30 +76,24 @@ def load_generation_config(source: ModelSource) -> "GenerationConfig":
 
     if not (path := source.folder / "generation_config.json").is_file():
         return GenerationConfig()
-    try:
+    with errors_as(f"'{path}' cannot be read"):
         return GenerationConfig.from_pretrained(source.folder)
-    except Exception as error:  # as for the config
-        raise ValueError(f"'{path}' cannot be read: {first_line(error)}") from None
 
 
 def load_tokenizer(source: ModelSource) -> "PreTrainedTokenizerBase":
     """The tokenizer. Raises ValueError if its files are missing or broken."""
     from transformers import AutoTokenizer
 
-    try:
+    with errors_as(f"the tokenizer in '{source.folder}' cannot be read"):
         return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises plain Exception for a broken file
-        raise ValueError(f"the tokenizer in '{source.folder}' cannot be read: {first_line(error)}") from None
 
 
 def load_state_dict(source: ModelSource) -> dict[str, Tensor]:
     """All weights by Hugging Face name, in the files' dtype. Raises ValueError for missing or damaged files."""
     tensors: dict[str, Tensor] = {}
     for file in weight_files(source.folder):
-        try:
+        with errors_as(f"'{file}' cannot be read, it is missing, damaged or cut short"):
             tensors |= load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"'{file}' cannot be read, it is missing, damaged or cut short: {error}") from None
     return tensors
 
 
@@ -129,15 +118,19 @@ def load_transformers(source: ModelSource, dtype: torch.dtype) -> "PreTrainedMod
 
     disable_progress_bar()
     config = load_hf_config(source)
-    try:
+    with errors_as(f"Transformers cannot load '{source.folder}'"):
         model = AutoModelForCausalLM.from_pretrained(
             source.folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
-    except Exception as error:  # missing, damaged and misshapen files each have their own
-        raise ValueError(f"Transformers cannot load '{source.folder}': {first_line(error)}") from None
     return model.eval()
 
 
-def first_line(error: Exception) -> str:
-    """What an error of another library says, without its advice and tracebacks."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+@contextmanager
+def errors_as(what: str) -> Iterator[None]:
+    """Raise ValueError with that and the first line of any error: other libraries have many kinds, files' values of the
+    wrong type lead to all of them, and below the first line are advice and tracebacks."""
+    try:
+        yield
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{what}: {lines[0]}") from None

@@ -14,7 +14,7 @@ from typing import TypeVar
 from typing_extensions import TypeIs
 
 from dspark.config import is_unicode
-from dspark.models.source import first_line
+from dspark.models.source import errors_as
 
 ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}  # ShareGPT's names, and OpenAI's latest
 
@@ -166,12 +166,10 @@ def dataset_rows(path: Path, subset: str | None, split: str) -> Iterator[tuple[s
         from datasets import load_dataset  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ValueError(f"cannot read the dataset '{name}': pip install datasets first") from None
-    try:
+    here = "" if path.exists() else ": there is no such file or folder here, and as a dataset of the hub"
+    with errors_as(f"cannot read the dataset '{name}'{here}"):
         for number, row in enumerate(load_dataset(name, subset, split=split, streaming=True), 1):
             yield f"'{name}' row {number}", row
-    except Exception as error:  # hub, network, Arrow and its own errors all mean the same here
-        here = "" if path.exists() else "there is no such file or folder here, and as a dataset of the hub: "
-        raise ValueError(f"cannot read the dataset '{name}': {here}{first_line(error)}") from None
 
 
 def parse_prompt(row: dict, place: str) -> Prompt:
