@@ -28,20 +28,15 @@ class AttentionShape(NamedTuple):
 
     @property
     def tiled(self) -> bool:
-        """Whether AMX tiles do it."""
+        """Whether AMX tiles do it, for which queries and the softmax's numerators are rounded to bf16."""
         has_tiles = cpu_ops.compiler().machine.bf16_tiles
         return has_tiles and self.in_bf16 and self.head_dim in (64, 128) and self.group <= TILE_ROWS
 
     @property
     def in_pairs(self) -> bool:
-        """Whether dot products of bf16 pairs do it."""
+        """Whether dot products of bf16 pairs do it, rounded as for tiles."""
         has_dots = cpu_ops.compiler().machine.bf16_dots and not self.tiled
         return has_dots and self.in_bf16 and self.head_dim % TILE_INPUTS == 0
-
-    @property
-    def rounds_inputs(self) -> bool:
-        """Whether queries and the softmax's numerators are rounded to bf16."""
-        return self.tiled or self.in_pairs
 
     @property
     def kernel(self) -> Kernel:

@@ -1,6 +1,5 @@
 """LLVM code of the linear map: one kernel for each way this CPU can multiply (see `linear_kernel`)."""
 
-from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
@@ -13,19 +12,6 @@ CACHE_LINE = 16  # words of 4 bytes
 FEW_ROWS = 5  # whose weights are fetched to the first level; with more rows fetches that wait there hold up products
 
 
-@dataclass(frozen=True)
-class Products:
-    """How a tile's sums grow: `step` inputs at a time, x and weights read as `x_type` and `weight_type` of 4 bytes."""
-
-    step: int
-    x_type: ir.Type
-    weight_type: ir.Type
-    weight_vectors: int = VECTORS  # read for a tile's outputs, each step
-
-
-KINDS = {"fp32": Products(1, F32, F32), "widened": Products(1, F32, I32, 1), "dots": Products(2, I32, I32)}
-
-
 def linear_kernel(machine: Machine, kind: str) -> Emitter:
     """y = x W^T. Fields: x [N, K], w, y [N, tiles*tile], scratch, N, K; items: tiles. By `kind`:
 
@@ -36,8 +22,7 @@ def linear_kernel(machine: Machine, kind: str) -> Emitter:
               bf16), products of pairs summed in fp32: several times the speed where rows are many
     Every output is one chain of additions over K in its order, whatever N is.
     """
-    products = KINDS[kind]
-    e = Emitter(f"f{'f' if kind == 'fp32' else 'w'}fwiii", machine, machine.lanes)
+    e = Emitter("ffffiii", machine, machine.lanes)
     b = e.b
     x, w, y, scratch, rows, inputs, tiles = e.fields
     if kind == "dots":
@@ -46,10 +31,10 @@ def linear_kernel(machine: Machine, kind: str) -> Emitter:
         x, inputs = rounded, inputs // 2
     # Accumulators of a tile, two weight vectors and a broadcast must fit the vector registers.
     max_rows = 12 if machine.registers == 32 else 6
-    functions = [_tile_function(e, n, products) for n in range(1, max_rows + 1)]
+    functions = [_tile_function(e, n, kind) for n in range(1, max_rows + 1)]
     tile_size = VECTORS * machine.lanes
     stride = tiles * tile_size
-    tile_words = inputs * (products.weight_vectors * machine.lanes)
+    tile_words = inputs * (_weight_vectors(kind) * machine.lanes)
     # Passes over a tile of about as many rows each: in a pass of few, reading and widening weights is most of the work.
     # If there is one, it fetches what it will soon read itself; several share the fetching of the next tile's weights,
     # so that memory keeps reading while all of them multiply.
@@ -98,35 +83,40 @@ def _round_to_bf16(e: Emitter, source: Value, target: Value, count: Value) -> No
         target[i // 2] = round_vector(e, source.vector(i))
 
 
-def _tile_function(e: Emitter, rows: int, products: Products) -> ir.Function:
+def _weight_vectors(kind: str) -> int:
+    """That are read for a tile's outputs in each step, which is one input or, of "dots", a pair."""
+    return 1 if kind == "widened" else VECTORS
+
+
+def _tile_function(e: Emitter, rows: int, kind: str) -> ir.Function:
     """tile_<rows>(x, w, y, inputs, stride, ahead, words): one tile of outputs for `rows` rows, all sums in registers.
 
-    `inputs` counts steps of `products`; each fetches the lines at `ahead`, which moves on by so many words.
+    `inputs` counts steps; each fetches the lines at `ahead`, which moves on by so many words.
     """
-    pointers = [products.x_type.as_pointer(), products.weight_type.as_pointer(), F32.as_pointer()]
-    function = ir.Function(e.module, ir.FunctionType(VOID, [*pointers, I64, I64, pointers[1], I64]), f"tile_{rows}")
+    pointer = F32.as_pointer()
+    types = [pointer, pointer, pointer, I64, I64, pointer, I64]
+    function = ir.Function(e.module, ir.FunctionType(VOID, types), f"tile_{rows}")
     function.linkage = "internal"
     x, w, y, inputs, stride, ahead, words = (Value(e, argument) for argument in function.args)
     locality = 3 if rows <= FEW_ROWS else 2
-    lanes, outer = e.lanes, e.b
+    lanes, vectors, outer = e.lanes, _weight_vectors(kind), e.b
     e.b = ir.IRBuilder(function.append_basic_block())
     x_rows = [x + inputs * r for r in range(rows)]
 
     with e.sums(0, inputs, [e.constant(0.0)] * (rows * VECTORS)) as (k, carried, results):
-        start = k * (products.weight_vectors * lanes)
-        weights = [w.vector(start + v * lanes) for v in range(products.weight_vectors)]
-        if products.weight_vectors < VECTORS:
-            weights = e.widen(weights[0])
-        for line in range(0, products.weight_vectors * lanes, CACHE_LINE):
+        weights = [w.vector(k * (vectors * lanes) + v * lanes) for v in range(vectors)]
+        if kind == "widened":
+            weights = e.widen(weights[0].bits(I32))
+        for line in range(0, vectors * lanes, CACHE_LINE):
             e.prefetch(ahead + (k * words + line), locality)
         for r in range(rows):
-            x_value = x_rows[r][k]
-            for v in range(VECTORS):
+            x_value = e.spread(x_rows[r][k])
+            for v, weight in enumerate(weights):
                 i = r * VECTORS + v
-                if products.step == 1:
-                    carried[i] = e.fma(x_value, weights[v], carried[i])
+                if kind == "dots":
+                    carried[i] = dot(e, carried[i], x_value, weight)
                 else:
-                    carried[i] = dot(e, carried[i], e.spread(x_value.bits(F32)), weights[v])
+                    carried[i] = e.fma(x_value, weight, carried[i])
     for i, total in enumerate(results):
         r, v = divmod(i, VECTORS)
         y[stride * r + v * lanes] = total
