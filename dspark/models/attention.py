@@ -84,7 +84,8 @@ def compiled_cache(storage: Tensor) -> bool:
 def store(kv: Tensor, storage: Tensor, slots: Tensor) -> None:
     """Write keys and values [N, 2, K, D] to the slots [N] of storage [slots, 2, K, D]."""
     if compiled_cache(storage) and kv[0].is_contiguous():
-        cpu_ops.store(kv, storage, slots)
+        scatter = cpu_ops.kernel("store", storage[0].numel(), storage.dtype is torch.bfloat16)
+        scatter(kv.numel() * 8, kv, storage, slots, kv.stride(0), len(slots))
     else:
         storage.index_copy_(0, slots, kv.to(storage.dtype))
 

@@ -10,6 +10,7 @@ Shapes: N rows, K inputs, M outputs, H query heads, KV key-value heads, D head w
 
 import ctypes
 import functools
+import math
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -152,19 +153,6 @@ class _WeightMemory:
 _weight_memory = _WeightMemory()
 
 
-class ReusedMemory:
-    """Memory in large pages, handed out again and again: to fill fresh pages costs more than most products do."""
-
-    def __init__(self):
-        self._whole = torch.empty(0)
-
-    def take(self, rows: int, width: int) -> Tensor:
-        """[rows, width] fp32, in place of what was taken before."""
-        if rows * width > len(self._whole):
-            self._whole = in_large_pages(4 * rows * width).view(torch.float32)
-        return self._whole[: rows * width].view(rows, width)
-
-
 class CompiledLinear:
     """Bias-free linear map: x [N, K] fp32 -> [N, M] fp32, weights in bf16 or fp32.
 
@@ -199,13 +187,18 @@ class CompiledLinear:
         else:
             tiles = tiles.transpose(1, 2)
         self.weight = _weight_memory.place(tiles)
-        self._memory = ReusedMemory() if reuses_memory else None
+        self.reuses_memory, self._memory = reuses_memory, torch.empty(0)
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.contiguous()
         rows = len(x)
         shape = self._computed(rows), self._padded
-        y = x.new_empty(shape) if self._memory is None else self._memory.take(*shape)
+        if self.reuses_memory:  # in large pages: to fill fresh ones costs more than most products do
+            if math.prod(shape) > len(self._memory):
+                self._memory = in_large_pages(4 * math.prod(shape)).view(torch.float32)
+            y = self._memory[: math.prod(shape)].view(shape)
+        else:
+            y = x.new_empty(shape)
         scratch = x.new_empty(torch.get_num_threads() * len(y) * self.inputs // 2 if self.rounds_inputs else 0)
         self.kernel(rows * self._padded * self.inputs, *self.fields(x, y, scratch, rows))
         y = y[:rows]
@@ -230,28 +223,6 @@ def is_dense(linear_map: object) -> TypeGuard[CompiledLinear]:
 @functools.cache
 def _tile_config(rows: int) -> Tensor:
     return torch.frombuffer(bytearray(tile_config(rows)), dtype=torch.uint8)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [N, C] contiguous -> [N, C]."""
-    rows, width = x.shape
-    y = torch.empty_like(x)
-    kernel("rms_norm", width, eps)(x.numel() * 4, x, weight, y, rows)
-    return y
-
-
-def rotate_(heads: Tensor, count: int, table: Tensor, positions: Tensor) -> None:
-    """Rotate the first `count` heads of heads [N, >= count, D] in place, positions [N] by their rows of the table."""
-    rows, _, head_dim = heads.shape
-    kernel("rotary", count, head_dim)(rows * count * head_dim * 4, heads, table, positions, heads.stride(0), rows)
-
-
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """gate_up [N, 2*M] contiguous -> silu(gate) * up [N, M]."""
-    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    y = gate_up.new_empty(rows, width)
-    kernel("silu_mul", width)(y.numel() * 16, gate_up, y, rows)
-    return y
 
 
 def first_maximum(x: Tensor) -> Tensor:
@@ -296,10 +267,3 @@ def verify(
         requests * target_probs.shape[1] * 4, target_probs, *drafted, accept, own, accepted, next_token, slots, requests
     )
     return accepted, next_token
-
-
-def store(x: Tensor, cache: Tensor, slots: Tensor) -> None:
-    """Write x [N, ...] fp32 (a row contiguous) to the slots [N] of cache [slots, ...], fp32 or bf16."""
-    width = cache[0].numel()
-    scatter = kernel("store", width, cache.dtype is torch.bfloat16)
-    scatter(x.numel() * 8, x, cache, slots, x.stride(0), len(slots))

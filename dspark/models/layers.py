@@ -73,14 +73,20 @@ def compiled(x: Tensor) -> bool:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if compiled(x) and x.dim() == 2:
-        return cpu_ops.rms_norm(x.contiguous(), weight, eps)
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        cpu_ops.kernel("rms_norm", x.shape[1], eps)(x.numel() * 4, x, weight, y, len(x))
+        return y
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """gate_up [N, 2*M] -> silu(gate) * up [N, M]."""
     if compiled(gate_up):
-        return cpu_ops.silu_mul(gate_up)
+        rows, width = len(gate_up), gate_up.shape[1] // 2
+        y = gate_up.new_empty(rows, width)
+        cpu_ops.kernel("silu_mul", width)(y.numel() * 16, gate_up, y, rows)
+        return y
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
 
@@ -105,7 +111,9 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rotate_(heads: Tensor, count: int, rotary: Tensor, positions: Tensor) -> None:
     """Rotate the first `count` heads of heads [N, >= count, D] in place, positions [N] by their rows of the table."""
     if compiled(heads):
-        cpu_ops.rotate_(heads, count, rotary, positions)
+        rows, _, head_dim = heads.shape
+        work = rows * count * head_dim * 4
+        cpu_ops.kernel("rotary", count, head_dim)(work, heads, rotary, positions, heads.stride(0), rows)
     else:
         cos, sin = rotary[positions].unsqueeze(2).unbind(1)
         heads[:, :count] = apply_rotary(heads[:, :count], cos, sin)

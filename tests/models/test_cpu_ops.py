@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from dspark.models import cpu_ops
+from dspark.models import cpu_ops, layers
+from dspark.models.attention import store
 from dspark.models.cpu_chunks import AttentionShape, Chunks, attend_chunks
 from dspark.models.cpu_ops import CompiledLinear, available
 from dspark.models.layers import apply_rotary, rotary_table
@@ -76,18 +77,19 @@ def test_every_bf16_value_survives():
 
 @settings(max_examples=25, deadline=None)
 @given(rows=st.integers(1, 70), seed=st.integers(0, 2**31), scale=st.sampled_from([1e-3, 1.0, 30.0]))
+@torch.inference_mode()
 def test_norm_activation_and_rotation_match_pytorch(rows: int, seed: int, scale: float):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, 96, generator=generator) * scale
     weight = torch.randn(96, generator=generator)
-    torch.testing.assert_close(cpu_ops.rms_norm(x, weight, 1e-5), F.rms_norm(x, (96,), weight, 1e-5))
+    torch.testing.assert_close(layers.rms_norm(x, weight, 1e-5), F.rms_norm(x, (96,), weight, 1e-5))
     gate, up = x.chunk(2, -1)
-    torch.testing.assert_close(cpu_ops.silu_mul(x), F.silu(gate) * up, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(layers.silu_mul(x), F.silu(gate) * up, atol=1e-6, rtol=1e-5)
     heads = x.view(rows, 6, 16).clone()
     table, positions = rotary_table(70, 16, 1e4, torch.device("cpu")), torch.randperm(70, generator=generator)[:rows]
     cos, sin = table[positions].unsqueeze(2).unbind(1)
     expected = torch.cat([apply_rotary(heads[:, :4], cos, sin), heads[:, 4:]], 1)
-    cpu_ops.rotate_(heads, 4, table, positions)
+    layers.rotate_(heads, 4, table, positions)
     torch.testing.assert_close(heads, expected)
 
 
@@ -107,6 +109,7 @@ def test_attention_matches_softmax_in_float64(
     heads = torch.randn(count, group * kv_heads + 3, head_dim, generator=generator)
     q = heads[:, : group * kv_heads]  # rows are strided, as in a fused product
     shape = AttentionShape(kv_heads, group, head_dim, dtype is torch.bfloat16)
+    rounds_inputs = shape.tiled or shape.in_pairs
     out = attend_chunks(q, kv, Chunks.of(segments, shape))
     row = 0
     for rows, start, length, causal in segments:
@@ -114,12 +117,12 @@ def test_attention_matches_softmax_in_float64(
             n = length - (rows - 1 - i) * causal
             keys, values = kv[start : start + n].double().repeat_interleave(group, 2).unbind(1)
             query = q[row] * head_dim**-0.5
-            if shape.rounds_inputs:
+            if rounds_inputs:
                 query = query.to(torch.bfloat16)
             weights = torch.einsum("hd,thd->ht", query.double(), keys).softmax(-1)
             expected = torch.einsum("ht,thd->hd", weights, values).flatten()
             # There each weight is rounded to bf16 too, which is off by 2**-8 of it at most.
-            rounding = torch.einsum("ht,thd->hd", weights, values.abs()).flatten() * 2**-8 * shape.rounds_inputs
+            rounding = torch.einsum("ht,thd->hd", weights, values.abs()).flatten() * 2**-8 * rounds_inputs
             assert bool(((out[row] - expected).abs() <= 5e-5 + 2e-5 * expected.abs() + rounding).all())
             alone = attend_chunks(q[row : row + 1], kv, Chunks.of([(1, start, n, True)], shape))
             assert torch.equal(alone[0], out[row])
@@ -127,12 +130,13 @@ def test_attention_matches_softmax_in_float64(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
 def test_cache_holds_the_nearest_numbers(dtype: torch.dtype):
     x = torch.cat([torch.randn(5, 2, 2, 8), torch.full((1, 2, 2, 8), torch.nan), torch.full((1, 2, 2, 8), torch.inf)])
     rows = torch.cat([torch.zeros(7, 3, 2, 8), x], 1)[:, 3:]  # strided
     cache = torch.zeros(9, 2, 2, 8, dtype=dtype)
     slots = torch.tensor([8, 0, 3, 4, 6, 2, 5])
-    cpu_ops.store(rows, cache, slots)
+    store(rows, cache, slots)
     expected = torch.zeros_like(cache).index_copy_(0, slots, x.to(dtype))
     assert torch.equal(cache.nan_to_num(7.0), expected.nan_to_num(7.0))
 
