@@ -154,12 +154,12 @@ class DSparkDrafter(BoundDrafter):
         r, g, _ = hidden.shape
         logits = self.logits(hidden.flatten(0, 1)).view(r, g, -1)  # [R, G, V'], without the head's bias
         previous = torch.tensor([q.token_ids[-1] for q in requests], device=hidden.device)
-        spans = None if self.copies is None else self.copies.spans(requests)
+        copied = None if self.copies is None else (self._history, self.copies.spans(requests))
         temperatures = hidden.new_tensor([min(q.params.temperature, 1.0) for q in requests], dtype=torch.float32)
         if self.markov_program is not None:
             greedy = all(q.params.greedy for q in requests)
             sampling = None if greedy else (sampling_rows(requests), torch.from_numpy(self.draws(requests)[:, :g]))
-            return self.markov_program(previous, logits, hidden, temperatures, self._history, spans, sampling)
+            return self.markov_program(previous, logits, hidden, temperatures, copied, sampling)
         draw = self.sampler(requests)
         slots: list[Slot] = []
         rank = self.config.markov_rank
@@ -171,8 +171,8 @@ class DSparkDrafter(BoundDrafter):
                 embeddings[:, k] = markov.markov_w1(previous)
                 features, state = markov.step(embeddings[:, k], hidden[:, k], state)
                 logits[:, k] += self.w2(features)
-            if self.copies is not None and spans is not None:
-                lengths[:, k] = self.copies.add_(logits[:, k], self._history, spans, previous, k)
+            if self.copies is not None and copied is not None:
+                lengths[:, k] = self.copies.add_(logits[:, k], *copied, previous, k)
             slots.append(draw(k, logits[:, k]))
             previous = slots[-1].token
         logprobs = logits.log_softmax(-1)

@@ -116,16 +116,15 @@ class MarkovProgram:
         logits: Tensor,
         hidden: Tensor,
         temperatures: Tensor,
-        history: Tensor | None = None,
-        spans: Tensor | None = None,
+        copied: tuple[Tensor, Tensor] | None = None,
         sampling: tuple[Tensor, Tensor] | None = None,
     ) -> Draft:
         """Slot k is the likeliest token under its logits, the bias of the slot before it and that of the copy head, or
         drawn from the NUM_CANDIDATES likeliest.
 
         Previous tokens [R], logits [R, G, V'] without bias, which are read only, and the hidden states [R, G, C] that
-        they are of; temperatures [R]; history [slots] and spans [2, R] with a copy head, see `CopyBias`; sampling:
-        `sampling_rows` and draws [R, G] in fp64.
+        they are of; temperatures [R]; copied: with a copy head history [slots] and spans [2, R], see `CopyBias`;
+        sampling: `sampling_rows` and draws [R, G] in fp64.
         """
         r, g, vocab = logits.shape
         candidates = 0 if sampling is None else min(bound.NUM_CANDIDATES, vocab)
@@ -136,8 +135,8 @@ class MarkovProgram:
         signals, lengths = torch.empty(r, g, 6), torch.full((r,), g)
         values: dict = {"logits": np.repeat(of_slots(logits), readers), "signals": signals}
         values |= {"hidden": hidden.contiguous(), "temperatures": temperatures}
-        if self.copies is not None and history is not None and spans is not None:
-            values |= {"history": history, "spans": spans}
+        if copied is not None:
+            values["history"], values["spans"] = copied
         if sampling is None:
             program.run(**values)
             return Draft.unsampled(tokens[:, 1:].clone(), lengths, signals)
@@ -155,11 +154,15 @@ class MarkovProgram:
         largest, below, lengths = at["evidence"].flatten()[: 3 * g * r].view(3, g, r)
         if self.copies is None:
             lengths = torch.zeros(g, r)  # which nothing writes
-        bias = at["bias"]
-        likeliest = cpu_ops.kernel("likeliest", vocab)
+        bias, stride = at["bias"], (g * vocab, g + 1)  # of logits, of tokens
+        embed, likeliest = cpu_ops.kernel("embed", rank), cpu_ops.kernel("likeliest", vocab)
         for k in range(g):
-            self._add_bias(program, k, tokens[:, k], features[k], lengths[k], g + 1)
-            stride = g * vocab, g + 1
+            previous = tokens[:, k]
+            program.add(embed, previous, self.w1, features[k], g + 1, r)
+            program.add_linear(self.w2, features[k], bias, self._programs.scratch, r)
+            if self.copies is not None:
+                read = "history", "spans", previous, self.copies.ids, self.copies.weights[k]
+                program.add(self.copies.kernel, *read, bias, lengths[k], k, g + 1, vocab, r)
             program.add(likeliest, "logits", bias, self.d2t, tokens[:, k + 1], largest[k], below[k], *stride, r)
             if candidates:  # another token in place of the likeliest, of which the probability and entropy stay
                 draw = cpu_ops.kernel("draw", vocab, candidates, -bound.LEAST, least_exponent(torch.float32))
@@ -169,17 +172,6 @@ class MarkovProgram:
         seen = features, largest, below, lengths
         program.add(signals, "hidden", self.confidence, *seen, "temperatures", "signals", g, r * g)
         return program, tokens
-
-    def _add_bias(
-        self, program: Program, slot: int, previous: Tensor, features: Tensor, lengths: Tensor, stride: int
-    ) -> None:
-        """From the tokens before a slot, `stride` apart, to the bias of its logits in the buffer."""
-        r, bias = len(lengths), self._programs.buffers["bias"]
-        program.add(cpu_ops.kernel("embed", self.w1.shape[1]), previous, self.w1, features, stride, r)
-        program.add_linear(self.w2, features, bias, self._programs.scratch, r)
-        if self.copies is not None:
-            read = "history", "spans", previous, self.copies.ids, self.copies.weights[slot]
-            program.add(self.copies.kernel, *read, bias, lengths, slot, stride, len(self.d2t), r)
 
 
 def of_slots(values: Tensor) -> list[int]:

@@ -107,7 +107,7 @@ def test_the_program_of_a_block_copies_too():
     logits, previous = torch.randn(len(texts), slots, len(d2t)), torch.tensor([text[-1] for text in texts])
     program, spans = MarkovProgram(slots, w1, w2, d2t, torch.zeros(8 + rank + 1), copies), copies.spans(requests)
     hidden, temperatures = torch.zeros(len(texts), slots, 8), torch.zeros(len(texts))
-    draft = program(previous, logits, hidden, temperatures, history, spans)
+    draft = program(previous, logits, hidden, temperatures, (history, spans))
     tokens, signals = draft.tokens, draft.signals
     largest, lengths = signals[..., 1], signals[..., 4]
     for row, text in enumerate(texts):
