@@ -15,7 +15,7 @@ from dspark.models.decoder import Decoder
 from dspark.spec.calibration import Calibration
 
 # In a wheel the shipped checkpoints lie inside the package, in a checkout beside it.
-PACKAGE = Path(__file__).parents[1]
+PACKAGE = Path(__file__).resolve().parents[1]
 CHECKPOINTS = PACKAGE / "checkpoints" if (PACKAGE / "checkpoints").is_dir() else PACKAGE.parent / "checkpoints"
 
 SHIPPED = {"dspark": "{}", "mtp": "{}-mtp"}  # by name: the checkpoint of a model
@@ -29,12 +29,15 @@ def drafter_folder(name: str, model: str) -> Path | None:
     """
     if name in ("none", "ngram"):
         return None
-    folder = CHECKPOINTS / SHIPPED[name].format(model) if name in SHIPPED else Path(name)
-    if not folder.is_dir():
-        if name in SHIPPED:
+    if name in SHIPPED:
+        folder = (CHECKPOINTS / SHIPPED[name].format(model)).resolve()
+        if folder.parent != CHECKPOINTS or not folder.is_dir():  # a model's path leads anywhere
             raise ValueError(
                 f"no {name} drafter is shipped for '{model}'; train one with 'dspark train' and pass its folder"
             )
+        return folder
+    folder = Path(name)
+    if not folder.is_dir():
         raise ValueError(f"'{name}' is no drafter: give none, ngram, {', '.join(SHIPPED)} or a checkpoint folder")
     return folder
 
