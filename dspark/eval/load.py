@@ -23,7 +23,7 @@ from dspark.engine.llm import encode_prompt
 from dspark.engine.policy import BY_COST, Drafting, check_policy, make_calibrator, make_policy
 from dspark.engine.profile import cost_table
 from dspark.eval.load_lane import Lane, poisson_arrivals
-from dspark.eval.load_stats import Tally, is_scheduled, largest_error, may_be_best, summarise
+from dspark.eval.load_stats import Tally, largest_error, summarise
 from dspark.eval.plots import load_plots
 from dspark.eval.report import load_table, print_report, summary_table
 from dspark.eval.setting import Setting
@@ -34,7 +34,7 @@ from dspark.spec.prefix_scheduler import FixedLength
 
 KV_GIB = 8.0  # of all lanes together, where they need so much
 MIN_STEPS = 8  # of the first slice of a pass, however long they take
-MOST_TIMES = 10  # --seconds that a policy gets at a load at most while ratios are not precise enough
+MOST_TIMES = 10  # --seconds that policies get at a load at most while ratios are not precise enough
 TRACE_SECONDS = 10.0  # of arrivals in the open loop, before it drains
 
 
@@ -129,8 +129,8 @@ class LoadBench:
     def closed_loop(self, streams: int, tallies: dict[str, Tally], on_slice: Callable[[str, float], None]) -> None:
         for lane in self.lanes.values():
             self.warm_up(lane, streams)
-        shuffle = random.Random(self.config.seed).shuffle
-        while order := self.next_pass(tallies):
+        order, shuffle = list(self.names), random.Random(self.config.seed).shuffle
+        while self.goes_on(tallies):
             shuffle(order)
             goal = None
             for name in order:
@@ -138,20 +138,11 @@ class LoadBench:
                 goal = goal or self.lanes[name].tokens
                 on_slice(f"{streams} streams, slice {len(tallies[name].slices)}, {name}", seconds)
 
-    def next_pass(self, tallies: dict[str, Tally]) -> list[str]:
-        """All policies until they had their time. Then, if ratios are to be more precise, those that the ratios are of:
-        the scheduled ones, and others that may be the best; a policy that was left out once stays out, so that slices
-        of the same pass have the same index. None when the ratios are precise, or never will be."""
-        if sum(tally.seconds for tally in tallies.values()) < self.config.seconds * len(tallies):
-            return list(self.names)
-        most_seconds = max(tally.seconds for tally in tallies.values())
-        if not self.config.precision or most_seconds >= MOST_TIMES * self.config.seconds:
-            return []
-        if largest_error(tallies) <= self.config.precision:
-            return []
-        passes = max(len(tally.slices) for tally in tallies.values())
-        still_in = [name for name in self.names if len(tallies[name].slices) == passes]
-        return [name for name in still_in if is_scheduled(name) or may_be_best(tallies, name)]
+    def goes_on(self, tallies: dict[str, Tally]) -> bool:
+        """Until the policies had their time and, if ratios are to be precise, are so or never will be."""
+        seconds = sum(tally.seconds for tally in tallies.values()) / len(tallies)
+        imprecise = 0 < self.config.precision < largest_error(tallies)
+        return seconds < self.config.seconds * (MOST_TIMES if imprecise else 1)
 
     def warm_up(self, lane: Lane, streams: int) -> None:
         """Until half of the first requests, cut to random lengths, have made room: positions are mixed by then."""
@@ -159,7 +150,7 @@ class LoadBench:
         for _ in range(streams):
             lane.submit(0.0, lane.random.randint(1, self.config.max_new_tokens))
         while lane.finished < (streams + 1) // 2 or lane.tokens < MIN_STEPS * streams:
-            lane.step(streams=streams)
+            lane.step(Tally([[0, 0.0]]), streams)
 
     def run_slice(self, lane: Lane, tally: Tally, streams: int, goal: int | None) -> float:
         """One turn of a policy, until its lane has given out `goal` tokens, None: for its time. Returns its seconds."""

@@ -50,8 +50,8 @@ class Lane:
         sequence = self.engine.add(self.prompts[self.deck.pop()], params)
         self.live[sequence.request_id] = Request(sequence, arrived)
 
-    def step(self, tally: Tally | None = None, streams: int = 0) -> float:
-        """One step of the engine, booked to the tally if there is one; returns its seconds.
+    def step(self, tally: Tally, streams: int = 0) -> float:
+        """One step of the engine, booked to the tally; returns its seconds.
 
         Then new requests make up for those that ended, so that `streams` are in flight.
         """
@@ -62,12 +62,11 @@ class Lane:
         self.clock += seconds
         counts = {new.sequence.request_id: len(new.token_ids) for new in new_tokens}
         self.tokens += sum(counts.values())
-        if tally is not None:
-            tally.add_step(sum(counts.values()), seconds, self.engine.times)
+        tally.add_step(sum(counts.values()), seconds, self.engine.times)
         for request_id, request in list(self.live.items()):
-            if tally is not None and request.started:
+            if request.started:
                 tally.add_round(request_id, counts.get(request_id, 0), seconds)
-            elif tally is not None and request_id in counts:
+            elif request_id in counts:
                 tally.first_token_seconds.append(self.clock - request.arrived)
             request.started |= request_id in counts
             if request.sequence.finish_reason is not None:

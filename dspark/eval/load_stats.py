@@ -132,19 +132,9 @@ def geometric_mean(values: list[float]) -> float:
 
 
 def best_rival(by_policy: dict[str, Tally]) -> str | None:
-    """The fastest of plain and the fixed lengths, of those that were not left out of later passes."""
-    passes = max((len(tally.slices) for tally in by_policy.values()), default=0)
-    rivals = [p for p in by_policy if not is_scheduled(p) and len(by_policy[p].slices) >= passes - 1]
+    """The fastest of plain and the fixed lengths."""
+    rivals = [p for p in by_policy if not is_scheduled(p)]
     return max(rivals, key=lambda p: by_policy[p].tokens_per_s, default=None)
-
-
-def may_be_best(by_policy: dict[str, Tally], policy: str) -> bool:
-    """Whether it is the best rival or not slower than that by more than two standard errors."""
-    best = best_rival(by_policy)
-    if best is None:
-        return False
-    ratio, error = compare(by_policy[policy], by_policy[best])
-    return error is None or ratio + 2 * error >= 1
 
 
 def largest_error(by_policy: dict[str, Tally]) -> float:

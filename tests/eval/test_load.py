@@ -12,7 +12,7 @@ from dspark.engine.sequence import Sequence
 from dspark.eval import load
 from dspark.eval.load import LoadBench, LoadConfig, make_policy
 from dspark.eval.load_lane import poisson_arrivals
-from dspark.eval.load_stats import SHARES, Tally, best_rival, jackknife, may_be_best, percentile, summarise, throughput
+from dspark.eval.load_stats import SHARES, Tally, jackknife, percentile, summarise, throughput
 from dspark.models.loader import Target
 from dspark.models.source import ModelSource
 from dspark.spec.calibration import OnlineCalibration
@@ -186,23 +186,11 @@ def test_a_load_goes_on_until_its_ratios_are_precise(target, prompts):
         plain, slow = [10] * len(greedy), [2] * len(greedy)
         return {"plain": of(*plain), "fixed-1": of(*slow), "fixed-2": of(*plain[1:], 9), "greedy": of(*greedy)}
 
-    assert bench.next_pass(tallies(0.4, 10, 10)) == list(names)  # too short
-    assert not bench.next_pass(tallies(0.6, 10, 10))
-    assert bench.next_pass(tallies(2.0, 10)) == list(names)  # no error is known yet
-    assert bench.next_pass(tallies(0.6, 10, 20)) == [
-        "plain",
-        "fixed-2",
-        "greedy",
-    ]  # not precise; one is out of the race
-    assert not bench.next_pass(tallies(6.0, 10, 20))  # will not become so
-    left_out = tallies(0.6, 10, 20, 10)
-    left_out["fixed-2"].slices.pop()
-    assert bench.next_pass(left_out) == ["plain", "greedy"]  # it does not come back
-
-
-def test_a_rival_that_was_left_out_is_not_the_best_because_the_machine_slowed_down_since():
-    by_policy = {"plain": Tally([[20, 1.0]] * 2 + [[10, 1.0]] * 4), "fixed-1": Tally([[18, 1.0]] * 2)}
-    assert best_rival(by_policy) == "plain" and not may_be_best(by_policy, "fixed-1")
+    assert bench.goes_on(tallies(0.4, 10, 10))  # too short
+    assert not bench.goes_on(tallies(0.6, 10, 10))
+    assert bench.goes_on(tallies(2.0, 10))  # no error is known yet
+    assert bench.goes_on(tallies(0.6, 10, 20))  # not precise
+    assert not bench.goes_on(tallies(6.0, 10, 20))  # will not become so
 
 
 def test_percentiles():
