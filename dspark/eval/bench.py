@@ -4,9 +4,10 @@ tokens/s is generated tokens over the wall time of their batches, prefill includ
 """
 
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 
 import torch
@@ -47,40 +48,21 @@ class BenchConfig(Setting):
             raise ValueError(f"--systems takes {', '.join(SYSTEMS)}; not '{', '.join(unknown)}'")
 
 
-@dataclass
-class Batch:
-    """What one batch took on one system; from `rounds` on only our engine knows."""
-
-    domain: str | None  # of its prompts; None if there are several: time belongs to none of them then
-    tokens: int
-    seconds: float
-    rounds: int = 0  # decoding rounds, summed over requests
-    committed: int = 0  # tokens that these rounds committed
-    steps: int = 0
-    step_ms: float = 0.0
-    draft_ms: float = 0.0
+Taken = dict[str, float]  # what one batch took on one system, see `run_batch` and `EngineSystem.run`
 
 
-def figures(batches: list[Batch]) -> dict:
-    """The measured columns of a result row; None where there is nothing to divide by."""
+def figures(batches: list[Taken]) -> dict:
+    """Measured columns of a result row; None where there is nothing to divide by."""
 
-    def ratio(a: str, b: str, digits: int = 3, domain: str | None = None) -> float | None:
-        counted = [x for x in batches if domain in (None, x.domain)]
-        above, below = (sum(getattr(x, name) for x in counted) for name in (a, b))
+    def ratio(a: str, b: str, digits: int) -> float | None:
+        above, below = (sum(batch.get(name, 0) for batch in batches) for name in (a, b))
         return round(above / below, digits) if below else None
 
     return {
         "tokens_per_s": ratio("tokens", "seconds", 2),
-        "accepted_length": ratio("committed", "rounds"),
+        "accepted_length": ratio("committed", "rounds", 3),
         "ms_per_round": ratio("step_ms", "steps", 2),
         "draft_share": ratio("draft_ms", "step_ms", 4),
-        "by_domain": {
-            domain: {
-                "tokens_per_s": ratio("tokens", "seconds", 2, domain=domain),
-                "accepted_length": ratio("committed", "rounds", domain=domain),
-            }
-            for domain in sorted({x.domain for x in batches if x.domain is not None})
-        },
     }
 
 
@@ -91,20 +73,20 @@ class EngineSystem:
         self.policy = parts.policy
         self.engine = parts.engine(target, EngineConfig(max_streams=max_streams, seed=0))
 
-    def run(self, prompts: list[list[int]], params: SamplingParams) -> tuple[list[list[int]], dict]:
-        """Answers, and what `Batch` keeps of the rounds they took."""
+    def run(self, prompts: list[list[int]], params: SamplingParams) -> tuple[list[list[int]], Taken]:
+        """Answers, their rounds, what those committed, and where the time of steps went."""
         times = self.engine.times = StepTimes()
         sequences = [self.engine.add(ids, params) for ids in prompts]
         while self.engine.has_work:
             self.engine.step()
-        rounds = {
+        taken = {
             "rounds": sum(s.rounds for s in sequences),
             "committed": sum(s.rounds + s.accepted_tokens for s in sequences),
             "steps": times.rounds,
             "step_ms": 1e3 * times.total,
             "draft_ms": 1e3 * times.draft,
         }
-        return [s.output_ids for s in sequences], rounds
+        return [s.output_ids for s in sequences], taken
 
 
 class TransformersSystem:
@@ -124,7 +106,7 @@ class TransformersSystem:
         self.eos_ids = sorted(target.eos_ids)
 
     @torch.inference_mode()
-    def run(self, prompts: list[list[int]], params: SamplingParams) -> tuple[list[list[int]], dict]:
+    def run(self, prompts: list[list[int]], params: SamplingParams) -> tuple[list[list[int]], Taken]:
         """Answers; nothing is known of rounds."""
         pad, longest = next(iter(self.eos_ids), 0), max(map(len, prompts))
         ids = torch.tensor([[pad] * (longest - len(x)) + x for x in prompts], device=self.model.device)
@@ -184,7 +166,8 @@ def run_bench(config: BenchConfig, target: Target, on_batch: Callable[[str], Non
     names = list(systems)
     for streams, temperature in product(config.streams, config.temperatures):
         params = SamplingParams(temperature=temperature, max_new_tokens=config.max_new_tokens)
-        batches: dict[str, list[Batch]] = {name: [] for name in names}
+        # By domain of the prompts; "" if there are several: time belongs to none of them then.
+        batches: dict[str, dict[str, list[Taken]]] = {name: defaultdict(list) for name in names}
         answers: dict[str, list[list[int]]] = {name: [] for name in names}
         starts = range(0, len(prompts), streams)
         for number, start in enumerate(starts):
@@ -192,26 +175,23 @@ def run_bench(config: BenchConfig, target: Target, on_batch: Callable[[str], Non
             first = number % len(names)  # another one each time: none always runs on a machine another one has heated
             for name in names[first:] + names[:first]:
                 on_batch(f"{streams} streams, temperature {temperature:g}: batch {number + 1}/{len(starts)} {name}")
-                domains = {p.domain for p in prompts[part]}
-                outputs, batch = run_batch(systems[name], result.prompts[part], params, domains)
+                outputs, taken = run_batch(systems[name], result.prompts[part], params)
                 answers[name] += outputs
-                batches[name].append(batch)
+                domains = {p.domain for p in prompts[part]}
+                batches[name][domains.pop() if len(domains) == 1 else ""].append(taken)
         for name, system in systems.items():
             load = {"system": name, "policy": system.policy, "temperature": temperature, "streams": streams}
-            result.rows.append(load | figures(batches[name]))
+            by_domain = {domain: figures(of_it) for domain, of_it in sorted(batches[name].items()) if domain}
+            result.rows.append(load | figures(list(chain(*batches[name].values()))) | {"by_domain": by_domain})
             result.answers[name, temperature, streams] = answers[name]
     return result
 
 
-def run_batch(
-    system: System, prompts: list[list[int]], params: SamplingParams, domains: set[str]
-) -> tuple[list[list[int]], Batch]:
+def run_batch(system: System, prompts: list[list[int]], params: SamplingParams) -> tuple[list[list[int]], Taken]:
     """Answers of one batch on one system, and what it took."""
     started = time.perf_counter()
-    outputs, rounds = system.run(prompts, params)
-    seconds = time.perf_counter() - started
-    domain = min(domains) if len(domains) == 1 else None
-    return outputs, Batch(domain, sum(map(len, outputs)), seconds, **rounds)
+    outputs, taken = system.run(prompts, params)
+    return outputs, taken | {"tokens": sum(map(len, outputs)), "seconds": time.perf_counter() - started}
 
 
 def compare(result: BenchResult, target: Target, streams: int) -> tuple[str, list[Difference]]:
@@ -227,12 +207,12 @@ def check_identity(config: BenchConfig, target: Target, result: BenchResult) -> 
     streams = max(config.streams)
     shares, differences = {}, []
     for dtype in ("fp32", "bf16"):
-        only = replace(config, dtype=dtype, streams=(streams,), temperatures=(0.0,), systems=("plain", "dspark"))
+        model, measured, profile = target, result, config.profile
         if dtype != config.dtype:
-            only = replace(only, profile=None)  # it belongs to one number format
-        model, measured = (target, result) if dtype == config.dtype else (only.load_target(), None)
-        if measured is None or not {("plain", 0.0, streams), ("dspark", 0.0, streams)} <= measured.answers.keys():
-            measured = run_bench(only, model)
+            model, profile = replace(config, dtype=dtype).load_target(), None  # it belongs to one number format
+        if model is not target or not {("plain", 0.0, streams), ("dspark", 0.0, streams)} <= result.answers.keys():
+            only = {"streams": (streams,), "temperatures": (0.0,), "systems": ("plain", "dspark")}
+            measured = run_bench(replace(config, dtype=dtype, profile=profile, **only), model)
         shares[dtype], found = compare(measured, model, streams)
         differences += [{"dtype": dtype, **asdict(d)} for d in found]
     return shares, differences
