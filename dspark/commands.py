@@ -197,6 +197,7 @@ def run_train(args: argparse.Namespace) -> int:
     files, weights = zip(*map(parse_weighted, args.data))
     shares = tuple(weight or 1.0 for weight in weights) if any(weights) else ()
     run = configure(TrainRun, args, data=files, weights=shares, train=configure(TrainConfig, args))
+    interrupt_on_signals()
     return 0 if train(run) else 130
 
 

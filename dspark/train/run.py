@@ -4,10 +4,12 @@ In several processes: `torchrun --nproc-per-node 2 -m dspark.cli train ...`; fil
 """
 
 import signal
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Literal
 
 from rich.console import Console
@@ -77,21 +79,15 @@ class TrainRun:
             raise ValueError(f"a drafter that --initial continues from keeps its shape: leave out {', '.join(given)}")
 
 
-class StopSignals:
-    """Ctrl-C and SIGTERM end a run that has not begun at once, and one that has after the step."""
-
-    def __init__(self) -> None:
-        self.begun = self.received = False
-        # Set even where they are ignored: shells start background jobs with SIGINT ignored.
-        self.previous = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def receive(self, *_: object) -> None:
-        if not self.begun:
-            raise KeyboardInterrupt
-        self.received = True
-
-    def restore(self) -> None:
-        for number, handler in self.previous.items():
+@contextmanager
+def stop_signals() -> Iterator[Event]:
+    """Set by Ctrl-C and SIGTERM, which end a run after its step; even where a shell started it with them ignored."""
+    received = Event()
+    previous = {s: signal.signal(s, lambda *_: received.set()) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
@@ -104,17 +100,12 @@ def train(run: TrainRun) -> bool:
         raise ValueError(f"'{run.out}' is no folder: --out is one to make, or that of a run to continue")
     if (run.out / "config.json").exists() and last_state(run.out) is None:
         raise ValueError(f"'{run.out}' holds a finished drafter, not a run to resume; choose another --out")
-    signals = StopSignals()
-    try:
-        with parallel.processes(run.device) as device:
-            alone = only_writer(run.out, "dspark train") if parallel.rank() == 0 else nullcontext()
-            with alone:
-                return run_to_end(replace(run, device=device), signals)
-    finally:
-        signals.restore()
+    with parallel.processes(run.device) as device:
+        with only_writer(run.out, "dspark train") if parallel.rank() == 0 else nullcontext():
+            return run_to_end(replace(run, device=device))
 
 
-def run_to_end(run: TrainRun, signals: StopSignals) -> bool:
+def run_to_end(run: TrainRun) -> bool:
     """Load, resume if there is something to, train, and show on stderr how it goes; see `train`."""
     target = load_target(run.model, run.dtype, run.device)
     trainer = make_trainer(run, target)
@@ -125,7 +116,7 @@ def run_to_end(run: TrainRun, signals: StopSignals) -> bool:
     scalars = Scalars(run.tensorboard, trainer.progress.step) if run.tensorboard and parallel.rank() == 0 else None
     loss, length = None, 1.0
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console) as progress, stop_signals() as stopped:
         task = progress.add_task("training", total=1.0)
 
         def on_step(result: StepResult) -> None:
@@ -152,8 +143,7 @@ def run_to_end(run: TrainRun, signals: StopSignals) -> bool:
             if scalars is not None:
                 scalars.evaluation(entry)
 
-        signals.begun = True
-        finished = trainer.run(run.out, on_step, lambda: signals.received, on_evaluation)
+        finished = trainer.run(run.out, on_step, stopped.is_set, on_evaluation)
     if not finished:
         console.print(f"interrupted; the same command continues from '{run.out}'")
     return finished
