@@ -37,7 +37,8 @@ def make_example(
 ) -> Example:
     """All before the last answer, that answer, and where the answers before it are."""
     length = len(prompt_ids)
-    return Example.of([*prompt_ids, *answer_ids], [*earlier, (length, length + len(answer_ids))], domain)
+    spans = [*earlier, (length, length + len(answer_ids))]
+    return Example.of([*prompt_ids, *answer_ids], spans, spans[0][0], domain)
 
 
 # ---- models

@@ -57,21 +57,12 @@ class Example:
     packed: bytes
     answer_spans: tuple[tuple[int, int], ...]
     opening_length: int
-    domain: str = "other"
+    domain: str
 
     @classmethod
-    def of(
-        cls,
-        token_ids: Iterable[int],
-        answer_spans: Iterable[Iterable[int]],
-        domain: str = "other",
-        opening_length: int | None = None,
-    ) -> "Example":
-        """opening_length: None for all tokens before the first of the answers."""
-        spans = tuple((start, end) for start, end in answer_spans)
-        return cls(
-            array("i", token_ids).tobytes(), spans, spans[0][0] if opening_length is None else opening_length, domain
-        )
+    def of(cls, token_ids: list[int], spans: Iterable[Iterable[int]], opening_length: int, domain: str) -> "Example":
+        answer_spans = tuple((start, end) for start, end in spans)
+        return cls(array("i", token_ids).tobytes(), answer_spans, opening_length, domain)
 
     def __len__(self) -> int:
         return len(self.packed) // array("i").itemsize
@@ -83,7 +74,7 @@ class Example:
     @property
     def opening(self) -> tuple[int, ...]:
         """What makes examples those of one prompt."""
-        return tuple(self.token_ids[: self.opening_length])
+        return tuple(memoryview(self.packed).cast("i")[: self.opening_length])
 
     @property
     def answer_tokens(self) -> list[int]:
@@ -95,9 +86,18 @@ class Example:
 Item = TypeVar("Item", Prompt, Example)
 
 
-def read_jsonl(path: Path, num_bytes: int | None = None) -> Iterator[tuple[str, dict]]:
-    """(place, object) of each non-empty line, of the first `num_bytes`. Raises ValueError naming file and line."""
-    for number, line in enumerate(read_lines(path, num_bytes), 1):
+def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
+    """(place, object) of each non-empty line, read as they are needed. Raises ValueError naming file and line."""
+    try:
+        with path.open("rb") as file:  # text would also end lines at other characters, such as those inside a string
+            yield from parse_lines(file, path)
+    except OSError as error:
+        raise ValueError(f"cannot read '{path}': {error}") from None
+
+
+def parse_lines(lines: Iterable[bytes], path: Path) -> Iterator[tuple[str, dict]]:
+    """See `read_jsonl`."""
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         place = f"'{path}' line {number}"
@@ -108,20 +108,6 @@ def read_jsonl(path: Path, num_bytes: int | None = None) -> Iterator[tuple[str, 
         if not isinstance(row, dict):
             raise ValueError(f"{place} is not a JSON object")
         yield place, row
-
-
-def read_lines(path: Path, num_bytes: int | None) -> Iterator[bytes]:
-    """Of a file that may be larger than memory. Raises ValueError if it cannot be read."""
-    left = sys.maxsize if num_bytes is None else num_bytes
-    try:
-        with path.open("rb") as file:  # text would also end lines at other characters, such as those inside a string
-            for line in file:
-                if left <= 0:
-                    return
-                yield line[:left]
-                left -= len(line)
-    except OSError as error:
-        raise ValueError(f"cannot read '{path}': {error}") from None
 
 
 def read_prompts(path: Path, limit: int | None = None, subset: str | None = None, split: str = "train") -> list[Prompt]:
@@ -231,8 +217,7 @@ def read_examples(path: Path, vocab_size: int, max_length: int) -> list[Example]
         opening = spans[0][0]
         spans = [(start, min(end, max_length)) for start, end in spans if min(end, max_length) - start >= 2]
         if spans:
-            domain = str(row.get("domain") or "other")
-            examples.append(Example.of(token_ids[: spans[-1][1]], spans, domain, opening))
+            examples.append(Example.of(token_ids[: spans[-1][1]], spans, opening, str(row.get("domain") or "other")))
     if not examples:
         raise ValueError(f"'{path}' holds no example with an answer of two tokens or more")
     return examples
@@ -250,18 +235,15 @@ def split_by_prompt(files: list[list[Example]], count: int) -> tuple[list[Exampl
 
     A prompt is on one side with all its answers, and one that was trained on stays there when data is added.
     """
-    openings = [[e.opening for e in examples] for examples in files]
-    sizes = Counter(opening for of_file in openings for opening in of_file)
-    chosen: set[tuple[int, ...]] = set()
-    held = 0
+    sizes = Counter(e.opening for examples in files for e in examples)
+    chosen, held = set(), 0
     for prompt in sorted(sizes, key=lambda prompt: hashlib.sha256(str(prompt).encode()).digest()):
         if held >= count:
             break
         chosen.add(prompt)
         held += sizes[prompt]
-    pairs = [list(zip(examples, of_file)) for examples, of_file in zip(files, openings)]
-    heldout = [e for of_file in pairs for e, opening in of_file if opening in chosen]
-    return heldout, [[e for e, opening in of_file if opening not in chosen] for of_file in pairs]
+    heldout = [e for examples in files for e in examples if e.opening in chosen]
+    return heldout, [[e for e in examples if e.opening not in chosen] for examples in files]
 
 
 def balanced(items: Iterable[Item]) -> list[Item]:

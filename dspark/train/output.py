@@ -1,5 +1,6 @@
 """JSON lines that a run writes one by one: never two writers, and after a kill every line is whole or not there."""
 
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from dspark.train.data import Prompt, read_jsonl
+from dspark.train.data import Prompt, parse_lines
 
 
 @contextmanager
@@ -35,8 +36,7 @@ def written_rows(path: Path) -> Iterator[tuple[str, dict]]:
         size = len(raw)  # the last line lacks nothing but its end
     if not raw.startswith(b"{", size):
         size = len(raw)
-    if raw:
-        yield from read_jsonl(path, size)
+    yield from parse_lines(io.BytesIO(raw[:size]), path)
     if size < len(raw):
         os.truncate(path, size)
     elif raw and not raw.endswith(b"\n"):
