@@ -191,13 +191,8 @@ def add_training(command: Command) -> None:
         help="JSON lines from 'dspark data'; weights are the files' shares of an epoch (default: every answer once)",
     )
     sub.add_argument("--out", type=Path, required=True, help="checkpoint folder to make; a run found there is resumed")
-    sub.option(
-        "--initial",
-        None,
-        "a trained drafter to start from; --block-size may differ, --draft-vocab-size be larger",
-        type=Path,
-        metavar="FOLDER",
-    )
+    text = "a trained drafter to start from; --block-size may differ"
+    sub.option("--initial", None, text, type=Path, metavar="FOLDER")
     sub.option("--minutes", 60.0, "training time, the schedule follows it")
     sub.option("--epochs", None, "passes over the data, instead of minutes; repeatable to the bit", type=float)
     sub.option("--sequences-per-step", 1, "examples of one update")

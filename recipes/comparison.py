@@ -22,7 +22,7 @@ from dspark.drafters.checkpoint import load_drafter, save_drafter
 from dspark.drafters.model import DSparkModel
 from dspark.train.config import TrainConfig
 from dspark.train.run import TrainRun, train
-from dspark.train.setup import COPY_LENGTH, W2, DrafterRecipe
+from dspark.train.setup import COPY_LENGTH, DrafterRecipe
 
 DSPARK = DrafterRecipe(
     tap_layers=(7, 17, 29, 27), source_layers=(28, 29), mask_token_id=0, block_size=4, markov_rank=96
@@ -54,7 +54,8 @@ def headless_start(head: str) -> Path:
     model = DSparkModel(replace(shipped.config, **shape))
     own = model.state_dict()
     kept = {name: weight for name, weight in shipped.state_dict().items() if name in own}
-    for name in kept.keys() & {"confidence_head.proj.weight", "confidence_head.proj.bias", W2}:
+    fresh = {"confidence_head.proj.weight", "confidence_head.proj.bias", "markov_head.markov_w2.weight"}
+    for name in kept.keys() & fresh:
         kept[name] = torch.zeros_like(kept[name])
     model.load_state_dict({**own, **kept})
     save_drafter(model, folder)

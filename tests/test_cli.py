@@ -149,6 +149,7 @@ def test_generate_with_stop_strings_bias_and_several_answers(capsys):
         (["profile", "--out", "/dev"], "is no file that could be written"),
         (["train", "--data", "a", "--out", "b", "--initial", "c", "--drafter", "mtp"], "leave out --drafter"),
         (["train", "--data", "a", "--out", "b", "--initial", "c", "--window", "4"], "leave out --window"),
+        (["train", "--data", "a", "--out", "b", "--initial", "c", "--draft-vocab-size", "9"], "leave out --draft-v"),
         *(
             (["train", "--data", "a", "--out", "b", option, value], option[2:].replace("-", "_").removesuffix("_gib"))
             for option in ("--learning-rate", "--minutes", "--epochs", "--cache-gib", "--feature-cache-gib")

@@ -28,14 +28,7 @@ from dspark.train.data import Example, mix, read_examples, split_by_prompt
 from dspark.train.evaluate import decoded_acceptance
 from dspark.train.output import only_writer
 from dspark.train.scalars import Scalars
-from dspark.train.setup import (
-    DrafterRecipe,
-    default_recipe,
-    mask_token,
-    new_drafter,
-    with_block_size,
-    with_draft_vocabulary,
-)
+from dspark.train.setup import DrafterRecipe, default_recipe, mask_token, new_drafter, with_block_size
 from dspark.train.trainer import StepResult, Trainer
 
 SMOOTHING = 0.05  # weight of the newest step in the figures beside the progress bar
@@ -45,9 +38,9 @@ SMOOTHING = 0.05  # weight of the newest step in the figures beside the progress
 class TrainRun:
     """All that a training run depends on.
 
-    `initial` continues from a trained drafter and keeps its shape, but for a `block_size` that is given and a
-    `draft_vocab_size` that its draft vocabulary grows to; otherwise `drafter` is the shape: a recipe, or a name in
-    `setup.DRAFTERS` of which the fields up to `official` make one (see `default_recipe`).
+    `initial` continues from a trained drafter and keeps its shape, but for a `block_size` that is given; otherwise
+    `drafter` is the shape: a recipe, or a name in `setup.DRAFTERS` of which the fields up to `official` make one (see
+    `default_recipe`).
     """
 
     data: tuple[Path, ...]
@@ -72,9 +65,8 @@ class TrainRun:
     def __post_init__(self) -> None:
         if self.max_length < 2:
             raise ValueError(f"examples of {self.max_length} tokens train nothing; give a larger --max-length")
-        shape = {"drafter": self.drafter, "draft-layers": self.draft_layers, "markov-head": self.markov_head}
-        shape |= {"window": self.window, "official": self.official}
-        given = [f"--{name}" for name, value in shape.items() if value]
+        shape = ("drafter", "draft_vocab_size", "draft_layers", "markov_head", "window", "official")
+        given = [f"--{name.replace('_', '-')}" for name in shape if getattr(self, name)]
         if self.initial is not None and given:
             raise ValueError(f"a drafter that --initial continues from keeps its shape: leave out {', '.join(given)}")
 
@@ -161,8 +153,6 @@ def make_trainer(run: TrainRun, target: Target) -> Trainer:
         check_fit(model.config, decoder.config)
         if run.block_size is not None:
             model = with_block_size(model, run.block_size)
-        if run.draft_vocab_size is not None:
-            model = with_draft_vocabulary(model, run.draft_vocab_size, examples, decoder.lm_head_weight)
     else:
         recipe = run.drafter or "dspark"
         if isinstance(recipe, str):

@@ -1,7 +1,6 @@
 """From a recipe and a target to an untrained drafter: shape, draft vocabulary, initial weights."""
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -17,7 +16,6 @@ from dspark.train.features import FeatureSource
 
 BLOCK_SIZES = {"dspark": 6, "mtp": 1}  # with a copy head, later slots are accepted as often as the first
 COPY_LENGTH = 4  # longer matches are rare, and hardly surer
-W2 = "markov_head.markov_w2.weight"  # of DSpark: all that has a row for each token of the draft vocabulary
 DRAFTERS = ("dspark", "dflash", "dflash-zlab", "eagle3", "mtp")  # what can be trained
 
 
@@ -155,31 +153,8 @@ def with_block_size(model: DraftModel, block_size: int) -> DraftModel:
     return resized
 
 
-def with_draft_vocabulary(model: DraftModel, size: int, examples: list[Example], lm_head: Tensor) -> DraftModel:
-    """The drafter with the tokens that occur most in the answers added to those it can draft, until they are `size`.
-
-    lm_head [V, C] of the target. A ridge regression on it of the old rows of W2 gives the new ones. Until it is trained
-    the drafter takes tokens that it never learned to tell from others for likely ones, so it accepts less than before.
-    Raises ValueError for fewer tokens than there are.
-    """
-    if size < len(model.d2t):
-        raise ValueError(
-            f"a draft vocabulary can grow, not shrink: it has {len(model.d2t)} tokens, {size} were asked for"
-        )
-    grown = type(model)(replace(model.config, draft_vocab_size=size))
-    d2t = draft_vocabulary(examples, size, model.config.decoder.vocab_size, model.d2t.tolist())
-    weights = model.state_dict()
-    if (w2 := weights.get(W2)) is not None:
-        head = lm_head.float().cpu()
-        old = head[model.d2t]
-        weights[W2] = head[d2t] @ torch.linalg.solve(old.T @ old + torch.eye(old.shape[1]), old.T @ w2)
-        weights[W2][torch.searchsorted(d2t, model.d2t)] = w2
-    grown.load_state_dict({**weights, "d2t": d2t})
-    return grown
-
-
-def draft_vocabulary(examples: list[Example], size: int, vocab_size: int, kept: Sequence[int] = ()) -> Tensor:
-    """Sorted token ids [size]: what is to be kept, what occurs most in the answers, low ids (frequent in BPE order)."""
+def draft_vocabulary(examples: list[Example], size: int, vocab_size: int) -> Tensor:
+    """Sorted token ids [size]: what occurs most in the answers, then low ids (frequent in BPE order)."""
     counts = Counter(token for e in examples for token in e.answer_tokens)
-    ids = dict.fromkeys([*kept, *(token for token, _ in counts.most_common()), *range(vocab_size)])
+    ids = dict.fromkeys([*(token for token, _ in counts.most_common()), *range(vocab_size)])
     return torch.tensor(sorted(list(ids)[:size]))

@@ -11,7 +11,6 @@ from dspark.models.loader import Target
 from dspark.train.output import only_writer
 from dspark.train.run import TrainRun, make_trainer, read_all, train
 from dspark.train.setup import default_recipe
-from dspark.train.trainer import Trainer
 from tests.tiny import tiny_config, tiny_model, tiny_state_dict, tiny_target
 
 
@@ -48,30 +47,6 @@ def test_a_trained_drafter_gets_longer_blocks(tmp_path: Path, data: Path):
         assert all(torch.equal(t, before[name]) for name, t in weights.items())
         assert all(torch.equal(row, old[min(slot, len(old) - 1)]) for slot, row in enumerate(bias))
         assert trainer.step([0, 1]).slots > 0
-
-
-def test_a_trained_drafter_gets_more_tokens_to_draft(tmp_path: Path, data: Path):
-    decoder = tiny_target()
-    trained = tiny_model(decoder.config, seed=4, draft_vocab_size=20)
-    trained.d2t.copy_(torch.arange(3, 63, 3))  # 4, 5, 7, 11 and 13, which answers hold, are not in it
-    save_drafter(trained, tmp_path / "trained")
-
-    def trainer(size: int) -> Trainer:
-        run = TrainRun((data,), tmp_path / "out", initial=tmp_path / "trained", draft_vocab_size=size, heldout=3)
-        return make_trainer(run, Target(None, decoder, None, frozenset()))  # pyright: ignore
-
-    grown = trainer(26)
-    weights, before = grown.model.state_dict(), load_drafter(tmp_path / "trained").state_dict()
-    d2t, old = weights.pop("d2t").tolist(), before.pop("d2t").tolist()
-    w2, old_w2 = (w.pop("markov_head.markov_w2.weight") for w in (weights, before))
-    assert (
-        d2t == sorted(d2t) and {*old, 4, 7, 11, 13} < {*d2t} and grown.model.config.draft_vocab_size == len(d2t) == 26
-    )
-    assert all(torch.equal(w2[d2t.index(token)], row) for token, row in zip(old, old_w2))
-    assert bool(w2.isfinite().all()) and all(torch.equal(t, before[name]) for name, t in weights.items())
-    assert grown.step([0, 1]).slots > 0
-    with pytest.raises(ValueError, match="can grow, not shrink: it has 20 tokens, 19 were asked for"):
-        trainer(19)
 
 
 def test_makes_the_drafter_that_is_named(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch):
