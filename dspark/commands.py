@@ -258,7 +258,7 @@ def run_profile(args: argparse.Namespace) -> None:
     from dspark.config import check_output, write_json
     from dspark.drafters.load import make_drafter
     from dspark.engine.profile import ProfileConfig, measure_costs, profile_path
-    from dspark.eval.report import cost_tables
+    from dspark.eval.report import cost_tables, print_report
     from dspark.models.loader import load_target
 
     config = configure(ProfileConfig, args)
@@ -270,11 +270,7 @@ def run_profile(args: argparse.Namespace) -> None:
         table = measure_costs(target, drafter, config, lambda text: status.update(f"measuring, {text}"))
     out = args.out or profile_path(target, args.drafter)
     write_json(table, out)
-    if not args.json:
-        for part in cost_tables(table):
-            Console().print(part)
-        print(f"written to '{out}'")
-    print(json.dumps({**asdict(table), "out": str(out)}))
+    print_report({**asdict(table), "out": str(out)}, not args.json, *cost_tables(table), f"written to '{out}'")
 
 
 def run_export(args: argparse.Namespace) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 
 def _axes(columns: int, width: float, height: float, **options: Any) -> list[Any]:
     """The axes of a new figure, side by side, each of this width in inches."""
@@ -39,10 +41,6 @@ def _legend_beside(axis: Any) -> None:
     axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
 
 
-def _numbers(values: Sequence[float | None]) -> list[float]:
-    return [float("nan") if value is None else value for value in values]
-
-
 # ---- the load bench
 
 
@@ -59,8 +57,8 @@ def _curves(axis: Any, rows: Sequence[dict], load: str, x: str, y: str) -> None:
     """A curve a policy, a point a load (`streams` or `rate`); error bars where rows have them."""
     for policy in dict.fromkeys(row["policy"] for row in rows):
         points = sorted((row for row in rows if row["policy"] == policy), key=lambda row: row[load])
-        xs, ys = (_numbers([row[key] for row in points]) for key in (x, y))
-        errors = _numbers([row[f"{y}_se"] for row in points]) if f"{y}_se" in points[0] else None
+        xs, ys = (np.array([row[key] for row in points], float) for key in (x, y))  # of None NaN, a gap
+        errors = np.array([row[f"{y}_se"] for row in points], float) if f"{y}_se" in points[0] else None
         axis.errorbar(xs, ys, errors, label=policy, capsize=2, **_style(policy))
 
 
@@ -127,7 +125,7 @@ def conditional_acceptance(rows: Sequence[dict], path: Path) -> Path:
         names = {name: name for name in names}
     for row in rows:
         label = f"{names[row['drafter']]}, temperature {row['temperature']:g}"
-        slots, values = range(1, 1 + len(row["conditional"])), _numbers(row["conditional"])
+        slots, values = range(1, 1 + len(row["conditional"])), np.array(row["conditional"], float)
         colour = f"C{list(names).index(row['drafter']) % 10}"
         axis.plot(slots, values, styles[row["temperature"]], color=colour, marker="o", label=label)
     axis.set(xlabel="slot of the block", ylabel="accepted, given that all slots before were", ylim=(0, 1.02))

@@ -1,7 +1,7 @@
 """How far confidence can be trusted: rounds collected from live decoding, temperatures fitted, before and after."""
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -79,7 +79,7 @@ class CalibrateConfig(Setting):
         }
 
 
-def run(config: CalibrateConfig) -> tuple[Calibration, dict]:
+def run(config: CalibrateConfig) -> dict:
     """Decode, fit, write the side file -> what it holds, and reliability before and after.
 
     Raises ValueError for a drafter without a checkpoint and for too few prompts.
@@ -111,10 +111,8 @@ def run(config: CalibrateConfig) -> tuple[Calibration, dict]:
     calibration, before, after = calibrate(rounds["fitting"], rounds["measuring"], dataset)
     out = config.out or folder / CALIBRATION_FILE
     write_json(calibration, out)
-    return calibration, {
-        "temperatures": calibration.temperatures,
-        "shifts": calibration.shifts,
-        "weights": calibration.weights,
+    return {
+        **asdict(calibration),
         "rounds": {name: len(r.accepted) for name, r in rounds.items()},
         "before": before,
         "after": after,
@@ -129,8 +127,7 @@ def run(config: CalibrateConfig) -> tuple[Calibration, dict]:
 
 def run_and_report(config: CalibrateConfig, show_table: bool) -> None:
     """The whole command: calibrate, print reliability before and after and the JSON line, draw the diagram."""
-    calibration, report = run(config)
-    tables = reliability_table(calibration, report["before"], report["after"]), sampling_table(report)
-    print_report(report, show_table, *tables)
+    report = run(config)
+    print_report(report, show_table, reliability_table(report), sampling_table(report))
     if config.plot is not None:
         reliability_diagram(report["before"], report["after"], config.plot)

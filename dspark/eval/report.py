@@ -1,11 +1,9 @@
 """Results for humans, as tables of rows, and for programs, as one line of JSON."""
 
 import json
-import math
 import sys
 from collections.abc import Iterable, Sequence
 from statistics import mean
-from typing import Any
 
 from rich.box import HEAVY_HEAD, Box
 from rich.console import Console
@@ -13,7 +11,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from dspark.machine import provenance
-from dspark.spec.calibration import Calibration
 from dspark.spec.cost_table import CostTable
 
 
@@ -28,16 +25,9 @@ def print_report(result: dict, show: bool, *parts: Table | str) -> None:
             print(part)  # as it is: a path must not be wrapped
         else:
             console.print(part)
-    print(json.dumps(finite(provenance() | result), allow_nan=False))
-
-
-def finite(value: Any) -> Any:
-    """NaN, such as the ROC-AUC of rounds that all ended alike, and infinity are no JSON: null stands for them."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    # NaN, such as the ROC-AUC of rounds that all ended alike, and infinity are no JSON: null stands for them.
+    strict = json.loads(json.dumps(provenance() | result), parse_constant=lambda _: None)
+    print(json.dumps(strict))
 
 
 def make_table(title: str | None, columns: Sequence[str], rows: Iterable[dict], style: Box = HEAVY_HEAD) -> Table:
@@ -109,13 +99,17 @@ def summary_table(summary: dict) -> Table:
     return make_table("throughput as a multiple of the best of plain and every fixed length", columns, rows)
 
 
-def reliability_table(calibration: Calibration, before: dict, after: dict) -> Table:
-    """One line a position: how well survival is predicted, on prompts not used for fitting."""
+def reliability_table(report: dict) -> Table:
+    """One line a position: how well survival is predicted, on prompts not used for fitting.
+
+    report: of `dspark.eval.reliability.run`.
+    """
+    before, after = report["before"], report["after"]
     columns = [
         *("position:d", "survival:.3f", "temperature:.2f", "shift:.2f", "ECE:.2%", "ECE_after:.2%"),
         *("ROC-AUC:.3f", "ROC-AUC_after:.3f", "Brier:.4f", "Brier_after:.4f"),
     ]
-    by_column = {"survival": before["survival"], "temperature": calibration.temperatures, "shift": calibration.shifts}
+    by_column = {"survival": before["survival"], "temperature": report["temperatures"], "shift": report["shifts"]}
     for heading, name in (("ECE", "ece"), ("ROC-AUC", "roc_auc"), ("Brier", "brier")):
         by_column |= {heading: before[name], f"{heading}_after": after[name]}
     rows = [{"position": k, **dict(zip(by_column, values))} for k, values in enumerate(zip(*by_column.values()))]
