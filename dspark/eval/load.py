@@ -18,7 +18,7 @@ from rich.progress import Progress
 
 from dspark.drafters.interface import Drafter
 from dspark.drafters.load import make_drafter
-from dspark.engine.engine import Engine, EngineConfig
+from dspark.engine.engine import EngineConfig
 from dspark.engine.llm import encode_prompt
 from dspark.engine.policy import BY_COST, Drafting, check_policy, make_calibrator, make_policy
 from dspark.engine.profile import cost_table
@@ -106,10 +106,18 @@ class LoadBench:
         self.config, self.names = config, names
         prompts = [encode_prompt(target.tokenizer, p.opening) for p in config.load_prompts()]
         params = SamplingParams(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
+        longest = max(map(len, prompts)) + config.max_new_tokens
+        # No memory of prompts: they come again and again, which users' would not.
+        limits = EngineConfig(max(config.streams), longest, KV_GIB / len(names), reuse_prefixes=False, seed=0)
         # They live through all loads, as in a server: what they learn of the drafter does not depend on the load.
         self.lanes: dict[str, Lane] = {}
         for name in names:
-            engine = make_engine(target, drafting(name), prompts, config, KV_GIB / len(names))
+            engine = drafting(name).engine(target, limits)
+            if longest > engine.longest_request:
+                raise ValueError(
+                    f"the longest prompt and its answer take {longest} tokens, which does not fit the limit of "
+                    f"{engine.longest_request}"
+                )
             self.lanes[name] = Lane(engine, prompts, params)
         self.tallies: dict[tuple[str, float], dict[str, Tally]] = {}
 
@@ -199,24 +207,6 @@ def default_policies(block_size: int) -> tuple[str, ...]:
     if not block_size:
         return ("plain",)
     return ("plain", *(f"fixed-{n}" for n in range(1, block_size + 1)), "threshold", *BY_COST)
-
-
-def make_engine(
-    target: Target, drafting: Drafting, prompts: list[list[int]], config: LoadConfig, kv_gib: float
-) -> Engine:
-    """Room for the longest request, and no memory of prompts: they come again and again, which users' would not.
-
-    Raises ValueError if the model has no such room.
-    """
-    longest = max(map(len, prompts)) + config.max_new_tokens
-    limits = EngineConfig(max(config.streams), longest, kv_gib, reuse_prefixes=False, seed=0)
-    engine = drafting.engine(target, limits)
-    if longest > engine.longest_request:
-        raise ValueError(
-            f"the longest prompt has {longest - config.max_new_tokens} tokens; with {config.max_new_tokens} new ones "
-            f"it does not fit the limit of {engine.longest_request}"
-        )
-    return engine
 
 
 def run_and_report(config: LoadConfig, show_table: bool) -> bool:

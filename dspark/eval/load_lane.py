@@ -13,15 +13,6 @@ from dspark.sampling import SamplingParams
 
 
 @dataclass
-class Request:
-    """A request in flight; times are the lane's own clock."""
-
-    sequence: Sequence
-    arrived: float
-    started: bool = False  # has its first token
-
-
-@dataclass
 class Lane:
     """An engine, the shuffled prompts it is fed with, and a clock that runs only while it works."""
 
@@ -31,13 +22,15 @@ class Lane:
     clock: float = 0.0
     finished: int = 0
     tokens: int = 0  # given out since the restart
-    live: dict[int, Request] = field(default_factory=dict)  # by request id
+    live: dict[int, Sequence] = field(default_factory=dict)  # by request id
+    waiting: dict[int, float] = field(default_factory=dict)  # those without a first token: when they arrived
 
     def restart(self, seed: int) -> None:
         """Forget all requests; the same seed brings the same prompts again."""
-        for request in self.live.values():
-            self.engine.cancel(request.sequence)
+        for sequence in self.live.values():
+            self.engine.cancel(sequence)
         self.live.clear()
+        self.waiting.clear()
         self.random, self.deck = random.Random(seed), []
         self.clock, self.finished, self.tokens = 0.0, 0, 0
 
@@ -48,7 +41,7 @@ class Lane:
             self.random.shuffle(self.deck)
         params = replace(self.params, max_new_tokens=max_new_tokens or self.params.max_new_tokens)
         sequence = self.engine.add(self.prompts[self.deck.pop()], params)
-        self.live[sequence.request_id] = Request(sequence, arrived)
+        self.live[sequence.request_id], self.waiting[sequence.request_id] = sequence, arrived
 
     def step(self, tally: Tally, streams: int = 0) -> float:
         """One step of the engine, booked to the tally; returns its seconds.
@@ -63,13 +56,12 @@ class Lane:
         counts = {new.sequence.request_id: len(new.token_ids) for new in new_tokens}
         self.tokens += sum(counts.values())
         tally.add_step(sum(counts.values()), seconds, self.engine.times)
-        for request_id, request in list(self.live.items()):
-            if request.started:
+        for request_id, sequence in list(self.live.items()):
+            if request_id not in self.waiting:
                 tally.add_round(request_id, counts.get(request_id, 0), seconds)
             elif request_id in counts:
-                tally.first_token_seconds.append(self.clock - request.arrived)
-            request.started |= request_id in counts
-            if request.sequence.finish_reason is not None:
+                tally.first_token_seconds.append(self.clock - self.waiting.pop(request_id))
+            if sequence.finish_reason is not None:
                 del self.live[request_id]
                 self.finished += 1
         while len(self.live) < streams:

@@ -8,6 +8,7 @@ left after drift and easy prompts have cancelled.
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from statistics import geometric_mean
 
 import numpy as np
 
@@ -127,10 +128,6 @@ def compare(ours: Tally, other: Tally) -> tuple[float, float | None]:
     return ratio(pairs), jackknife(ratio, pairs)
 
 
-def geometric_mean(values: list[float]) -> float:
-    return math.prod(values) ** (1 / len(values))
-
-
 def best_rival(by_policy: dict[str, Tally]) -> str | None:
     """The fastest of plain and the fixed lengths."""
     rivals = [p for p in by_policy if not is_scheduled(p)]
@@ -160,23 +157,18 @@ def summarise(tallies: dict[int, dict[str, Tally]]) -> dict:
     being the best of several noisy figures, that one is a little flattered.
     """
     measured = {s: by_policy for s, by_policy in tallies.items() if all(t.tokens_per_s for t in by_policy.values())}
-    policies, single = list(next(iter(measured.values()), {})), best_single_fixed(measured)
-    if all(map(is_scheduled, policies)):
-        return {"best_single_fixed": None, "scheduled": {}}
-
-    def level(policy: str, streams: int) -> dict:
-        by_policy = measured[streams]
-        best = best_rival(by_policy)
-        assert best is not None
-        ratio, error = compare(by_policy[policy], by_policy[best])
-        result = {"streams": streams, "best": best, "ratio": rounded(ratio), "ratio_se": rounded(error)}
-        if "plain" in by_policy:
-            result["ratio_to_plain"] = rounded(compare(by_policy[policy], by_policy["plain"])[0])
-        return result
-
+    rivals = {streams: best for streams, by_policy in measured.items() if (best := best_rival(by_policy))}
+    policies, single = next(iter(measured.values()), {}), best_single_fixed(measured)
     scheduled = {}
-    for policy in filter(is_scheduled, policies):
-        levels = [level(policy, streams) for streams in measured]
+    for policy in filter(is_scheduled, policies if rivals else ()):
+        levels = []
+        for streams, best in rivals.items():
+            by_policy = measured[streams]
+            ratio, error = compare(by_policy[policy], by_policy[best])
+            level = {"streams": streams, "best": best, "ratio": rounded(ratio), "ratio_se": rounded(error)}
+            if "plain" in by_policy:
+                level["ratio_to_plain"] = rounded(compare(by_policy[policy], by_policy["plain"])[0])
+            levels.append(level)
         to_single = [compare(t[policy], t[single])[0] for t in measured.values()] if single is not None else []
         scheduled[policy] = {
             "levels": levels,
