@@ -36,11 +36,6 @@ def _save(axis: Any, path: Path) -> Path:
     return path
 
 
-def _legend_beside(axis: Any) -> None:
-    """To the right of the axis, where many policies hide no curve."""
-    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
-
-
 # ---- the load bench
 
 
@@ -53,59 +48,50 @@ def _style(policy: str) -> dict:
     return {"linewidth": 2, "marker": "o"}
 
 
-def _curves(axis: Any, rows: Sequence[dict], load: str, x: str, y: str) -> None:
-    """A curve a policy, a point a load (`streams` or `rate`); error bars where rows have them."""
-    for policy in dict.fromkeys(row["policy"] for row in rows):
-        points = sorted((row for row in rows if row["policy"] == policy), key=lambda row: row[load])
-        xs, ys = (np.array([row[key] for row in points], float) for key in (x, y))  # of None NaN, a gap
-        errors = np.array([row[f"{y}_se"] for row in points], float) if f"{y}_se" in points[0] else None
-        axis.errorbar(xs, ys, errors, label=policy, capsize=2, **_style(policy))
+LABELS = {
+    "streams": "concurrent requests",
+    "rate": "requests a second (Poisson)",
+    "tokens_per_s": "tokens/s of all users",
+    "stream_tokens_per_s_p50": "tokens/s of a user (median)",
+    "verify_length": "draft tokens verified a request and round",
+    "first_token_s_p95": "seconds to the first token (p95)",
+}
+Panels = list[tuple[str, str]]  # x and y
+FIGURES: dict[str, tuple[str, Panels]] = {  # by file: which load has a point each
+    # The paper's figure 7, what all users get against what each gets: up and right is better.
+    "throughput_user_speed.png": ("streams", [("stream_tokens_per_s_p50", "tokens_per_s")]),
+    # Its figure 8.
+    "throughput_load.png": ("streams", [("streams", "tokens_per_s"), ("streams", "verify_length")]),
+    "latency_rate.png": ("rate", [("rate", "stream_tokens_per_s_p50"), ("rate", "first_token_s_p95")]),
+}
 
 
-def throughput_against_user_speed(rows: Sequence[dict], path: Path) -> Path:
-    """Figure 7: what all users get against what each gets; a curve a policy, a point a concurrency."""
-    (axis,) = _axes(1, 7, 5)
-    _curves(axis, rows, "streams", "stream_tokens_per_s_p50", "tokens_per_s")
-    axis.set(xlabel="tokens/s of a user (median)", ylabel="tokens/s of all users", title="up and right is better")
-    _legend_beside(axis)
-    return _save(axis, path)
-
-
-def throughput_against_load(rows: Sequence[dict], path: Path) -> Path:
-    """Figure 8: throughput and mean verify length (the verify budget of a request) against concurrency."""
-    speed, budget = _axes(2, 6, 4.5)
-    levels = sorted({row["streams"] for row in rows})
-    for axis, y in ((speed, "tokens_per_s"), (budget, "verify_length")):
-        _curves(axis, rows, "streams", "streams", y)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(levels, [str(n) for n in levels])
-        axis.set_xlabel("concurrent requests")
-    speed.set_ylabel("tokens/s of all users")
-    budget.set_ylabel("draft tokens verified a request and round")
-    _legend_beside(budget)
-    return _save(speed, path)
-
-
-def latency_against_rate(rows: Sequence[dict], path: Path) -> Path:
-    """Open loop: a user's speed and the wait for the first token against the rate of arrivals."""
-    speed, wait = _axes(2, 6, 4.5)
-    _curves(speed, rows, "rate", "rate", "stream_tokens_per_s_p50")
-    _curves(wait, rows, "rate", "rate", "first_token_s_p95")
-    speed.set(xlabel="requests a second (Poisson)", ylabel="tokens/s of a user (median)")
-    wait.set(xlabel="requests a second (Poisson)", ylabel="seconds to the first token (p95)", yscale="log")
-    _legend_beside(wait)
-    return _save(speed, path)
+def _figure(rows: Sequence[dict], load: str, panels: Panels, path: Path) -> Path:
+    """A curve a policy, a point a load; error bars where rows have them."""
+    axes = _axes(len(panels), 6, 4.5)
+    levels = sorted({row[load] for row in rows})
+    for axis, (x, y) in zip(axes, panels):
+        for policy in dict.fromkeys(row["policy"] for row in rows):
+            points = sorted((row for row in rows if row["policy"] == policy), key=lambda row: row[load])
+            xs, ys = (np.array([row[key] for row in points], float) for key in (x, y))  # of None NaN, a gap
+            errors = np.array([row[f"{y}_se"] for row in points], float) if f"{y}_se" in points[0] else None
+            axis.errorbar(xs, ys, errors, label=policy, capsize=2, **_style(policy))
+        axis.set(xlabel=LABELS[x], ylabel=LABELS[y])
+        if x == "streams":
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(levels, [str(n) for n in levels])
+        if y == "first_token_s_p95":
+            axis.set_yscale("log")
+    axes[-1].legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))  # beside, where many policies hide no curve
+    return _save(axes[0], path)
 
 
 def load_plots(rows: Sequence[dict], folder: Path) -> list[Path]:
     """All figures that these rows allow, as PNG files in the folder; returns their paths."""
-    closed, opened = ([row for row in rows if row.get(load) is not None] for load in ("streams", "rate"))
     paths = []
-    if closed:
-        paths.append(throughput_against_user_speed(closed, folder / "throughput_user_speed.png"))
-        paths.append(throughput_against_load(closed, folder / "throughput_load.png"))
-    if opened:
-        paths.append(latency_against_rate(opened, folder / "latency_rate.png"))
+    for name, (load, panels) in FIGURES.items():
+        if of_load := [row for row in rows if row.get(load) is not None]:
+            paths.append(_figure(of_load, load, panels, folder / name))
     return paths
 
 
