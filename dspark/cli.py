@@ -290,7 +290,8 @@ def add_load_options(sub: Options) -> None:
         help="plain, fixed-1, fixed-2, ..., threshold, threshold-0.7, greedy, stale, foresight "
         "(default: plain, every fixed length and the rest)",
     )
-    sub.option("--arrivals", "closed", "closed: always so many requests; poisson; both")
+    text = "closed: always so many requests; poisson: at random"
+    sub.option("--arrivals", "closed", text, choices=("closed", "poisson", "both"))
     sub.option("--streams", "1,2,4,8,16,32,64", "requests in flight; the largest bounds poisson too")
     sub.option("--rates", "0.5,1,2,4", "requests a second for poisson")
     sub.option("--seconds", 20.0, "of a policy at each load, on average")

@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.progress import Progress
@@ -44,7 +45,7 @@ class LoadConfig(Setting):
 
     drafter: str = "dspark"
     policies: tuple[str, ...] = ()
-    arrivals: str = "closed"  # closed, poisson or both
+    arrivals: Literal["closed", "poisson", "both"] = "closed"
     streams: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     rates: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)  # requests a second, for Poisson arrivals
     seconds: float = 20.0  # of a policy at each load, on average
@@ -61,10 +62,6 @@ class LoadConfig(Setting):
         for policy in self.policies:
             if policy != "plain":
                 check_policy(policy)
-        if len(set(self.policies)) < len(self.policies):
-            raise ValueError("--policies names a policy twice")
-        if self.arrivals not in ("closed", "poisson", "both"):
-            raise ValueError(f"--arrivals is closed, poisson or both, not '{self.arrivals}'")
         if not self.rates or not all(value > 0 for value in (*self.rates, self.seconds, self.slice_seconds)):
             raise ValueError("--rates, --seconds and --slice must be above 0")
 
@@ -86,7 +83,7 @@ class LoadBench:
     def __init__(self, config: LoadConfig, target: Target, drafter: Drafter | None):
         """Raises ValueError for policies that the drafter cannot serve and prompts that do not fit."""
         block_size = drafter.block_size if drafter is not None else 0
-        names = config.policies or default_policies(block_size)
+        names = tuple(dict.fromkeys(config.policies)) or default_policies(block_size)
         self.costs: CostTable | None = None
 
         def get_costs() -> CostTable:

@@ -225,10 +225,8 @@ def test_a_prompt_that_cannot_fit_is_refused(target, tmp_path):
     [
         (["--policies", "plain,clever"], "clever"),
         (["--policies", "fixed-0"], "fixed-0"),
-        (["--policies", "plain,plain"], "twice"),
         (["--streams", "1,x"], "--streams"),
         (["--streams", "0"], "--streams"),
-        (["--arrivals", "never"], "--arrivals"),
         (["--rates", "0"], "--rates"),
         (["--seconds", "0"], "--seconds"),
         (["--seconds", "nan"], "--seconds"),
