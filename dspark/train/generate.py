@@ -7,7 +7,7 @@ stopped continues where it was: what the file holds is not asked for again.
 
 import asyncio
 from functools import cache
-from itertools import islice
+from itertools import count, islice
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -139,6 +139,7 @@ def write_prompts(llm: LLM, config: DataConfig, progress: Progress) -> list[Prom
 async def answer_by_servers(work: Work, urls: tuple[str, ...]) -> None:
     """Answer everything with the servers at these addresses. Raises ValueError when none is left."""
     config, conversations = work.config, iter(work)
+    refusals = count()
 
     @cache  # each sentence once
     def note(text: str) -> None:
@@ -161,7 +162,8 @@ async def answer_by_servers(work: Work, urls: tuple[str, ...]) -> None:
                 while await answer(conversation):
                     pass
             except RefusedError as error:
-                note(f"servers refuse some requests, first {conversation.prompt.place}: {error}")
+                if next(refusals) == 0:
+                    note(f"servers refuse some requests, first {conversation.prompt.place}: {error}")
                 work.refused(conversation)
 
     pool = ServerPool(urls, config.model, config.streams, config.timeout, note)

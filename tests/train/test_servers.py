@@ -146,6 +146,13 @@ def test_a_refused_request_is_left_out_and_named(run: Run, capsys: pytest.Captur
     assert "prompts.jsonl' line 5: HTTP 400" in capsys.readouterr().err
 
 
+def test_of_refused_requests_the_first_alone_is_named(run: Run, capsys: pytest.CaptureFixture):
+    """Every one had a line on stderr, each said to be the first."""
+    with FakeServer(lambda _, body: (400, {}) if body["messages"][-1]["content"] in ("q4", "q7", "q8") else "ok") as f:
+        assert run(f)["refused"] == 3
+    assert capsys.readouterr().err.count("servers refuse some requests, first") == 1
+
+
 def test_what_cannot_work_ends_the_run(run: Run):
     with FakeServer(lambda number, _: (401, {})) as fake, pytest.raises(ValueError, match="cannot be used, HTTP 401"):
         run(fake)
