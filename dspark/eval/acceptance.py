@@ -13,7 +13,6 @@ from rich.progress import Progress
 
 from dspark.drafters.interface import Drafter
 from dspark.drafters.load import make_drafter
-from dspark.engine.llm import encode_prompt
 from dspark.engine.rounds import MACRO_AVERAGE, acceptance_by_domain
 from dspark.eval.plots import conditional_acceptance
 from dspark.eval.report import acceptance_table, print_report
@@ -52,8 +51,8 @@ def measure(config: EvalConfig) -> list[dict]:
             raise ValueError("'none' drafts nothing; give dspark, mtp, ngram or a checkpoint folder")
         drafters[name] = drafter
     by_domain: dict[str, list[list[int]]] = {}
-    for prompt in prompts:
-        by_domain.setdefault(prompt.domain, []).append(encode_prompt(target.tokenizer, prompt.opening))
+    for prompt, ids in zip(prompts, config.encode_prompts(target)):
+        by_domain.setdefault(prompt.domain, []).append(ids)
     rows = []
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("answers", total=len(prompts) * len(config.temperatures) * len(drafters))

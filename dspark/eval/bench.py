@@ -15,7 +15,6 @@ from rich.console import Console
 from transformers import GenerationConfig
 
 from dspark.engine.engine import EngineConfig
-from dspark.engine.llm import encode_prompt
 from dspark.engine.policy import Drafting, drafting
 from dspark.engine.times import StepTimes
 from dspark.eval.identity import Difference, first_difference
@@ -155,13 +154,7 @@ class BenchResult:
 def run_bench(config: BenchConfig, target: Target, on_batch: Callable[[str], None] = lambda _: None) -> BenchResult:
     """Time all systems; on_batch(text) before each batch. Raises ValueError for prompts that do not fit."""
     prompts = config.load_prompts()
-    result = BenchResult([], {}, [encode_prompt(target.tokenizer, p.opening) for p in prompts])
-    longest, context = max(map(len, result.prompts)), target.decoder.config.max_position_embeddings
-    if longest + config.max_new_tokens > context:
-        raise ValueError(
-            f"the longest prompt has {longest} tokens; with {config.max_new_tokens} new ones it does not fit the "
-            f"model's context of {context}"
-        )
+    result = BenchResult([], {}, config.encode_prompts(target))
     systems = {name: make_system(name, config, target) for name in config.systems}
     names = list(systems)
     for streams, temperature in product(config.streams, config.temperatures):

@@ -22,9 +22,8 @@ def first_difference(target: Decoder, prompt: list[int], a: list[int], b: list[i
     """None if the answers a and b are equal; the logits come from one whole forward over the common prefix."""
     if a == b:
         return None
-    position = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-    if position == min(len(a), len(b)):
-        raise AssertionError(f"one answer ends at {position} where the other, equal so far, goes on")
+    position = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None)
+    assert position is not None, "one answer ends where the other, equal so far, goes on"
     tokens = torch.tensor(prompt + a[:position], device=target.device)
     attention = packed_attention([len(tokens)], target.config, target.kv_dtype, target.device)
     output = target.forward(tokens, torch.arange(len(tokens), device=target.device), attention)

@@ -20,7 +20,6 @@ from rich.progress import Progress
 from dspark.drafters.interface import Drafter
 from dspark.drafters.load import make_drafter
 from dspark.engine.engine import EngineConfig
-from dspark.engine.llm import encode_prompt
 from dspark.engine.policy import BY_COST, Drafting, check_policy, make_calibrator, make_policy
 from dspark.engine.profile import cost_table
 from dspark.eval.load_lane import Lane, poisson_arrivals
@@ -101,7 +100,7 @@ class LoadBench:
         if speculative and drafter is None:
             raise ValueError(f"policy '{speculative[0]}' needs a drafter; give one, or --policies plain")
         self.config, self.names = config, names
-        prompts = [encode_prompt(target.tokenizer, p.opening) for p in config.load_prompts()]
+        prompts = config.encode_prompts(target)
         params = SamplingParams(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
         longest = max(map(len, prompts)) + config.max_new_tokens
         # No memory of prompts: they come again and again, which users' would not.
@@ -109,13 +108,7 @@ class LoadBench:
         # They live through all loads, as in a server: what they learn of the drafter does not depend on the load.
         self.lanes: dict[str, Lane] = {}
         for name in names:
-            engine = drafting(name).engine(target, limits)
-            if longest > engine.longest_request:
-                raise ValueError(
-                    f"the longest prompt and its answer take {longest} tokens, which does not fit the limit of "
-                    f"{engine.longest_request}"
-                )
-            self.lanes[name] = Lane(engine, prompts, params)
+            self.lanes[name] = Lane(drafting(name).engine(target, limits), prompts, params)
         self.tallies: dict[tuple[str, float], dict[str, Tally]] = {}
 
     def run(self, on_slice: Callable[[str, float], None] = lambda *_: None) -> None:

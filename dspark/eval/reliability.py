@@ -12,7 +12,6 @@ from rich.progress import Progress
 
 from dspark.config import check_output, write_json
 from dspark.drafters.load import CALIBRATION_FILE, drafter_folder, make_drafter
-from dspark.engine.llm import encode_prompt
 from dspark.engine.rounds import Rounds, collect_rounds
 from dspark.eval.plots import reliability_diagram
 from dspark.eval.report import print_report, reliability_table, sampling_table
@@ -94,7 +93,7 @@ def run(config: CalibrateConfig) -> dict:
     drafter = make_drafter(config.drafter, config.model, target.decoder)
     if drafter is None or not drafter.has_confidence:
         raise ValueError(f"'{config.drafter}' has no confidence head to calibrate")
-    ids = [encode_prompt(target.tokenizer, p.opening) for p in prompts]
+    ids = config.encode_prompts(target)
     random.Random(0).shuffle(ids)  # prompts come round and round from the domains: every third would be of one
     parts = {"fitting": [p for i, p in enumerate(ids) if i % 3 != 2], "measuring": ids[2::3]}
     by_sampling: dict[str, dict[str, Rounds]] = {}

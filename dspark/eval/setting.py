@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from dspark.engine.llm import encode_prompt
 from dspark.models.loader import Target, load_target
 from dspark.train.data import Prompt, balanced, read_prompts
 
@@ -41,6 +42,17 @@ class Setting:
         Raises ValueError for an unreadable or empty file.
         """
         return balanced(read_prompts(self.prompts or OWN_PROMPTS))[: self.limit]
+
+    def encode_prompts(self, target: Target) -> list[list[int]]:
+        """Token ids of all prompts. Raises ValueError if the longest and its answer do not fit the model's context."""
+        ids = [encode_prompt(target.tokenizer, prompt.opening) for prompt in self.load_prompts()]
+        longest, context = max(map(len, ids)), target.decoder.config.max_position_embeddings
+        if longest + self.max_new_tokens > context:
+            raise ValueError(
+                f"the longest prompt has {longest} tokens; with {self.max_new_tokens} new ones it does not fit the "
+                f"model's context of {context}"
+            )
+        return ids
 
     def load_target(self) -> Target:
         return load_target(self.model, self.dtype, self.device)

@@ -216,7 +216,7 @@ def test_arrivals_are_seeded_and_have_their_rate():
 def test_a_prompt_that_cannot_fit_is_refused(target, tmp_path):
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"prompt": "a" * 250}))
-    with pytest.raises(ValueError, match="does not fit the limit"):
+    with pytest.raises(ValueError, match="does not fit the model's context"):
         bench_of(target, path)
 
 
