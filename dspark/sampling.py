@@ -165,18 +165,15 @@ class TokenLogprobs(NamedTuple):
     top: dict[int, float]  # token id -> logprob, the likeliest first
 
 
-def token_logprobs(logits: Tensor, tokens: Tensor, tops: list[int]) -> list[TokenLogprobs]:
-    """What row i says of tokens[i] and of its tops[i] likeliest tokens: logits [N, V], tokens [N].
+def token_logprobs(logits: Tensor, tokens: list[int], top: int) -> list[TokenLogprobs]:
+    """What row i says of tokens[i] and of its `top` likeliest tokens: logits [N, V].
 
     As in OpenAI's API it is the model's own distribution, before bias, penalties, temperature and truncation.
     """
     logprobs = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))  # [N, V]
-    chosen = logprobs.gather(-1, tokens[:, None]).squeeze(-1).tolist()
-    values, ids = (t.tolist() for t in logprobs.topk(min(max(tops, default=0), logits.shape[-1])))
-    return [
-        TokenLogprobs(own, dict(zip(row_ids[:top], row_values[:top])))
-        for own, row_ids, row_values, top in zip(chosen, ids, values, tops, strict=True)
-    ]
+    chosen = logprobs[torch.arange(len(tokens)), tokens].tolist()
+    values, ids = (t.tolist() for t in logprobs.topk(min(top, logits.shape[-1])))
+    return [TokenLogprobs(own, dict(zip(*row))) for own, *row in zip(chosen, ids, values)]
 
 
 # ---- probabilities to tokens

@@ -198,7 +198,7 @@ def test_dtypes() -> None:
 
 def test_token_logprobs() -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0], [5.0, 0.0, 0.0], [1.0, 2.0, 3.0]])
-    found = token_logprobs(logits, torch.tensor([2, 0, 0]), [2, 0, 20])
+    found = [token_logprobs(logits[i : i + 1], [t], top)[0] for i, (t, top) in enumerate(((2, 2), (0, 0), (0, 20)))]
     rows = logits.double().log_softmax(-1).tolist()
     assert [f.logprob for f in found] == pytest.approx([rows[0][2], rows[1][0], rows[2][0]])
     assert [list(f.top) for f in found] == [[1, 2], [], [2, 1, 0]]  # the likeliest first

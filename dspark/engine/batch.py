@@ -1,73 +1,55 @@
-"""From a step's plan to flat tensors.
+"""From what a step works on to flat tensors.
 
 Shapes: B batch tokens.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from dspark.engine.kv_cache import KVCache, Region
-from dspark.engine.scheduler import Chunk, StepPlan
+from dspark.engine.kv_cache import KVCache
+from dspark.engine.scheduler import Chunk
 from dspark.models.attention import CachedAttention, Segment
 
 
 @dataclass
-class Span:
-    """Rows first_row .. first_row+count of the batch are one request's tokens at position .. position+count."""
-
-    chunk: Chunk
-    decoding: bool
-    reaches_anchor: bool
-    first_row: int
-    count: int
-    position: int
-    draft_tokens: list[int]
-    region: Region
-
-    @property
-    def verify_length(self) -> int:
-        return len(self.draft_tokens)
-
-
-@dataclass
 class Batch:
-    """tokens, positions, slots [B] int64: what the target computes on and where its KV goes."""
+    """Chunks in a row. tokens, positions, slots [B] int64: what the target computes on, where its KV goes."""
 
-    spans: list[Span]
+    chunks: list[Chunk]
     tokens: Tensor
     positions: Tensor
     slots: Tensor
 
-    @property
-    def sampled(self) -> list[Span]:
-        """Spans whose last 1 + verify_length rows are asked for the target's distribution."""
-        return [s for s in self.spans if s.reaches_anchor]
+    @classmethod
+    def of(cls, chunks: list[Chunk], device: torch.device) -> "Batch":
+        """Each chunk's tokens, and behind them its draft tokens."""
+        tokens, positions, slots = [], [], []
+        for chunk in chunks:
+            places = range(chunk.position, chunk.position + chunk.rows)
+            tokens += chunk.sequence.token_ids[chunk.position : chunk.position + chunk.count] + chunk.draft_tokens
+            positions += places
+            slots += [chunk.region.start + place for place in places]
+        return cls(chunks, *torch.tensor([tokens, positions, slots], device=device).unbind())
 
-    def attention(self, cache: KVCache, group_size: int) -> CachedAttention:
-        """Each request's rows see its own cached tokens and, causally, each other."""
-        segments = [Segment(s.count, s.chunk.sequence.first_slot, s.position + s.count) for s in self.spans]
-        return CachedAttention(cache.storage, self.slots, segments, group_size)
+    @property
+    def first_rows(self) -> list[int]:
+        """Of each chunk."""
+        return list(accumulate((c.rows for c in self.chunks[:-1]), initial=0))
+
+    @property
+    def sampled(self) -> list[Chunk]:
+        """Those that are asked for the target's distribution after their last token and each draft token."""
+        return [c for c in self.chunks if c.reaches_anchor]
 
     def logit_rows(self) -> list[int]:
         """Those that the target's distribution is asked for, ascending."""
-        ends = [(s.first_row + s.count, s.verify_length + 1) for s in self.sampled]
-        return [row for end, wanted in ends for row in range(end - wanted, end)]
+        asked = [(first, c) for first, c in zip(self.first_rows, self.chunks) if c.reaches_anchor]
+        return [row for first, c in asked for row in range(first + c.count - 1, first + c.rows)]
 
-
-def build_batch(plan: StepPlan, draft_tokens: list[list[int]], device: torch.device) -> Batch:
-    """Flatten a plan; draft_tokens[i] are the tokens to verify of plan.decoding[i]."""
-    spans, tokens, positions, slots = [], [], [], []
-    planned = [(chunk, True, draft) for chunk, draft in zip(plan.decoding, draft_tokens, strict=True)]
-    for chunk, decoding, draft in planned + [(chunk, False, []) for chunk in plan.prefill]:
-        sequence, position = chunk.sequence, chunk.sequence.num_computed
-        row_tokens = sequence.token_ids[position : position + chunk.count] + draft
-        spans.append(
-            Span(chunk, decoding, chunk.reaches_anchor, len(tokens), len(row_tokens), position, draft, sequence.kv)
-        )
-        tokens += row_tokens
-        row_positions = range(position, position + len(row_tokens))
-        positions += row_positions
-        slots += [sequence.first_slot + p for p in row_positions]
-    return Batch(spans, *torch.tensor([tokens, positions, slots], device=device).unbind())
+    def attention(self, cache: KVCache, group_size: int) -> CachedAttention:
+        """Each request's rows see its own cached tokens and, causally, each other."""
+        segments = [Segment(c.rows, c.region.start, c.position + c.rows) for c in self.chunks]
+        return CachedAttention(cache.storage, self.slots, segments, group_size)

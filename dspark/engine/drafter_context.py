@@ -68,11 +68,10 @@ class DrafterContext:
         if not self.drafter.tap_layers:
             return
         kept = iter(accepted)
-        step = Step(next(self._numbers), [batch.tokens, batch.positions, *taps], len(batch.spans))
-        for span in batch.spans:
-            rejected = span.verify_length - next(kept) if span.reaches_anchor else 0
-            rows = Rows(step, span.first_row, span.first_row + span.count - rejected, span.position)
-            self.waiting.setdefault(span.region, []).append(rows)
+        step = Step(next(self._numbers), [batch.tokens, batch.positions, *taps], len(batch.chunks))
+        for chunk, first in zip(batch.chunks, batch.first_rows):
+            count = chunk.count + (next(kept) if chunk.reaches_anchor else 0)
+            self.waiting.setdefault(chunk.region, []).append(Rows(step, first, first + count, chunk.position))
         self.waiting_bytes += step.num_bytes
         if self.waiting_bytes > self.most_bytes:
             self.take_in([region for region in self.waiting if not region.length])  # forgets them, no more

@@ -2,7 +2,8 @@
 
 import itertools
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -49,12 +50,11 @@ class EngineConfig:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
 
 
-@dataclass
-class NewTokens:
+class NewTokens(NamedTuple):
     """Tokens that a step committed to a sequence."""
 
     sequence: Sequence
-    token_ids: list[int] = field(default_factory=list)
+    token_ids: list[int]
 
 
 class Engine:
@@ -168,25 +168,23 @@ class Engine:
         behind = self.context.behind([plan.decoding[i].sequence for i in wanted]) if self.context is not None else 0
         draft = self.draft(plan, wanted) if wanted else None
         clock.lap("draft")
-        verify_lengths = self.choose(plan, draft)
-        clock.lap("choose")
-        outcome, output = self.runner.verify(plan, draft, verify_lengths)
-        clock.lap("target")
         if draft is not None:
-            kept = outcome.verdict.accepted[: len(plan.decoding)]
-            self.calibration.observe(draft.signals, verify_lengths, kept)
+            self.choose(plan, draft)
+        clock.lap("choose")
+        outcome = self.runner.verify(plan.chunks, draft, clock)
+        if draft is not None:
+            verified = torch.tensor([len(chunk.draft_tokens) for chunk in plan.decoding])
+            self.calibration.observe(draft.signals, verified, outcome.verdict.accepted[: len(verified)])
         new_tokens, accepted = self.commit(outcome)
         clock.lap("other")
         if self.context is not None:
-            self.context.add(outcome.batch, output.taps, accepted)
+            self.context.add(outcome.batch, outcome.taps, accepted)
         clock.lap("draft")
 
         took, requests = clock.times, len(plan.decoding)
-        took.sample = outcome.sample_seconds
-        took.target -= took.sample
         took.rounds = int(requests > 0)
         took.drafted = draft.tokens.shape[1] * len(wanted) if draft is not None else 0
-        took.verified = sum(span.verify_length for span in outcome.batch.spans)
+        took.verified = sum(len(chunk.draft_tokens) for chunk in plan.decoding)
         self.times.add(took)
         if plan.decoding and not plan.prefill:
             as_usual = behind <= (1 + self.block_size) * len(wanted)  # more is a backlog, which no profile times
@@ -219,35 +217,35 @@ class Engine:
         draft = self.context.propose([plan.decoding[i].sequence for i in wanted], slots)
         return draft.placed(wanted, len(plan.decoding))
 
-    def choose(self, plan: StepPlan, draft: Draft | None) -> torch.Tensor:
-        """Verify lengths [R] of the decoding sequences, none past what the request may still emit."""
-        if draft is None:
-            return torch.zeros(len(plan.decoding), dtype=torch.int64)
+    def choose(self, plan: StepPlan, draft: Draft) -> None:
+        """Give the decoding chunks the draft tokens to verify, none past what the request may still emit."""
         remaining = [c.sequence.remaining - 1 for c in plan.decoding]  # the target's own token is one of them
         lengths = np.minimum(draft.lengths.cpu().numpy(), remaining)
         confidence = self.calibration.confidence(draft.signals)
-        return torch.from_numpy(self.prefix_scheduler.choose(confidence, lengths, plan.load))
+        verify_lengths = self.prefix_scheduler.choose(confidence, lengths, plan.load)
+        for chunk, tokens, count in zip(plan.decoding, draft.tokens.tolist(), verify_lengths.tolist(), strict=True):
+            chunk.draft_tokens = tokens[:count]
 
     def commit(self, outcome: Outcome) -> tuple[list[NewTokens], list[int]]:
         """Append what was decided, truncate the KV of what was rejected, release what has finished.
 
-        Returns the new tokens and, for each sampled span, how many draft tokens were accepted.
+        Returns the new tokens and, for each sampled chunk, how many draft tokens were accepted.
         """
         accepted, next_tokens = (t.tolist() for t in outcome.verdict)
         committed: list[NewTokens] = []
-        for span in outcome.batch.spans:
-            if not span.reaches_anchor:
-                self.cache.truncate(span.chunk.sequence.kv, span.position + span.chunk.count)
+        for chunk in outcome.batch.chunks:
+            if not chunk.reaches_anchor:
+                self.cache.truncate(chunk.region, chunk.position + chunk.count)
         decided = zip(outcome.batch.sampled, accepted, next_tokens, outcome.logprobs, strict=True)
-        for span, kept, next_token, logprobs in decided:
-            sequence = span.chunk.sequence
-            tokens = [*span.draft_tokens[:kept], next_token]
-            committed.append(NewTokens(sequence, sequence.append(tokens)))
-            sequence.logprobs += logprobs[: len(committed[-1].token_ids)]
-            self.cache.truncate(sequence.kv, len(sequence.token_ids) - 1)  # nothing past a stop stays
-            if span.decoding:
+        for chunk, kept, next_token, logprobs in decided:
+            sequence = chunk.sequence
+            tokens = sequence.append([*chunk.draft_tokens[:kept], next_token])
+            committed.append(NewTokens(sequence, tokens))
+            sequence.logprobs += logprobs[: len(tokens)]
+            self.cache.truncate(chunk.region, len(sequence.token_ids) - 1)  # nothing past a stop stays
+            if chunk.decoding:
                 sequence.rounds += 1
-                sequence.accepted_tokens += len(committed[-1].token_ids) - 1
+                sequence.accepted_tokens += len(tokens) - 1
             if sequence.finish_reason is not None:
                 self.scheduler.release(sequence)
         return committed, accepted

@@ -3,21 +3,19 @@
 Shapes: B batch tokens, R sequences whose distribution is asked for, L = sum of 1 + l_r logit rows, V vocabulary.
 """
 
-import time
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dspark.draws import Purpose, uniforms
-from dspark.engine.batch import Batch, build_batch
+from dspark.engine.batch import Batch
 from dspark.engine.kv_cache import KVCache
-from dspark.engine.scheduler import StepPlan
-from dspark.engine.sequence import Sequence
+from dspark.engine.scheduler import Chunk
+from dspark.engine.times import StepClock
 from dspark.models import cpu_ops
-from dspark.models.decoder import Decoder, DecoderOutput
+from dspark.models.decoder import Decoder
 from dspark.models.layers import compiled
 from dspark.penalties import Prefix, adjusted_logits
 from dspark.sampling import TokenLogprobs, categorical, token_logprobs
@@ -27,12 +25,15 @@ from dspark.spec.verify import Verdict, verify, verify_greedy
 
 @dataclass
 class Outcome:
-    """What a step decided: for each sampled span, how many draft tokens stay and the target's next token."""
+    """What a step decided: for each sampled chunk, how many draft tokens stay and the target's next token."""
 
     batch: Batch
+    taps: list[Tensor]
     verdict: Verdict
-    logprobs: list[list[TokenLogprobs]]  # by sampled span, of its accepted tokens and the next; empty if not asked for
-    sample_seconds: float = 0.0  # time from logits to verdict
+    logprobs: list[list[TokenLogprobs]]  # by sampled chunk, of its accepted tokens and the next; empty if not asked for
+
+
+NO_DRAFT = Draft.unsampled(torch.zeros(0, 0).long(), torch.zeros(0).long(), torch.zeros(0, 0, 1))
 
 
 class Runner:
@@ -43,42 +44,40 @@ class Runner:
         self.target, self.cache, self.tap_layers = target, cache, tap_layers
 
     @torch.inference_mode()
-    def verify(self, plan: StepPlan, draft: Draft | None, verify_lengths: Tensor) -> tuple[Outcome, DecoderOutput]:
-        """One target forward over the plan with the first verify_lengths[i] draft tokens of plan.decoding[i]."""
-        lengths = verify_lengths.tolist()
-        tokens = [] if draft is None else draft.tokens.tolist()
-        draft_tokens = [row[:n] for row, n in zip(tokens, lengths)] if draft else [[] for _ in plan.decoding]
-        batch = build_batch(plan, draft_tokens, self.target.device)
+    def verify(self, chunks: list[Chunk], draft: Draft | None, clock: StepClock) -> Outcome:
+        """One target forward over all chunks; draft: what their draft tokens are of, a row a decoding chunk."""
+        batch = Batch.of(chunks, self.target.device)
         attention = batch.attention(self.cache, self.target.config.group_size)
         output = self.target.forward(batch.tokens, batch.positions, attention, self.tap_layers)
         rows = batch.logit_rows()
         if not rows:
             empty = torch.empty(0, dtype=torch.int64)
-            return Outcome(batch, Verdict(empty, empty), []), output
+            clock.lap("target")
+            return Outcome(batch, output.taps, Verdict(empty, empty), [])
         hidden = output.hidden if len(rows) == len(output.hidden) else output.hidden[rows]
         logits = self.target.logits(hidden).float()
-        sequences = [s.chunk.sequence for s in batch.sampled]
         if logits.device.type != "cpu":
             torch.accelerator.synchronize(logits.device)  # the verdict waits for the forward: that is not its time
-        started = time.perf_counter()
+        clock.lap("target")
         adjusted = adjusted_logits(logits, row_prefixes(batch))
-        verdict = self.judge(adjusted, sequences, self.padded(draft, plan, sequences), verify_lengths)
-        logprobs = committed_logprobs(logits, batch, verdict)
-        return Outcome(batch, verdict, logprobs, time.perf_counter() - started), output
+        verdict = self.judge(adjusted, batch.sampled, draft)
+        outcome = Outcome(batch, output.taps, verdict, committed_logprobs(logits, batch, verdict))
+        clock.lap("sample")
+        return outcome
 
-    def judge(self, logits: Tensor, sequences: list[Sequence], draft: Draft, verify_lengths: Tensor) -> Verdict:
-        """Adjusted logits [L, V] of R sequences -> accepted and next tokens, each by its own sampling parameters.
+    def judge(self, logits: Tensor, sampled: list[Chunk], draft: Draft | None) -> Verdict:
+        """Adjusted logits [L, V] of R chunks -> accepted and next tokens, each by its request's sampling parameters.
 
         The token of a coupled sequence is drawn at each position as plain decoding draws it, and verified like a
         greedy one. So its text depends on its seed alone: not on the drafter, the verify lengths or the company. Other
         sequences accept more, by block verification, but which draw gives a token depends on what was verified.
         """
-        lengths = verify_lengths
-        if len(sequences) > len(lengths):  # prompts that end in this step
-            lengths = torch.nn.functional.pad(lengths, (0, len(sequences) - len(lengths)))
+        draft = draft or NO_DRAFT
+        draft = draft.placed(list(range(len(draft.lengths))), len(sampled))  # prompts that end in this step come last
+        sequences, lengths = [c.sequence for c in sampled], torch.tensor([len(c.draft_tokens) for c in sampled])
         if all(s.params.greedy for s in sequences):
             return verify_greedy(self.target.likeliest(logits), draft.tokens, lengths)
-        params, counts = [s.params for s in sequences], lengths.cpu().numpy() + 1
+        params, counts = [s.params for s in sequences], lengths.numpy() + 1
         settings = np.array([(p.temperature, p.top_k, p.top_p, p.min_p) for p in params]).repeat(counts, 0)  # [L, 4]
         if any(p.logprobs is not None for p in params):
             logits = logits.clone()
@@ -97,41 +96,24 @@ class Runner:
         decide = cpu_ops.verify if compiled(target_probs) else verify
         return Verdict(*decide(target_probs, draft, lengths, accept[:, :-1], own))
 
-    def padded(self, draft: Draft | None, plan: StepPlan, sequences: list[Sequence]) -> Draft:
-        """The draft extended by empty rows for prompts that end in this step."""
-        if draft is None:
-            tokens = torch.empty(len(sequences), 0, dtype=torch.int64)
-            lengths = torch.zeros(len(sequences), dtype=torch.int64)
-            return Draft.unsampled(tokens, lengths, torch.empty(*tokens.shape, 1))
-        return draft.placed(list(range(len(draft.lengths))), len(sequences))
-
 
 def row_prefixes(batch: Batch) -> list[Prefix]:
     """What each logit row [L] comes after: the request's tokens, then the draft tokens before the row."""
-    sequences = [span.chunk.sequence for span in batch.sampled]
-    if not any(s.params.adjusts_logits for s in sequences):
+    sampled = [(chunk, chunk.sequence) for chunk in batch.sampled]
+    if not any(s.params.adjusts_logits for _, s in sampled):
         return []
     return [
-        Prefix(s.params, s.token_ids, s.prompt_length, s.end_ids, span.draft_tokens[:slot])
-        for s, span in zip(sequences, batch.sampled)
-        for slot in range(span.verify_length + 1)
+        Prefix(s.params, s.token_ids, s.prompt_length, s.end_ids, chunk.draft_tokens[:slot])
+        for chunk, s in sampled
+        for slot in range(len(chunk.draft_tokens) + 1)
     ]
 
 
 def committed_logprobs(logits: Tensor, batch: Batch, verdict: Verdict) -> list[list[TokenLogprobs]]:
-    """By sampled span: log-probabilities, in the target's own logits [L, V], of the tokens that the verdict commits."""
-    rows, tokens, tops, counts = [], [], [], []
-    first_row = 0
-    for span, accepted, next_token in zip(batch.sampled, verdict.accepted.tolist(), verdict.next_token.tolist()):
-        top = span.chunk.sequence.params.logprobs
-        counts.append(0 if top is None else accepted + 1)
-        if top is not None:
-            rows += range(first_row, first_row + accepted + 1)
-            tokens += [*span.draft_tokens[:accepted], next_token]
-            tops += [top] * (accepted + 1)
-        first_row += span.verify_length + 1
-    if not rows:
-        return [[] for _ in counts]
-    index = torch.tensor([rows, tokens], device=logits.device)
-    found = iter(token_logprobs(logits[index[0]], index[1], tops))
-    return [list(islice(found, count)) for count in counts]
+    """By sampled chunk: what the target's own logits [L, V] say of the tokens that the verdict commits."""
+    found, row = [], 0
+    for chunk, accepted, next_token in zip(batch.sampled, verdict.accepted.tolist(), verdict.next_token.tolist()):
+        top, tokens = chunk.sequence.params.logprobs, [*chunk.draft_tokens[:accepted], next_token]
+        found.append([] if top is None else token_logprobs(logits[row : row + len(tokens)], tokens, top))
+        row += len(chunk.draft_tokens) + 1
+    return found

@@ -1,7 +1,7 @@
 """Admits requests, gives them memory and picks what each step works on. Handles no tensors."""
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from dspark.engine.kv_cache import KVCache
@@ -11,15 +11,21 @@ from dspark.spec.walk import Load
 
 @dataclass
 class Chunk:
-    """The next `count` pending tokens of a sequence, to be computed in this step."""
+    """The next `count` pending tokens of a sequence, to be computed in this step, and the draft tokens to be verified
+    behind them. All else is as it was when the step was planned."""
 
     sequence: Sequence
     count: int
+    draft_tokens: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.region, self.position, self.decoding = self.sequence.kv, self.sequence.num_computed, self.sequence.decoding
+        # Whether the target's distribution after the last token comes out of this step.
+        self.reaches_anchor = self.count == self.sequence.num_pending
 
     @property
-    def reaches_anchor(self) -> bool:
-        """Whether the target's distribution after the last token comes out of this step."""
-        return self.count == self.sequence.num_pending
+    def rows(self) -> int:
+        return self.count + len(self.draft_tokens)
 
 
 @dataclass

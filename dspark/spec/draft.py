@@ -38,6 +38,6 @@ class Draft:
         """The same as the given rows, ascending, of a draft for so many requests; the other rows are empty."""
         if len(rows) == requests:
             return self
-        index = torch.tensor(rows)
+        index = torch.tensor(rows, dtype=torch.int64)
         fields = (self.tokens, self.support, self.draft_probs, self.lengths, self.signals)  # lengths on the host
         return Draft(*(t.new_zeros(requests, *t.shape[1:]).index_copy_(0, index.to(t.device), t) for t in fields))
