@@ -17,7 +17,7 @@ from dspark.drafters.interface import Drafter, DraftRequest
 from dspark.drafters.layers import DrafterConfig, DraftModel
 from dspark.drafters.model import DSparkConfig, DSparkModel
 from dspark.drafters.mtp import MtpConfig, MtpModel
-from dspark.draws import Purpose, uniform
+from dspark.draws import Purpose, uniforms
 from dspark.engine.engine import WAITING_PARTS
 from dspark.engine.kv_cache import slot_bytes
 from dspark.models.config import DecoderConfig
@@ -250,7 +250,7 @@ class OracleDrafter:
             for slot in range(slots):
                 rows.append(self.distribution(self.plain.probs(prefix, request.params), anchor, slot))
                 purpose, index = (Purpose.TARGET, 0) if request.coupled else (Purpose.DRAFT, slot)
-                draw = torch.tensor([uniform(request.seed, len(prefix), purpose, index)])
+                draw = uniforms(request.seed, [len(prefix)], purpose, index)
                 prefix.append(int(categorical(rows[-1][None], draw)))
             tokens += prefix[anchor + 1 :]
         shape = (len(requests), slots)
