@@ -4,14 +4,14 @@ Shapes: N rounds, G slots of a block, S signals of a slot.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import mean
 
 import torch
 from torch import Tensor
 
 from dspark.drafters.interface import Drafter
-from dspark.engine.engine import Engine, EngineConfig, NewTokens
+from dspark.engine.engine import Engine, EngineConfig
 from dspark.models.loader import Target
 from dspark.sampling import SamplingParams
 from dspark.spec.prefix_scheduler import FixedLength
@@ -35,32 +35,16 @@ class Rounds:
         return cls(*(torch.cat(tensors) for tensors in zip(*((r.signals, r.accepted, r.committed) for r in parts))))
 
 
-@dataclass
-class RoundRecorder:
-    """Stands where the engine keeps its calibration, passes confidence through and writes down what came of it."""
+class Listener:
+    """Stands where the engine keeps its calibration, passes confidence through, holds what came of the last round."""
 
-    signals: list[Tensor] = field(default_factory=list)
-    accepted: list[Tensor] = field(default_factory=list)
-    committed: list[Tensor] = field(default_factory=list)
-    whole: Tensor | None = None  # which of the requests observed in this step
+    heard: tuple[Tensor, Tensor, Tensor] | None = None  # signals [R, G, S], verified and accepted draft tokens [R]
 
     def confidence(self, signals: Tensor) -> Floats:
         return signals[..., 0].sigmoid().numpy(force=True)
 
     def observe(self, signals: Tensor, verify_lengths: Tensor, accepted: Tensor) -> None:
-        self.whole = verify_lengths == signals.shape[1]  # the last rounds of an answer verify less
-        self.signals.append(signals[self.whole].float().cpu())
-        self.accepted.append(accepted[self.whole].cpu())
-
-    def commit(self, new_tokens: list[NewTokens]) -> None:
-        """After the step: what it gave out, to the requests observed first."""
-        if self.whole is not None:
-            counts = torch.tensor([len(new.token_ids) for new in new_tokens[: len(self.whole)]])
-            self.committed.append(counts[self.whole])
-            self.whole = None
-
-    def rounds(self) -> Rounds:
-        return Rounds(*(torch.cat(parts) for parts in (self.signals, self.accepted, self.committed)))
+        self.heard = signals, verify_lengths, accepted
 
 
 def collect_rounds(
@@ -72,26 +56,26 @@ def collect_rounds(
     on_finish: Callable[[], None] = lambda: None,
 ) -> Rounds:
     """Decode all prompts, every draft token verified. Raises ValueError if no round was whole."""
-    recorder = RoundRecorder()
-    engine = Engine(
-        target.decoder,
-        drafter,
-        FixedLength(drafter.block_size),
-        eos_ids=target.eos_ids,
-        config=EngineConfig(max_streams=streams, seed=0),
-        calibration=recorder,
-    )
+    listener, policy = Listener(), FixedLength(drafter.block_size)
+    config = EngineConfig(max_streams=streams, seed=0)
+    engine = Engine(target.decoder, drafter, policy, target.eos_ids, config, listener)
     for prompt in prompts:
         engine.add(prompt, params)
+    parts = []
     while engine.has_work:
+        listener.heard = None
         new_tokens = engine.step()
-        recorder.commit(new_tokens)
+        if listener.heard is not None:
+            signals, verified, accepted = (t.cpu() for t in listener.heard)
+            whole = verified == drafter.block_size  # the last rounds of an answer verify less
+            counts = torch.tensor([len(new.token_ids) for new in new_tokens[: len(whole)]])  # those that decoded
+            parts.append(Rounds(signals[whole].float(), accepted[whole], counts[whole]))
         for new in new_tokens:
             if new.sequence.finish_reason is not None:
                 on_finish()
-    if not sum(map(len, recorder.accepted)):
+    if not any(len(part.accepted) for part in parts):
         raise ValueError("no whole block was drafted; use more prompts or more new tokens")
-    return recorder.rounds()
+    return Rounds.together(parts)
 
 
 def acceptance(rounds: Rounds) -> dict:
@@ -135,8 +119,7 @@ def macro_average(rows: list[dict]) -> dict:
     """Every domain weighs the same, however many rounds it had."""
     by_slot = [[c for c in column if c is not None] for column in zip(*(r["conditional"] for r in rows))]
     return {
-        "temperature": rows[0]["temperature"],
-        "top_p": rows[0]["top_p"],
+        **rows[0],
         "domain": MACRO_AVERAGE,
         "prompts": sum(r["prompts"] for r in rows),
         "rounds": sum(r["rounds"] for r in rows),
