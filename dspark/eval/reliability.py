@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from statistics import mean
 
-import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
@@ -41,7 +40,7 @@ def calibrate(fitting: Rounds, measuring: Rounds, dataset: str) -> tuple[Calibra
     identity = Calibration.identity(fitting.signals.shape[1])
     before = reliability(measuring, identity)
     weights = scores.fit_weights(fitting.signals, fitting.accepted)
-    weighed = scores.SignalWeights(np.array(weights)).scores(fitting.signals)
+    weighed = scores.weighed(fitting.signals, weights)
     temperatures, shifts = scores.fit(weighed, fitting.accepted)
     ece = tuple(before["ece"])
     fitted = Calibration(temperatures, dataset, len(fitting.accepted), ece, shifts=shifts, weights=weights)

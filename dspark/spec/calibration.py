@@ -22,13 +22,13 @@ __all__ = [
     "Calibration",
     "Calibrator",
     "OnlineCalibration",
-    "SignalWeights",
     "brier",
     "expected_calibration_error",
     "fit",
     "fit_weights",
     "reliability_bins",
     "roc_auc",
+    "weighed",
 ]
 
 Floats = NDArray[np.float64]
@@ -56,7 +56,7 @@ class Calibration:
     ece_before: tuple[float, ...] = ()  # of each prefix' survival
     ece_after: tuple[float, ...] = ()
     shifts: tuple[float, ...] = ()  # added to z_k / T_k; none: 0
-    # Rows of `SignalWeights`; none: z_k is the head's logit.
+    # For each position, of signals and their products, see `weighed`; none: z_k is the head's logit.
     weights: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
@@ -70,8 +70,6 @@ class Calibration:
             or not all(math.isfinite(w) for row in self.weights for w in row)
         ):
             raise ValueError(f"weights must be finite and one row a temperature, got {list(self.weights)}")
-        if self.weights:
-            SignalWeights(np.array(self.weights))
 
     @classmethod
     def identity(cls, block_size: int) -> "Calibration":
@@ -79,21 +77,18 @@ class Calibration:
         return cls((1.0,) * block_size)
 
     @cached_property
-    def _weights(self) -> "SignalWeights":
-        """Give z_k / T_k."""
-        rows = np.array(self.weights or [[1.0]] * len(self.temperatures))
-        return SignalWeights(rows / np.array(self.temperatures)[:, None])
-
-    @cached_property
-    def _shifts(self) -> Floats:
-        return np.array(self.shifts or (0.0,) * len(self.temperatures))
+    def _parameters(self) -> tuple[Floats, Floats, Floats]:
+        """Weights, temperatures and shifts as arrays."""
+        shifts = self.shifts or (0.0,) * len(self.temperatures)
+        return np.array(self.weights), np.array(self.temperatures), np.array(shifts)
 
     def scaled(self, signals: Tensor) -> Floats:
         """z_k / T_k + b_k, [R, G], G at most the calibrated. Raises ValueError for signals of another drafter."""
         ours, theirs = len(self.temperatures), signals.shape[1]
         if ours < theirs:
             raise ValueError(f"the calibration is for {ours} draft tokens a round, the drafter makes {theirs}")
-        return self._weights.scores(signals) + self._shifts[:theirs]
+        weights, temperatures, shifts = self._parameters
+        return weighed(signals, weights) / temperatures[:theirs] + shifts[:theirs]
 
     def confidence(self, signals: Tensor) -> Floats:
         """c_k = sigmoid(z_k / T_k + b_k); a score that is NaN gives 0."""
@@ -103,41 +98,23 @@ class Calibration:
         """Learns nothing."""
 
 
-class SignalWeights:
-    """Scores of slots: z_k = w_k . s_k + s_k . W_k s_k, from rows of S weights and S (S + 1) / 2 of products [G, ...].
-
-    A row of one weight is for the head's logit, without its square. Raises ValueError for rows of another length.
-    """
-
-    def __init__(self, rows: Floats):
-        slots, count = rows.shape
-        if not count:
-            raise ValueError("weights must hold one a signal, got none")
-        signals = 1 if count == 1 else math.isqrt(9 + 8 * count) // 2 - 1  # S: count = S + S (S + 1) / 2
-        if count not in (1, signals + signals * (signals + 1) // 2):
-            raise ValueError(f"{count} weights are not those of any number of signals and their products by two")
-        self.linear, self.of_products = rows[:, :signals], None  # [G, S]
-        if count > 1:
-            self.of_products = np.zeros((slots, signals, signals))  # W
-            self.of_products[:, *_pairs(signals)] = rows[:, signals:]
-
-    def scores(self, signals: Tensor) -> Floats:
-        """[R, G, S] -> [R, G], G at most that of the weights. Raises ValueError for signals of another drafter."""
-        numbers = signals.cpu().numpy()
-        slots, theirs = numbers.shape[1:]
-        if self.of_products is None:
-            return numbers[..., 0] * self.linear[:slots, 0]
-        if theirs != (ours := self.linear.shape[1]):
-            raise ValueError(f"the calibration weighs {ours} signals a slot, the drafter gives {theirs}")
-        with np.errstate(invalid="ignore"):  # a broken drafter's inf and NaN
-            weights = numbers.swapaxes(0, 1) @ self.of_products[:slots].swapaxes(1, 2)  # [G, R, S]
-            return np.einsum("grs,rgs->rg", weights + self.linear[:slots, None], numbers)
+def weighed(signals: Tensor, weights: ArrayLike) -> Floats:
+    """Scores z_k [R, G]: signals [R, G, S] and their products, weighed by one row a position; without any, the head's
+    logits. Raises ValueError for weights of other signals."""
+    values, rows = signals.cpu().double().numpy(), np.asarray(weights, np.float64)
+    if not len(rows):
+        return values[..., 0]
+    values = crossed(values)
+    if (ours := rows.shape[1]) != (theirs := values.shape[-1]):
+        raise ValueError(f"the calibration weighs {ours} signals and products a slot, the drafter gives {theirs}")
+    with np.errstate(invalid="ignore"):  # a broken drafter's inf and NaN
+        return np.einsum("rgs,gs->rg", values, rows[: values.shape[1]])
 
 
 def crossed(signals: Floats) -> Floats:
     """Signals [..., S] and their products by two, [..., S + S (S + 1) / 2]: what one tells may depend on another."""
     first, second = _pairs(signals.shape[-1])
-    with np.errstate(invalid="ignore"):  # a broken drafter's inf and NaN
+    with np.errstate(invalid="ignore"):
         return np.concatenate([signals, signals[..., first] * signals[..., second]], -1)
 
 
@@ -160,33 +137,30 @@ class OnlineCalibration:
     prior: float = 20.0  # stands in for the sum before anything was seen: the first steps are short
     shift: Floats = field(init=False)  # b [G]
     information: Floats = field(init=False)  # [G]
-    count: Floats = field(init=False)  # [G]: observations, as exponentially forgotten
-    accepted: Floats = field(init=False)  # [G]: how many of them were accepted
 
     def __post_init__(self) -> None:
         if not 0 < self.decay <= 1 or not 0 < self.prior < math.inf:
             raise ValueError(f"decay must be in 0..1 and prior above 0, got {self.decay} and {self.prior}")
-        self.shift, self.information, self.count, self.accepted = np.zeros((4, len(self.base.temperatures)))
+        self.shift, self.information = np.zeros((2, len(self.base.temperatures)))
 
     def confidence(self, signals: Tensor) -> Floats:
         return _sigmoid(self.base.scaled(signals) + self.shift[: signals.shape[1]])
 
     def observe(self, signals: Tensor, verify_lengths: Tensor, accepted: Tensor) -> None:
         slots, unseen = np.arange(signals.shape[1]), (0, len(self.shift) - signals.shape[1])
-        confidence = self.confidence(signals)  # [R, G]
+        scores = self.base.scaled(signals) + self.shift[: len(slots)]  # [R, G]
+        confidence = _sigmoid(scores)
         stayed = accepted.numpy(force=True)[:, None]  # [R, 1]
         seen = slots < np.minimum(verify_lengths.numpy(force=True)[:, None], stayed + 1)
-        seen &= np.isfinite(self.base.scaled(signals))
+        seen &= np.isfinite(scores)
         outcome = seen & (slots < stayed)  # [R, G]
 
         def by_slot(values: NDArray) -> Floats:
             """Summed over requests, [G]: 0 where nothing was drafted."""
             return np.pad(values.sum(0), unseen)
 
-        forget = self.decay ** by_slot(seen)
-        self.count = self.count * forget + by_slot(seen)
-        self.accepted = self.accepted * forget + by_slot(outcome)
-        self.information = self.information * forget + by_slot(confidence * (1 - confidence) * seen)
+        kept = self.information * self.decay ** by_slot(seen)
+        self.information = kept + by_slot(confidence * (1 - confidence) * seen)
         self.shift = self.shift + by_slot((outcome - confidence) * seen) / (self.information + self.prior)
 
 
@@ -201,18 +175,17 @@ class Fit(NamedTuple):
 
 
 def fit_weights(signals: Tensor, accepted: Tensor, steps: int = 300) -> tuple[tuple[float, ...], ...]:
-    """Logistic regression of "slot k's token was accepted" where all before it were: [N, G, S], [N] -> w of the signals
-    and, where there are several, of their products.
+    """Logistic regression of "slot k's token was accepted" where all before it were: [N, G, S], [N] -> rows for
+    `weighed`; none where the head's logit is the only signal: that is what the temperature is for.
 
     The constant is left to the shift that `fit` finds beside the temperature. With little to go by the head's logit
     weighs 1 and nothing else does. The curvature is at most X'X / 4: steps that take it for that always climb (Boehning
     and Lindsay 1988).
     """
     kept = accepted.numpy(force=True)
-    every = signals.double().numpy(force=True)
-    if every.shape[-1] == 1:
-        return ((1.0,),) * every.shape[1]  # what the temperature is for
-    every = crossed(every)
+    if signals.shape[-1] == 1:
+        return ()
+    every = crossed(signals.cpu().double().numpy())
     _, num_slots, num_signals = every.shape
     head = np.eye(num_signals + 1)[0]
     weights = []
@@ -227,10 +200,10 @@ def fit_weights(signals: Tensor, accepted: Tensor, steps: int = 300) -> tuple[tu
     return tuple(weights)
 
 
-def fit(logits: ArrayLike, accepted: ArrayLike, shifted: bool = True, grid: Floats = TEMPERATURES) -> Fit:
+def fit(logits: ArrayLike, accepted: ArrayLike, shifted: bool = True) -> Fit:
     """Sequential Temperature Scaling: scores [N, G] and accepted tokens [N] of fully verified rounds -> T, b [G].
 
-    From left to right, T_k is the entry of the grid that minimises the ECE of prod_{i<=k} sigmoid(z_i / T_i + b_i)
+    From left to right, T_k is the one of TEMPERATURES that minimises the ECE of prod_{i<=k} sigmoid(z_i / T_i + b_i)
     against "slots 0..k were accepted"; earlier ones stay. Of equally good ones, the nearest to 1. b_k is what makes
     the mean right for that T_k, which no temperature can; 0 unless `shifted`, and the method is then the paper's.
     """
@@ -238,7 +211,7 @@ def fit(logits: ArrayLike, accepted: ArrayLike, shifted: bool = True, grid: Floa
     kept = np.asarray(accepted)
     if z.ndim != 2 or len(z) == 0 or kept.shape != (len(z),):
         raise ValueError(f"logits must be [N, G] and accepted [N], N at least 1, got {z.shape} and {kept.shape}")
-    by_distance = grid[np.argsort(np.abs(np.log(grid)), kind="stable")]  # min() keeps the first of equals
+    by_distance = TEMPERATURES[np.argsort(np.abs(np.log(TEMPERATURES)), kind="stable")]  # min(): the first of equals
     survival, temperatures, shifts = np.ones(len(z)), [], []
     for k in range(z.shape[1]):
         outcome = kept > k
