@@ -31,7 +31,7 @@ from dspark.machine import provenance
 from dspark.models.attention import packed_attention
 from dspark.sampling import SamplingParams
 from dspark.spec.cost_table import CostTable
-from dspark.spec.live_costs import LiveCosts, StepTaken, scaled
+from dspark.spec.live_costs import StepTaken, scaled
 from dspark.spec.prefix_scheduler import FixedLength, PrefixScheduler
 from dspark.spec.walk import Load
 
@@ -129,7 +129,7 @@ def main() -> None:
     rows = []
     for streams in map(int, args.streams.split(",")):
         run = {name: make() for name, make in policies.items()}
-        run |= {name: make(LiveCosts(profile)) for name, make in BY_COST.items()}
+        run |= {name: make(profile) for name, make in BY_COST.items()}
         results = {n: replay(s, answers, costs, streams, args.tokens * min(streams, 8)) for n, s in run.items()}
         best = max(policies, key=lambda name: results[name].tokens_per_s)
         row = {"streams": streams, "best": best, "x_plain": results[best].tokens_per_s / results["plain"].tokens_per_s}

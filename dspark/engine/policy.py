@@ -12,7 +12,6 @@ from dspark.engine.profile import cost_table
 from dspark.models.loader import Target
 from dspark.spec.calibration import Calibration, Calibrator, OnlineCalibration
 from dspark.spec.cost_table import CostTable
-from dspark.spec.live_costs import LiveCosts
 from dspark.spec.prefix_scheduler import (
     FixedLength,
     Foresight,
@@ -39,7 +38,7 @@ def make_policy(name: str, block_size: int, costs: Callable[[], CostTable]) -> P
     """
     check_policy(name)
     if name in BY_COST:
-        return BY_COST[name](LiveCosts(costs()))
+        return BY_COST[name](costs())
     kind, _, value = name.partition("-")
     if kind == "threshold":
         return Threshold(float(value or 0.5))

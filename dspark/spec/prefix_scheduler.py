@@ -12,7 +12,6 @@ Shapes: R requests, G slots, n = slots with a draft token of all requests togeth
 
 import math
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
@@ -20,31 +19,6 @@ from dspark.spec.cost_table import CostTable
 from dspark.spec.live_costs import LiveCosts, StepTaken
 from dspark.spec.survivals import Floats, Ints, Survivals
 from dspark.spec.walk import Drafted, Load, Walk, algorithm_1, best_budget, foresight, step_seconds, survival, walk
-
-
-class PrefixScheduler(Protocol):
-    """Chooses verify lengths, once a round and in the order of rounds: it may remember what it saw."""
-
-    def to_draft(self, load: Load) -> list[int]:
-        """For which of the load's requests to draft this round, by index, ascending; asked before drafting."""
-        ...
-
-    def slots_to_draft(self, load: Load) -> int:
-        """How long blocks are to be, if the drafter can make them so long; asked after `to_draft` named some."""
-        ...
-
-    def choose(self, confidence: Floats, lengths: Ints, load: Load) -> Ints:
-        """Verify lengths [R] from confidence [R, G] and draft lengths [R], which they never exceed.
-
-        A request that nothing was drafted for has draft length 0.
-        Slots at and past a request's length are padding; confidence may be anything, NaN too.
-        """
-        ...
-
-    def observe(self, step: StepTaken) -> None:
-        """What a step without prompts took, after it."""
-        ...
-
 
 PATIENCE = 8  # how many times `retry_every` rounds a "no" holds at most, twice as long each time in a row
 OFTEN = 16  # rounds for each request that an answer holds, if that is less than `retry_every`; a "no" often longer
@@ -57,8 +31,31 @@ PROBES = 2  # requests drafted for, now and then, while drafting does not pay; t
 NEWS = 1 / 512  # of the time is what those drafts may lose
 
 
+class PrefixScheduler:
+    """Chooses verify lengths, once a round and in the order of rounds: it may remember what it saw."""
+
+    def to_draft(self, load: Load) -> list[int]:
+        """For which of the load's requests to draft this round, by index, ascending; asked before drafting."""
+        return list(range(load.requests))
+
+    def slots_to_draft(self, load: Load) -> int:
+        """How long blocks are to be, if the drafter can make them so long; asked after `to_draft` named some."""
+        return WHOLE
+
+    def choose(self, confidence: Floats, lengths: Ints, load: Load) -> Ints:
+        """Verify lengths [R] from confidence [R, G] and draft lengths [R], which they never exceed.
+
+        A request that nothing was drafted for has draft length 0.
+        Slots at and past a request's length are padding; confidence may be anything, NaN too.
+        """
+        raise NotImplementedError
+
+    def observe(self, step: StepTaken) -> None:
+        """What a step without prompts took, after it."""
+
+
 @dataclass(frozen=True)
-class FixedLength:
+class FixedLength(PrefixScheduler):
     """Verify the first `length` slots of every request, whatever the load; the baseline."""
 
     length: int
@@ -68,7 +65,7 @@ class FixedLength:
             raise ValueError(f"a verify length cannot be negative: {self.length}")
 
     def to_draft(self, load: Load) -> list[int]:
-        return list(range(load.requests)) if self.length else []
+        return super().to_draft(load) if self.length else []
 
     def slots_to_draft(self, load: Load) -> int:
         return self.length
@@ -76,12 +73,9 @@ class FixedLength:
     def choose(self, confidence: Floats, lengths: Ints, load: Load) -> Ints:
         return np.minimum(lengths, self.length)
 
-    def observe(self, step: StepTaken) -> None:
-        pass
-
 
 @dataclass(frozen=True)
-class Threshold:
+class Threshold(PrefixScheduler):
     """Verify the slots whose survival is at least `threshold`, whatever the load."""
 
     threshold: float
@@ -90,17 +84,8 @@ class Threshold:
         if not 0 < self.threshold <= 1:
             raise ValueError(f"the threshold must be above 0 and at most 1, got {self.threshold}")
 
-    def to_draft(self, load: Load) -> list[int]:
-        return list(range(load.requests))
-
-    def slots_to_draft(self, load: Load) -> int:
-        return WHOLE
-
     def choose(self, confidence: Floats, lengths: Ints, load: Load) -> Ints:
         return (survival(confidence, lengths) >= self.threshold).sum(1)
-
-    def observe(self, step: StepTaken) -> None:
-        pass
 
 
 @dataclass
@@ -117,20 +102,23 @@ class _Answer:
     beside: dict[int, bool] = field(default_factory=dict)  # whether it pays beside prompts, by the logarithm of tokens
 
 
-class _CostBased:
+class _CostBased(PrefixScheduler):
     """The frame of the three below: for whom to draft, the walk, what is remembered after the choice."""
 
-    def __init__(self, costs: CostTable | LiveCosts, decay: float = 0.98, warm_up: int = 16, retry_every: int = 64):
+    def __init__(self, profile: CostTable, decay: float = 0.98, warm_up: int = 16, retry_every: int = 64):
         """Drafts until about `warm_up` requests were seen; an answer to "for how many does it pay" holds for
-        `retry_every` rounds at most, and longer where it was "for none" again and again or news is dear.
-        costs: `LiveCosts` are kept up to date with what steps take, a table stays as it is."""
-        self.live = costs if isinstance(costs, LiveCosts) else None
-        self.costs = costs.table if isinstance(costs, LiveCosts) else costs
+        `retry_every` rounds at most, and longer where it was "for none" again and again or news is dear."""
+        self.live = LiveCosts(profile)
         self.warm_up, self.retry_every = warm_up, retry_every
         self.history = Survivals(decay)
         self.rounds = 0  # since the warm-up
         self.answers: dict[int, _Answer] = {}  # by load, see `answer`
         self.slots = WHOLE  # of this round's blocks
+
+    @property
+    def costs(self) -> CostTable:
+        """The profile, brought to what steps take."""
+        return self.live.table
 
     def to_draft(self, load: Load) -> list[int]:
         """Those whose drafts survive best, as many as past rounds say give most tokens a second; often all or none.
@@ -182,41 +170,30 @@ class _CostBased:
 
     def rounds_between_probes(self, load: Load) -> int:
         """How many plain rounds make what drafting for a few is expected to lose no more than `NEWS` of the time."""
-        rounds = self.rounds_best_first(load)
-        probes = Drafted(min(PROBES, load.requests), rounds.shape[2])
-        lost = 1 - self.expected_rates(rounds, Load(load.ids), [probes])[0] / self.plain_rate(load)
-        return math.ceil(max(0.0, lost) / NEWS)
+        probes = Drafted(min(PROBES, load.requests), self.history.slots)
+        return math.ceil(max(0.0, 1 - self.gains(Load(load.ids), [probes])[0]) / NEWS)
 
     def how_many(self, load: Load) -> tuple[int, int]:
         """For how many of the requests, the best first, to draft in a step without prompts, 0 where it does not pay;
         and how many slots."""
-        plain, rounds = Load(load.ids), self.rounds_best_first(load)
-        counts, lengths = parts(load.requests, SHARES), parts(rounds.shape[2], LENGTHS)
+        counts, lengths = parts(load.requests, SHARES), parts(self.history.slots, LENGTHS)
         choices = [Drafted(n, g) for g in reversed(lengths) for n in counts]
-        speeds = self.expected_rates(rounds, plain, choices)
-        best, slots = choices[int(speeds.argmax())]
-        return best if speeds.max() > PAYS * self.plain_rate(load) else 0, slots
+        gains = self.gains(Load(load.ids), choices)
+        best, slots = choices[int(gains.argmax())]
+        return best if gains.max() > PAYS else 0, slots
 
     def pays(self, load: Load, answer: _Answer) -> bool:
         """Whether it pays beside the prompts of this step too: they take the cost curve to where it may be steeper."""
         like = round(2 * math.log(load.other_tokens))
         if like not in answer.beside:
             choice = Drafted(min(answer.paying, load.requests), answer.slots)
-            speed = self.expected_rates(self.rounds_best_first(load), load, [choice])[0]
-            answer.beside[like] = bool(speed > PAYS * self.plain_rate(load))
+            answer.beside[like] = bool(self.gains(load, [choice])[0] > PAYS)
         return answer.beside[like]
 
-    def rounds_best_first(self, load: Load) -> Floats:
-        """Rounds like the past ones [rounds, R, G], the requests that a draft serves best first."""
-        rounds = self.history.rounds_like(load.ids)
-        return rounds if load.requests == 1 else rounds[:, best_first(self.history.levels(load.ids)[0])]
-
-    def plain_rate(self, load: Load) -> float:
-        return load.requests / float(self.costs.seconds(load.requests, load.requests))
-
-    def expected_rates(self, rounds: Floats, load: Load, choices: list[Drafted]) -> Floats:
-        """Tokens a second over rounds [rounds, R, G], each with its best budget, for each way to draft: for the first
-        so many requests the first so many slots."""
+    def gains(self, load: Load, choices: list[Drafted]) -> Floats:
+        """Tokens a second, times those of plain decoding, in rounds like the past ones, each with its best budget, for
+        each way to draft: for so many of the requests, the best first, so many slots."""
+        rounds = self.history.rounds_like(load.ids)[:, best_first(self.history.levels(load.ids)[0])]
         slots = rounds.shape[2]
         values = rounds.reshape(len(rounds), -1)  # [rounds, n]
         order = np.argsort(-values, axis=1)
@@ -230,27 +207,22 @@ class _CostBased:
         seconds += self.costs.draft(requests_drafted, slots_drafted)
         best = (tau / seconds).argmax(-1)[..., None]
         tau, seconds = (np.take_along_axis(of_step, best, -1).sum((1, 2)) for of_step in (tau, seconds))
-        return tau / seconds
+        return tau / seconds * float(self.costs.seconds(load.requests, load.requests)) / load.requests
 
     def choose(self, confidence: Floats, lengths: Ints, load: Load) -> Ints:
         today = survival(confidence, lengths)  # [R, G]
         order = walk(today, lengths)
         drafted = Drafted(int(np.count_nonzero(lengths)), confidence.shape[1])
         verify_lengths = order.lengths(self.count(today, order, lengths, load, drafted), len(lengths))
-        self.remember(today, order, lengths, load)  # after the choice: it must not see today
+        self.history.observe(today, lengths, load.ids)  # after the choice: it must not see today
         return verify_lengths
 
     def count(self, today: Floats, order: Walk, lengths: Ints, load: Load, drafted: Drafted) -> int:
         """How many slots of the walk are verified."""
         raise NotImplementedError
 
-    def remember(self, today: Floats, order: Walk, lengths: Ints, load: Load) -> None:
-        self.history.observe(today, lengths, load.ids)
-
     def observe(self, step: StepTaken) -> None:
-        if self.live is not None:
-            self.live.observe(step)
-            self.costs = self.live.table
+        self.live.observe(step)
 
 
 def best_first(levels: Floats | Ints) -> Ints:
@@ -275,18 +247,15 @@ class StaleBudget(_CostBased):
     Until there are two past rounds it is Algorithm 1.
     """
 
-    def __init__(self, costs: CostTable | LiveCosts, decay: float = 0.98, warm_up: int = 16, retry_every: int = 64):
-        super().__init__(costs, decay, warm_up, retry_every)
-        self.past: tuple[Floats, ...] = ()  # survivals of the last two rounds, as walked, the latest first
+    past: tuple[Floats, ...] = ()  # survivals of the last two rounds, as walked, the latest first
 
     def count(self, today: Floats, order: Walk, lengths: Ints, load: Load, drafted: Drafted) -> int:
         if len(self.past) < 2:
-            return algorithm_1(order.survival, self.costs, load, drafted)
-        return best_budget(self.past[1], self.costs, load, drafted)
-
-    def remember(self, today: Floats, order: Walk, lengths: Ints, load: Load) -> None:
-        super().remember(today, order, lengths, load)
+            count = algorithm_1(order.survival, self.costs, load, drafted)
+        else:
+            count = best_budget(self.past[1], self.costs, load, drafted)
         self.past = (order.survival, *self.past)[:2]
+        return count
 
 
 class Foresight(_CostBased):

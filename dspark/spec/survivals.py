@@ -49,8 +49,12 @@ class Survivals:
         self.recent: deque[Floats] = deque(maxlen=KEPT_ROWS)  # the last whole blocks [G]
         self.totals = self.counts = np.zeros(0)  # [G]
         self.means: Floats = np.zeros(0)  # [G], never rising; 0 where nothing was seen yet
-        self.falloff: Floats = np.zeros(0)  # [G]: means over the first one's
         self.own: dict[int, _Own] = {}  # by request
+
+    @property
+    def slots(self) -> int:
+        """Of a whole block."""
+        return len(self.means)
 
     def observe(self, values: Floats, lengths: Ints, ids: Sequence[int]) -> None:
         """Note a round: survival [R, G], draft lengths [R] and ids [R]. The first ones are taken in soon, later ones
@@ -85,7 +89,6 @@ class Survivals:
         self.counts = kept * self.counts + there.sum(0)
         means = np.divide(self.totals, self.counts, out=np.zeros_like(self.totals), where=self.counts > 0)
         self.means = np.minimum.accumulate(means)
-        self.falloff = self.means / self.means[0] if self.means[0] > 0 else np.zeros_like(means)
 
         if len(self.own) > 2 * len(ids):  # most of them have ended
             self.own = {i: self.own[i] for i in ids if i in self.own}
@@ -102,10 +105,10 @@ class Survivals:
     def levels(self, ids: Sequence[int]) -> tuple[Floats, Ints]:
         """Tokens that a block of each request is expected to add, and for how many rounds it had none, [R]."""
         self.settle()
-        mean = float(np.sum(self.recent)) / len(self.recent) if self.recent else float(self.means.sum())
+        mean = float(np.sum(self.recent or self.means)) / max(1, len(self.recent))
         own = [self.own.get(i, _Own()) for i in ids]
         levels = [(one.survived + DOUBT * mean) / (one.count + DOUBT) for one in own]
-        return np.array(levels), np.array([min(NEVER, self.rounds - one.last) for one in own])
+        return np.array(levels), np.array([self.rounds - one.last for one in own])
 
     def rounds_like(self, ids: Sequence[int]) -> Floats:
         """Past blocks as rounds of these requests, [rounds, R, G]: their own as far as known, else any request's."""
@@ -121,4 +124,4 @@ class Survivals:
 
     def predict(self, first: Floats) -> Floats:
         """Survival [R, G] of today's slots from that of the first [R]: scaled as the means fall off."""
-        return first[:, None] * self.falloff
+        return first[:, None] * (self.means / max(self.means[0], np.finfo(np.float64).tiny))

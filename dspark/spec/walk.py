@@ -48,14 +48,8 @@ class Walk(NamedTuple):
 def survival(confidence: Floats, lengths: Ints) -> Floats:
     """a_k = product of c_1..c_k, [R, G]; NaN counts as 0, everything is clipped to 0..1, padding is 0."""
     c = np.minimum(np.fmax(confidence, 0.0), 1.0)  # fmax of NaN and 0 is 0
-    if not _whole(lengths, c.shape[1]):
-        c *= np.arange(c.shape[1]) < lengths[:, None]
+    c *= np.arange(c.shape[1]) < lengths[:, None]
     return np.cumprod(c, axis=1, out=c)
-
-
-def _whole(lengths: Ints, slots: int) -> bool:
-    """Whether no block has padding."""
-    return min(lengths.tolist(), default=slots) == slots
 
 
 def walk(values: Floats, lengths: Ints) -> Walk:
@@ -64,11 +58,8 @@ def walk(values: Floats, lengths: Ints) -> Walk:
     if requests == 1:  # in order already
         alone = values[0, : lengths[0]]
         return Walk(np.zeros(len(alone), np.int64), alone)
-    if _whole(lengths, slots):
-        request, flat = np.arange(requests).repeat(slots), values.ravel()
-    else:
-        valid = np.arange(slots) < lengths[:, None]
-        request, flat = np.nonzero(valid)[0], values[valid]
+    valid = np.arange(slots) < lengths[:, None]
+    request, flat = np.nonzero(valid)[0], values[valid]
     order = np.argsort(-flat, kind="stable")
     return Walk(request[order], flat[order])
 

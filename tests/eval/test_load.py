@@ -277,7 +277,7 @@ def test_online_calibration_is_learnt_by_each_policy_alone(target, prompts):
     bench.run()
     short, long = (bench.lanes[name].engine.calibration for name in ("fixed-1", "fixed-4"))
     assert isinstance(short, OnlineCalibration) and isinstance(long, OnlineCalibration)
-    assert short.count[0] > 0 == short.count[1] and long.count[1] > 0
+    assert short.information[0] > 0 == short.information[1] and long.information[1] > 0
 
 
 def test_policies_that_draft_need_a_drafter(target):

@@ -191,7 +191,9 @@ class FreshBudget(StaleBudget):
     """The budget from today's confidences instead of those of two rounds ago, once there is a past."""
 
     def count(self, today: Floats, order: Walk, lengths: Ints, load: Load, drafted: Drafted) -> int:
-        return best_budget(order.survival if self.past else order.survival[:0], self.costs, load, drafted)
+        known = order.survival if self.past else order.survival[:0]
+        self.past = (order.survival,)
+        return best_budget(known, self.costs, load, drafted)
 
 
 class SeesToday(Foresight):
