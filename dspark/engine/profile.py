@@ -7,11 +7,11 @@ import hashlib
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,11 +19,13 @@ import torch
 from dspark.config import read_json, write_json
 from dspark.drafters.interface import Drafter
 from dspark.drafters.load import drafter_folder
+from dspark.engine.batch import Batch
 from dspark.engine.engine import Engine, EngineConfig
-from dspark.engine.kv_cache import KVCache, slot_bytes
+from dspark.engine.kv_cache import KVCache, Region, slot_bytes
+from dspark.engine.scheduler import Chunk
+from dspark.engine.sequence import Sequence
 from dspark.engine.times import StepTimes
 from dspark.machine import machine_name
-from dspark.models.attention import CachedAttention, Segment
 from dspark.models.decoder import Decoder
 from dspark.models.download import cache_folder
 from dspark.models.loader import Target
@@ -61,17 +63,6 @@ MOST_REQUESTS = 64  # with a context of their own; more tokens than that are tim
 TAKEN_IN = 3  # committed tokens of a request that its drafter takes in before it drafts
 
 
-@dataclass
-class ProbeRequest:
-    """A request with `context` committed tokens, as drafters see one."""
-
-    token_ids: list[int]
-    first_slot: int
-    params: SamplingParams = SamplingParams()
-    seed: int = 0
-    coupled: bool = False
-
-
 def measure_costs(
     target: Target,
     drafter: Drafter | None,
@@ -91,6 +82,7 @@ def measure_costs(
     decoder = target.decoder
     most = max(config.batch_tokens[-1], config.requests[-1])
     gamma = drafter.block_size if drafter is not None else 0
+    tap_layers = drafter.tap_layers if drafter is not None else ()
     per_slot = slot_bytes(decoder.config, decoder.kv_dtype) + (drafter.slot_bytes if drafter is not None else 0)
     room = config.context + max(1 + gamma, 2 + config.repeats)
     regions = min(most, MOST_REQUESTS, max(1, int(EngineConfig.kv_gib * 2**30 / (per_slot * room))))
@@ -100,23 +92,19 @@ def measure_costs(
     cache = KVCache(decoder.config, regions * room, decoder.kv_dtype, decoder.device)
     for storage in cache.storage:
         storage.normal_()
-    tap_layers = drafter.tap_layers if drafter is not None else ()
+    tokens = [1] * (config.context + 1)
+    places = [Region(i * room, room, room, tokens, length=config.context) for i in range(regions)]
+    sequences = [Sequence(i, tokens, SamplingParams(), 0, region=place) for i, place in enumerate(places)]
     calibration = Calibration.identity(gamma)
     shape = regions * config.context, decoder.config.hidden_size
     taps = torch.randn(shape, dtype=decoder.compute_dtype, device=decoder.device)
-    if drafter is not None:
-        drafter.allocate(regions * room)
 
     @torch.inference_mode()
     def forward(batch_tokens: int, requests: int) -> None:
         rows = [len(part) for part in np.array_split(np.arange(batch_tokens), requests)]
-        segments = [Segment(n, i * room, config.context + n) for i, n in enumerate(rows)]
-        positions = torch.cat([config.context + torch.arange(n) for n in rows]).to(decoder.device)
-        firsts = torch.arange(0, requests * room, room).repeat_interleave(torch.tensor(rows))
-        slots = positions + firsts.to(decoder.device)
-        attention = CachedAttention(cache.storage, slots, segments, decoder.config.group_size)
-        tokens = torch.ones_like(positions)
-        output = decoder.forward(tokens, positions, attention, tap_layers)
+        batch = Batch.of([Chunk(s, 1, [1] * (n - 1)) for s, n in zip(sequences, rows)], decoder.device)
+        attention = batch.attention(cache, decoder.config.group_size)
+        output = decoder.forward(batch.tokens, batch.positions, attention, tap_layers)
         decoder.likeliest(decoder.logits(output.hidden)).tolist()
 
     def take_in(requests: int, count: int) -> None:
@@ -124,23 +112,23 @@ def measure_costs(
         if drafter is not None and tap_layers:
             positions = torch.arange(config.context - count, config.context).repeat(requests)
             slots = positions + torch.arange(0, requests * room, room).repeat_interleave(count)
-            tokens, positions, slots = (t.to(decoder.device) for t in (torch.ones_like(slots), positions, slots))
-            drafter.extend([taps[: len(slots)]] * len(tap_layers), tokens, positions, slots)
+            rows = (t.to(decoder.device) for t in (torch.ones_like(slots), positions, slots))
+            drafter.extend([taps[: len(slots)]] * len(tap_layers), *rows)
 
     def draft(requests: int, slots: int) -> None:
         assert drafter is not None
         take_in(min(requests, regions), min(TAKEN_IN, config.context))
-        tokens = [1] * (config.context + 1)
-        drafted = drafter.propose([ProbeRequest(tokens, i % regions * room) for i in range(requests)], slots)
+        drafted = drafter.propose([sequences[i % regions] for i in range(requests)], slots)
         lengths = drafted.lengths.cpu().numpy()
         walk(survival(calibration.confidence(drafted.signals), lengths), lengths)
 
-    take_in(regions, config.context)  # the drafter's context must hold finite numbers
+    if drafter is not None:
+        drafter.allocate(regions * room)
+        take_in(regions, config.context)  # the drafter's context must hold finite numbers
     requests = config.requests if drafter is not None else ()
     short = -(-gamma // 4)  # slots of the blocks that tell what a draft costs by its length
     few = max(1, regions // (1 + gamma))
     many = min(few * (1 + gamma), regions)
-    tokens = few * (1 + gamma)
     # As in decoding, a size comes after itself, forward after draft after forward: a cache that holds most of the
     # weights then holds those. After another size small ones took 1.4 times as long, and drafting looked cheap.
     jobs: dict[tuple[str, int], Callable[[], None]] = {}
@@ -153,24 +141,37 @@ def measure_costs(
         jobs |= {("target", n): jobs["before", n]} if n in config.batch_tokens else {}
     # As many tokens of fewer requests: what is saved was spent on reading contexts.
     for name, count in (("many contexts", many), ("few contexts", few)):
-        jobs[f"before {name}", 0] = jobs[name, 0] = partial(forward, tokens, count)
+        jobs[f"before {name}", 0] = jobs[name, 0] = partial(forward, few * (1 + gamma), count)
     seconds = median_seconds(jobs, config, on_done)
     saved = max(0.0, seconds["many contexts", 0] - seconds["few contexts", 0])
     context_seconds = saved / max(1, many - few)
-    return CostTable.measured(
-        target.source.name,
-        str(decoder.dtype).removeprefix("torch."),
-        machine_name(decoder.device),
-        config.batch_tokens,
-        [seconds["target", n] + context_seconds * max(0, n - regions) for n in config.batch_tokens],
-        requests,
-        [seconds["draft", n] for n in requests],
+    target_seconds = (seconds["target", n] + context_seconds * max(0, n - regions) for n in config.batch_tokens)
+    draft_seconds = rising(seconds["draft", n] for n in requests)
+    short_draft_seconds = rising(seconds["short draft", n] for n in requests if short < gamma)
+    return CostTable(
+        **measured_on(target),
+        batch_tokens=config.batch_tokens,
+        target_seconds=rising(target_seconds),
+        requests=requests,
+        draft_seconds=draft_seconds,
         step_seconds=around_a_step(decoder, config) if step_seconds is None else step_seconds,
         context_seconds=context_seconds,
         slots=max(1, gamma),
         short_slots=max(1, short),
-        short_draft_seconds=[seconds["short draft", n] for n in requests if short < gamma],
+        short_draft_seconds=tuple(map(min, short_draft_seconds, draft_seconds)),
     )
+
+
+def rising(seconds: Iterable[float]) -> tuple[float, ...]:
+    """Noise must not make more work look cheaper."""
+    return tuple(accumulate(seconds, max))
+
+
+def measured_on(target: Target) -> dict[str, str]:
+    """What a table belongs to, as its fields name it."""
+    decoder = target.decoder
+    dtype = str(decoder.dtype).removeprefix("torch.")
+    return {"model": target.source.name, "dtype": dtype, "machine": machine_name(decoder.device)}
 
 
 def around_a_step(decoder: Decoder, config: ProfileConfig) -> float:
@@ -186,17 +187,14 @@ def around_a_step(decoder: Decoder, config: ProfileConfig) -> float:
     return statistics.median(seconds)
 
 
-Job = TypeVar("Job")
-
-
 def median_seconds(
-    jobs: dict[Job, Callable[[], None]], config: ProfileConfig, on_done: Callable[[str], None]
-) -> dict[Job, float]:
+    jobs: dict[tuple[str, int], Callable[[], None]], config: ProfileConfig, on_done: Callable[[str], None]
+) -> dict[tuple[str, int], float]:
     """Of each job. They take turns, so that a slow phase of a shared machine slows one turn of all, not all of one.
 
     The first turn is a warm-up, but for jobs so long that it counts too; those are not repeated as often.
     """
-    times: dict[Job, list[float]] = {name: [] for name in jobs}
+    times: dict[tuple[str, int], list[float]] = {name: [] for name in jobs}
     for turn in range(1 + config.repeats):
         for name, job in jobs.items():
             if sum(times[name]) < config.most_seconds:
@@ -221,9 +219,10 @@ def profile_path(target: Target, drafter: str) -> Path:
 def load_profile(path: Path, target: Target) -> CostTable:
     """A stored profile. Raises ValueError if it is damaged or of another model, dtype or machine."""
     table = read_json(CostTable, path)
-    table.check(
-        target.source.name, str(target.decoder.dtype).removeprefix("torch."), machine_name(target.decoder.device)
-    )
+    for name, wanted in measured_on(target).items():
+        if (found := getattr(table, name)) != wanted:
+            message = f"the cost table was measured for {name} '{found}', not '{wanted}'; run `dspark profile` again"
+            raise ValueError(message)
     return table
 
 

@@ -5,7 +5,7 @@ The prefix schedulers divide expected tokens by these seconds. The curve may be 
 
 import math
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
@@ -52,12 +52,8 @@ class CostTable:
     short_draft_seconds: tuple[float, ...] = ()  # of a draft pass with blocks of `short_slots`; none: the same
 
     def __hash__(self) -> int:
-        return self._hash
-
-    @cached_property
-    def _hash(self) -> int:
-        """Once: caches ask for it at every step."""
-        return hash(astuple(self))
+        """Of a part: caches ask for it several times a step."""
+        return hash((self.step_seconds, self.target_seconds))
 
     def __post_init__(self) -> None:
         _check_curve("batch_tokens", self.batch_tokens, "target_seconds", self.target_seconds)
@@ -73,42 +69,6 @@ class CostTable:
             raise ValueError(f"step_seconds must be finite and at least 0, got {self.step_seconds}")
         if not 0 <= self.context_seconds < math.inf:
             raise ValueError(f"context_seconds must be finite and at least 0, got {self.context_seconds}")
-
-    @classmethod
-    def measured(
-        cls,
-        model: str,
-        dtype: str,
-        machine: str,
-        batch_tokens: Sequence[int],
-        target_seconds: Sequence[float],
-        requests: Sequence[int],
-        draft_seconds: Sequence[float],
-        step_seconds: float,
-        context_seconds: float = 0.0,
-        slots: int = 1,
-        short_slots: int = 1,
-        short_draft_seconds: Sequence[float] = (),
-    ) -> "CostTable":
-        """From raw medians, forced monotone: noise must not make more work look cheaper."""
-
-        def rising(seconds: Sequence[float]) -> tuple[float, ...]:
-            return tuple(float(value) for value in np.maximum.accumulate(np.asarray(seconds, dtype=np.float64)))
-
-        curves = tuple(batch_tokens), rising(target_seconds), tuple(requests), rising(draft_seconds)
-        short = tuple(map(min, rising(short_draft_seconds), curves[3]))
-        besides = float(step_seconds), max(0.0, float(context_seconds))
-        return cls(model, dtype, machine, *curves, *besides, slots, short_slots, short)
-
-    def check(self, model: str, dtype: str, machine: str) -> None:
-        """Raise ValueError unless the table was measured for exactly this."""
-        wanted = {"model": model, "dtype": dtype, "machine": machine}
-        for name, value in wanted.items():
-            if getattr(self, name) != value:
-                raise ValueError(
-                    f"the cost table was measured for {name} '{getattr(self, name)}', not '{value}'; "
-                    "run `dspark profile` again"
-                )
 
     @cached_property
     def _tokens(self) -> _Curve:

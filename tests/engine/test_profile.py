@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -32,6 +33,18 @@ def test_measures_target_and_drafter(target: Target):
     assert (table.batch_tokens, table.requests) == ((1, 2, 5), (1, 3))
     assert table.target_seconds == tuple(sorted(table.target_seconds)) and table.target_seconds[0] > 0
     assert measure_costs(target, None, SMALL).requests == ()
+
+
+def test_measurements_are_made_monotone(target: Target, monkeypatch: pytest.MonkeyPatch):
+    """Noise must not make more work look cheaper, nor a short block dearer than a whole one."""
+    noisy = {"target": [1.0, 0.9, 2.0], "draft": [0.3, 0.2], "short draft": [0.25, 0.4]}
+    drawn = {name: iter(seconds) for name, seconds in noisy.items()}
+    monkeypatch.setattr(
+        profile, "median_seconds", lambda jobs, *_: {job: next(drawn.get(job[0], repeat(0.0))) for job in jobs}
+    )
+    table = measure_costs(target, tiny_drafter(target.decoder), SMALL)
+    assert table.target_seconds == (1.0, 1.0, 2.0)
+    assert (table.draft_seconds, table.short_draft_seconds) == ((0.3, 0.3), (0.25, 0.3))
 
 
 def test_takes_no_more_memory_than_an_engine(target: Target, monkeypatch: pytest.MonkeyPatch):
@@ -83,22 +96,24 @@ def test_long_jobs_are_not_repeated(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(profile.time, "perf_counter", lambda: clock[0])
 
     def job(name: str, seconds: float) -> None:
-        runs.append(name)
+        runs.append((name, 1))
         clock[0] += seconds
 
-    jobs = {name: partial(job, name, seconds) for name, seconds in (("short", 0.01), ("some", 0.4), ("long", 2.0))}
+    taken = {"short": 0.01, "some": 0.4, "long": 2.0}
+    jobs = {(name, 1): partial(job, name, seconds) for name, seconds in taken.items()}
     seconds = profile.median_seconds(jobs, ProfileConfig(repeats=5), lambda _: None)
-    assert seconds == pytest.approx({"short": 0.01, "some": 0.4, "long": 2.0})
-    assert [runs.count(name) for name in jobs] == [6, 3, 1]
+    assert list(seconds.values()) == pytest.approx(list(taken.values()))
+    assert [runs.count(job) for job in jobs] == [6, 3, 1]
 
 
-def test_of_another_machine_is_refused(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_table_of_something_else_is_refused(target: Target, tmp_path: Path):
     path = tmp_path / "profile.json"
     write_json(measure_costs(target, None, SMALL), path)
     assert load_profile(path, target).model == "tiny"
-    monkeypatch.setattr(profile, "machine_name", lambda device: "another one")
-    with pytest.raises(ValueError, match="dspark profile"):
-        load_profile(path, target)
+    for name, other in (("model", "n"), ("dtype", "bfloat16"), ("machine", "there")):
+        write_json(replace(measure_costs(target, None, SMALL), **{name: other}), path)
+        with pytest.raises(ValueError, match=f"for {name} '{other}', not .* run `dspark profile` again"):
+            load_profile(path, target)
 
 
 def test_names_of_policies():

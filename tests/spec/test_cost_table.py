@@ -27,18 +27,16 @@ def test_shorter_blocks_lie_between_and_past_the_two_measured_lengths() -> None:
     np.testing.assert_allclose(table.draft(np.array([0, 2, 3]), 2), [0, 0.12, 0.16])
     assert table.draft(3) == table.draft(3, 8) == 0.4 and TABLE.draft(3, 2) == 0.4
     assert table.seconds(3, 1, 1, 2) == pytest.approx(2.18)
-    measured = CostTable.measured("m", "bf16", "here", (1,), (1.0,), (1, 2), (0.2, 0.3), 0.0, 0.0, 8, 2, (0.25, 0.1))
-    assert measured.short_draft_seconds == (0.2, 0.25)  # rising, and never above whole blocks
 
 
 def test_below_the_first_size_it_costs_as_much() -> None:
-    table = CostTable.measured("m", "bf16", "here", (4, 8), (1.0, 2.0), (2,), (0.5,), 0.0)
+    table = CostTable("m", "bf16", "here", (4, 8), (1.0, 2.0), (2,), (0.5,), 0.0)
     assert table.target(1, 1) == 1.0
     assert table.draft(9) == 0.5  # a single size: no slope is known
 
 
 def test_without_a_drafter() -> None:
-    table = CostTable.measured("m", "bf16", "here", (4, 8), (1.0, 2.0), (), (), 0.0)
+    table = CostTable("m", "bf16", "here", (4, 8), (1.0, 2.0), (), (), 0.0)
     np.testing.assert_allclose(table.seconds([4, 8], 4, [1, 0]), [1, 2])
 
 
@@ -48,12 +46,6 @@ def test_tokens_of_one_request_read_its_context_together() -> None:
     np.testing.assert_allclose(table.target([1, 2, 4, 8], 1), [1, 1.5, 1.5, 1.5])
     falling = replace(TABLE, context_seconds=0.25)  # 0.75, 0.5, 2, 1.5 without contexts
     np.testing.assert_allclose(falling.target([1, 2, 4, 8], 0), [0.75, 0.75, 2, 2])
-
-
-def test_measurements_are_made_monotone() -> None:
-    noisy = CostTable.measured("m", "bf16", "here", (1, 2, 4), (1.0, 0.9, 2.0), (1, 2), (0.3, 0.2), 0.1)
-    assert noisy.target_seconds == (1.0, 1.0, 2.0)
-    assert noisy.draft_seconds == (0.3, 0.3)
 
 
 def test_a_file_gives_back_what_was_written(tmp_path: Path) -> None:
@@ -90,15 +82,3 @@ def test_a_file_gives_back_what_was_written(tmp_path: Path) -> None:
 def test_refusals(change: dict, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         replace(TABLE, **change)
-
-
-def test_measurements_that_are_nan_are_refused() -> None:
-    with pytest.raises(ValueError, match="finite"):
-        CostTable.measured("m", "bf16", "here", (1, 2), (math.nan, 1.0), (), (), 0.0)
-
-
-@pytest.mark.parametrize("other", [("n", "bf16", "here"), ("m", "fp32", "here"), ("m", "bf16", "there")])
-def test_a_table_of_something_else_is_refused(other: tuple[str, str, str]) -> None:
-    TABLE.check("m", "bf16", "here")
-    with pytest.raises(ValueError, match="run `dspark profile` again"):
-        TABLE.check(*other)
