@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dspark.config import is_unicode
 from dspark.draws import sample_seed
-from dspark.engine.answer_text import AnswerText, Decode
+from dspark.engine.answer_text import AnswerText
 from dspark.engine.engine import EngineConfig
 from dspark.engine.policy import drafting
 from dspark.engine.sequence import Sequence
@@ -35,27 +35,6 @@ class Completion:
     accepted_length: float
     stopped_by: int | str | None = None  # the end token or stop string, where finish_reason is "stop"
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # one a token, if asked for
-
-
-class TextStream:
-    """Turns a growing sequence into text deltas.
-
-    Holds back an unfinished character and what may be the beginning of a stop string.
-    """
-
-    def __init__(self, decode: Decode, sequence: Sequence):
-        self.sequence, self.text = sequence, sequence.text or AnswerText(decode)
-        self.read = self.sent = 0  # tokens, characters
-
-    def delta(self) -> str:
-        """The text that is new and certain since the last call."""
-        if self.sequence.text is None:
-            output_ids = self.sequence.output_ids
-            self.text.push(output_ids[self.read :])
-            self.read = len(output_ids)
-        text = self.text.certain if self.sequence.finish_reason is None else self.text.finish()
-        new, self.sent = text[self.sent :], len(text)
-        return new
 
 
 class LLM:
@@ -127,14 +106,20 @@ class LLM:
         return self.engine.add(self.encode(prompt), params, self.decode)
 
     def follow(self, sequence: Sequence) -> Iterator[str]:
-        """Step the engine until the request ends, yielding its text as it grows."""
-        text = TextStream(self.decode, sequence)
+        """Step the engine until the request ends, yielding its text as it grows: what is certain of it, without an
+        unfinished character and what may be the beginning of a stop string."""
+        text, read, sent = sequence.text or AnswerText(self.decode), 0, 0  # tokens, characters
         try:
             ended = False
             while not ended:
                 ended = sequence.finish_reason is not None  # asked before the rest is read: another caller may step too
-                if delta := text.delta():
-                    yield delta
+                if sequence.text is None:
+                    text.push(sequence.output_ids[read:])
+                    read = len(sequence.output_ids)
+                certain = text.finish() if ended else text.certain
+                if len(certain) > sent:
+                    yield certain[sent:]
+                    sent = len(certain)
                 if not ended:
                     self.engine.step()
         finally:

@@ -11,7 +11,7 @@ from dspark.draws import sample_seed
 from dspark.engine import llm as llm_module
 from dspark.engine.answer_text import AnswerText
 from dspark.engine.engine import Engine, EngineConfig
-from dspark.engine.llm import LLM, TextStream
+from dspark.engine.llm import LLM
 from dspark.sampling import SamplingParams
 from tests.engine.plain import AdjustedTarget, Answer, plain_answer
 from tests.tiny import AdversarialDrafter, OracleDrafter, tiny_drafter, tiny_target
@@ -152,16 +152,18 @@ def test_the_answer_ends_where_plain_decoding_would_have(drafter: str):
     expected = [plain_answer(PLAIN, prompt, params, decode) for prompt, params in cases()]
     assert {answer.finish_reason for answer in expected} == {"stop", "length"}
     sequences = [engine.add(prompt, params, decode) for prompt, params in cases()]
-    streams = [TextStream(decode, s) for s in sequences]
-    streamed = [""] * len(streams)
+    certain = [""] * len(sequences)
     while engine.has_work:
         tokens = {new.sequence.request_id: new.token_ids for new in engine.step()}
         engine.cache.check_integrity()
-        for i, (sequence, stream) in enumerate(zip(sequences, streams, strict=True)):
+        for i, sequence in enumerate(sequences):
             if sequence.request_id in tokens:
                 assert sequence.output_ids[-len(tokens[sequence.request_id]) :] == tokens[sequence.request_id]
-                streamed[i] += stream.delta()
-    for sequence, text, answer in zip(sequences, streamed, expected, strict=True):
+                assert sequence.text is not None
+                now = sequence.text.certain if sequence.finish_reason is None else sequence.text.finish()
+                assert now.startswith(certain[i])
+                certain[i] = now
+    for sequence, text, answer in zip(sequences, certain, expected, strict=True):
         assert sequence.text is not None
         found = Answer(sequence.output_ids, sequence.text.finish(), sequence.finish_reason or "", sequence.stopped_by)
         assert found == answer
