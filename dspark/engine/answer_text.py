@@ -48,7 +48,7 @@ class AnswerText:
     def finish(self) -> str:
         """The whole text, no token follows: a character that stayed incomplete becomes U+FFFD. What `push` would have
         returned is in `stopped_by` then."""
-        if self._boundary < len(self._window):
+        if self.stopped_by is None and self._boundary < len(self._window):
             self._append(self._decode(self._window), len(self._window), self._may_stop)
         return self.text
 

@@ -116,6 +116,15 @@ def test_a_stop_string_before_a_character_that_stays_unfinished():
     assert text.finish() == "a" and text.stopped_by == "STOP"
 
 
+def test_bytes_behind_a_stop_string_are_not_shown():
+    """Where the stop string was found only after eight tokens without a complete character, the last of these, which
+    might have been the beginning of one, were put behind the cut when the answer ended."""
+    pieces = [b"a", b"STOP\xe2", b"\xe2"]
+    text = AnswerText(lambda ids: b"".join(pieces[i] for i in ids).decode(errors="replace"), ("STOP",))
+    assert [text.push([i]) for i in (0, 1, *7 * [2])] == [None] * 8 + ["STOP"]
+    assert text.finish() == "a"
+
+
 # ---- the engine
 
 TARGET = tiny_target()
