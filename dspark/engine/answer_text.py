@@ -43,36 +43,29 @@ class AnswerText:
             text, whole = self._decode(self._window[:count]), text
             if text + self._decode(self._window[count:]) != whole:
                 return None
-        return self._append(text, count, may_stop)
+        self._append(text, count)
+        return self.stopped_by
 
     def finish(self) -> str:
         """The whole text, no token follows: a character that stayed incomplete becomes U+FFFD. What `push` would have
         returned is in `stopped_by` then."""
         if self.stopped_by is None and self._boundary < len(self._window):
-            self._append(self._decode(self._window), len(self._window), self._may_stop)
+            self._append(self._decode(self._window), len(self._window))
         return self.text
 
     @property
     def certain(self) -> str:
         """The text without an ending that may be the beginning of a stop string: what can be streamed."""
-        held = 0
-        for stop in self._stop:
-            for length in range(min(len(stop) - 1, len(self.text)), held, -1):
-                if self.text.endswith(stop[:length]):
-                    held = length
-                    break
+        beginnings = (length for stop in self._stop for length in range(len(stop)) if self.text.endswith(stop[:length]))
+        held = max(beginnings, default=0)
         return self.text[: len(self.text) - held]
 
-    def _append(self, window_text: str, count: int, may_stop: bool) -> str | None:
+    def _append(self, window_text: str, count: int) -> None:
         """The text of the window's first `count` tokens is complete."""
         before = len(self.text)
         self.text += window_text[len(self._decode(self._window[: self._boundary])) :]
         self._window, self._boundary = self._window[self._boundary :], count - self._boundary
-        if not may_stop:
-            return None
-        # A stop string that is new ends in the new text.
-        found = [(self.text.find(stop, max(0, before - len(stop) + 1)), stop) for stop in self._stop]
-        start, first = min(((at, stop) for at, stop in found if at >= 0), default=(-1, None))
-        if first is not None:
-            self.text, self.stopped_by = self.text[:start], first
-        return first
+        if self._may_stop:  # a stop string that is new ends in the new text
+            found = [(self.text.find(stop, max(0, before - len(stop) + 1)), stop) for stop in self._stop]
+            start, self.stopped_by = min((pair for pair in found if pair[0] >= 0), default=(None, None))
+            self.text = self.text[:start]

@@ -88,16 +88,15 @@ class Sequence:
 
     def _check_end(self, token: int) -> None:
         """Whether the answer ends with the token just appended; of several reasons a stop string comes first."""
-        may_stop = len(self.token_ids) - self.prompt_length > self.params.min_new_tokens
+        ends, last = token in self.end_ids, self.remaining <= 0
         if self.text is not None:
-            self.stopped_by = self.text.push([token], may_stop)
-        ends = token in self.end_ids
-        if self.text is not None and self.stopped_by is None and (ends or self.remaining <= 0):
-            self.text.finish()
+            self.text.push([token], len(self.token_ids) - self.prompt_length > self.params.min_new_tokens)
+            if ends or last:
+                self.text.finish()
             self.stopped_by = self.text.stopped_by
         if self.stopped_by is None and ends:
             self.stopped_by = token
         if self.stopped_by is not None:
             self.finish_reason = "stop"
-        elif self.remaining <= 0:
+        elif last:
             self.finish_reason = "length"
