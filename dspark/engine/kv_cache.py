@@ -6,28 +6,19 @@ known until its slots are needed, so that a later request with the same leading 
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
 from dspark.models.attention import copy_slots
 from dspark.models.config import DecoderConfig
 
+if TYPE_CHECKING:
+    from dspark.engine.drafter_context import DrafterContext
+
 MIN_REUSED = 16  # shorter prefixes are computed again
-
-
-class Companion(Protocol):
-    """What else is stored for the slots of the arena: a drafter's context."""
-
-    def take_in(self, regions: "Iterable[Region]") -> None:
-        """Bring the storage of these up to date: it is about to be copied for another request."""
-        ...
-
-    def copy(self, source_slot: int, target_slot: int, count: int) -> None:
-        """See `Drafter.copy`."""
-        ...
 
 
 @dataclass(eq=False)
@@ -61,10 +52,10 @@ class KVCache:
         num_slots: int,
         dtype: torch.dtype,
         device: torch.device,
-        companion: Companion | None = None,
+        companion: "DrafterContext | None" = None,
         reuse: bool = True,
     ):
-        """companion: copied along. reuse: whether computed prefixes are."""
+        """companion: what a drafter stores for the same slots, copied along. reuse: whether computed prefixes are."""
         self.num_slots, self.companion, self.reuse = num_slots, companion, reuse
         shape = (num_slots, 2, config.num_kv_heads, config.head_dim)
         self.storage = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
@@ -91,7 +82,7 @@ class KVCache:
             return None
         region = Region(start, capacity, limit, token_ids)
         if source is not None and self.companion is not None:
-            self.companion.take_in([source])
+            self.companion.take_in([source])  # it is about to be copied
         self._drop_kept(lambda r: r.overlaps(start, capacity))
         if source is not None:
             # It may just have been dropped and even overlap the new region: nothing has overwritten it yet.
@@ -159,15 +150,12 @@ class KVCache:
         A gap may reach over kept regions and over `moving` itself. As few kept regions as possible, least recently
         used first, are in question; only those that really lie in the way need to go.
         """
-        never = len(self._kept)  # rank of regions that do not go
-        ranked = [(r, never) for r in self._owned if r is not moving] + [(r, i) for i, r in enumerate(self._kept)]
-        ranked.sort(key=lambda pair: pair[0].start)
+        owned = [r for r in self._owned if r is not moving]
 
         def gap(size: int, soft: bool, without: int) -> int | None:
+            """Without so many of the kept regions. soft: other regions are to have room to grow."""
             start = 0
-            for region, rank in ranked:
-                if rank < without:
-                    continue
+            for region in sorted(owned + self._kept[without:], key=lambda r: r.start):
                 if region.start - start >= size:
                     return start
                 start = max(start, region.start + (region.limit if soft else region.capacity))

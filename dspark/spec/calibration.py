@@ -276,12 +276,11 @@ def _binned(probability: ArrayLike, outcome: ArrayLike, bins: int) -> tuple[Floa
 def roc_auc(probability: ArrayLike, outcome: ArrayLike) -> float:
     """P(a random event that happened had the higher probability), ties half; NaN where all outcomes agree."""
     p, y = np.asarray(probability, dtype=np.float64), np.asarray(outcome, dtype=bool)
-    positives, negatives = int(y.sum()), int((~y).sum())
-    if not positives or not negatives:
+    if y.all() or not y.any():
         return math.nan
-    _, inverse, counts = np.unique(p, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]  # from 1; ties share their mean rank
-    return float((ranks[y].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+    others = np.sort(p[~y])
+    lower, not_higher = (np.searchsorted(others, p[y], side) for side in ("left", "right"))
+    return float(np.mean(lower + not_higher) / 2 / len(others))
 
 
 def brier(probability: ArrayLike, outcome: ArrayLike) -> float:

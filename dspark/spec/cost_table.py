@@ -94,7 +94,7 @@ class CostTable:
         if not self.requests:
             return np.zeros(np.shape(requests))
         whole, short = (curve(requests) for curve in self._draft)
-        missing = 0.0 if slots is None or self.slots == self.short_slots else self.slots - slots
+        missing = 0.0 if slots is None else self.slots - slots
         seconds = whole - (whole - short) * (missing / max(1, self.slots - self.short_slots))
         return np.where(np.asarray(requests) > 0, np.maximum(seconds, 0.0), 0.0)
 
