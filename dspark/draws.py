@@ -1,6 +1,7 @@
 """Seeded random numbers: each is a function of its key alone, so that it does not change with what runs beside it."""
 
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,9 +17,9 @@ class Purpose(IntEnum):
     TARGET = 2  # sampling the residual or bonus token
 
 
-def _bits(state: int, *words: ArrayLike) -> NDArray[np.uint64]:
-    """64 random bits for a key of several integers, which are broadcast against each other."""
-    bits = np.asarray(state, np.uint64)
+def _bits(state: int, *words: ArrayLike) -> Any:
+    """64 random bits, uint64, for a key of several integers, which are broadcast against each other."""
+    bits: Any = np.uint64(state)
     with np.errstate(over="ignore"):  # wrapping around is the point
         for word in words:
             z = (bits ^ np.asarray(word).astype(np.uint64)) + 0x9E3779B97F4A7C15

@@ -36,15 +36,16 @@ class Rounds:
 
 
 class Listener:
-    """Stands where the engine keeps its calibration, passes confidence through, holds what came of the last round."""
+    """Stands where the engine keeps its calibration, passes confidence through and writes down what came of it."""
 
-    heard: tuple[Tensor, Tensor, Tensor] | None = None  # signals [R, G, S], verified and accepted draft tokens [R]
+    def __init__(self):
+        self.heard: list[tuple[Tensor, Tensor, Tensor]] = []  # signals [R, G, S], verified and accepted tokens [R]
 
     def confidence(self, signals: Tensor) -> Floats:
         return signals[..., 0].sigmoid().numpy(force=True)
 
     def observe(self, signals: Tensor, verify_lengths: Tensor, accepted: Tensor) -> None:
-        self.heard = signals, verify_lengths, accepted
+        self.heard.append((signals.cpu(), verify_lengths, accepted.cpu()))
 
 
 def collect_rounds(
@@ -63,13 +64,12 @@ def collect_rounds(
         engine.add(prompt, params)
     parts = []
     while engine.has_work:
-        listener.heard = None
         new_tokens = engine.step()
-        if listener.heard is not None:
-            signals, verified, accepted = (t.cpu() for t in listener.heard)
+        for signals, verified, accepted in listener.heard:  # of this step
             whole = verified == drafter.block_size  # the last rounds of an answer verify less
             counts = torch.tensor([len(new.token_ids) for new in new_tokens[: len(whole)]])  # those that decoded
             parts.append(Rounds(signals[whole].float(), accepted[whole], counts[whole]))
+        listener.heard.clear()
         for new in new_tokens:
             if new.sequence.finish_reason is not None:
                 on_finish()
