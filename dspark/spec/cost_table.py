@@ -17,20 +17,6 @@ __all__ = ["CostTable"]
 Floats = NDArray[np.float64]
 
 
-class _Curve:
-    """Linear between the measured sizes, the first value below them, the last slope past them."""
-
-    def __init__(self, sizes: Sequence[int], seconds: Sequence[float]):
-        self.sizes, self.seconds = np.array(sizes, dtype=np.float64), np.array(seconds, dtype=np.float64)
-        self.slope = 0.0
-        if len(sizes) > 1:
-            self.slope = (self.seconds[-1] - self.seconds[-2]) / (self.sizes[-1] - self.sizes[-2])
-
-    def __call__(self, size: ArrayLike) -> Floats:
-        size = np.asarray(size, dtype=np.float64)
-        return np.interp(size, self.sizes, self.seconds) + self.slope * np.maximum(size - self.sizes[-1], 0.0)
-
-
 @dataclass(frozen=True)
 class CostTable:
     """Profiled seconds of one model, number format and machine; they never fall as sizes rise.
@@ -65,35 +51,29 @@ class CostTable:
                 raise ValueError(f"short_slots must be 1 or more and below slots, got {self.short_slots}, {self.slots}")
             if any(short > whole for short, whole in zip(self.short_draft_seconds, self.draft_seconds)):
                 raise ValueError("short_draft_seconds must not be above draft_seconds")
-        if not 0 <= self.step_seconds < math.inf:
-            raise ValueError(f"step_seconds must be finite and at least 0, got {self.step_seconds}")
-        if not 0 <= self.context_seconds < math.inf:
-            raise ValueError(f"context_seconds must be finite and at least 0, got {self.context_seconds}")
+        for name in ("step_seconds", "context_seconds"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and at least 0, got {getattr(self, name)}")
 
     @cached_property
-    def _tokens(self) -> _Curve:
+    def _token_seconds(self) -> Floats:
         """Of a target forward less its requests' contexts; it does not fall either."""
-        seconds = np.array(self.target_seconds) - self.context_seconds * np.array(self.batch_tokens)
-        return _Curve(self.batch_tokens, np.maximum.accumulate(seconds).tolist())
-
-    @cached_property
-    def _draft(self) -> tuple[_Curve, _Curve]:
-        """Of whole blocks and of short ones."""
-        whole = _Curve(self.requests, self.draft_seconds)
-        return whole, _Curve(self.requests, self.short_draft_seconds) if self.short_draft_seconds else whole
+        return np.maximum.accumulate(np.array(self.target_seconds) - self.context_seconds * np.array(self.batch_tokens))
 
     def target(self, batch_tokens: ArrayLike, requests: ArrayLike) -> Floats:
         """Seconds of a target forward on the tokens of so many requests, elementwise.
 
         A request's tokens read its context together, so a draft token costs less than another request's token.
         """
-        return self._tokens(batch_tokens) + self.context_seconds * np.asarray(requests)
+        seconds = _at(batch_tokens, self.batch_tokens, self._token_seconds)
+        return seconds + self.context_seconds * np.asarray(requests)
 
     def draft(self, requests: ArrayLike, slots: int | None = None) -> Floats:
         """Seconds of a draft pass, elementwise, with blocks of so many slots, None: whole ones; for nobody it is 0."""
         if not self.requests:
             return np.zeros(np.shape(requests))
-        whole, short = (curve(requests) for curve in self._draft)
+        whole = _at(requests, self.requests, self.draft_seconds)
+        short = _at(requests, self.requests, self.short_draft_seconds or self.draft_seconds)
         missing = 0.0 if slots is None else self.slots - slots
         seconds = whole - (whole - short) * (missing / max(1, self.slots - self.short_slots))
         return np.where(np.asarray(requests) > 0, np.maximum(seconds, 0.0), 0.0)
@@ -103,6 +83,12 @@ class CostTable:
     ) -> Floats:
         """Seconds of a whole step, elementwise: 1 / SPS(B); drafted, slots: requests drafted for, see `draft`."""
         return self.step_seconds + self.target(batch_tokens, requests) + self.draft(drafted, slots)
+
+
+def _at(size: ArrayLike, sizes: Sequence[int], seconds: Sequence[float] | Floats) -> Floats:
+    """Linear between the measured sizes, the first value below them, the last slope past them."""
+    slope = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2]) if len(sizes) > 1 else 0.0
+    return np.interp(size, sizes, seconds) + slope * np.maximum(np.asarray(size) - sizes[-1], 0.0)
 
 
 def _check_curve(sizes_name: str, sizes: Sequence[int], seconds_name: str, seconds: Sequence[float]) -> None:
