@@ -40,12 +40,10 @@ def calibrate(fitting: Rounds, measuring: Rounds, dataset: str) -> tuple[Calibra
     identity = Calibration.identity(fitting.signals.shape[1])
     before = reliability(measuring, identity)
     weights = scores.fit_weights(fitting.signals, fitting.accepted)
-    weighed = scores.weighed(fitting.signals, weights)
-    temperatures, shifts = scores.fit(weighed, fitting.accepted)
-    ece = tuple(before["ece"])
-    fitted = Calibration(temperatures, dataset, len(fitting.accepted), ece, shifts=shifts, weights=weights)
+    fitted = scores.fit(scores.weighed(fitting.signals, weights), fitting.accepted)
+    fitted = replace(fitted, weights=weights, dataset=dataset, num_samples=len(fitting.accepted))
     after = reliability(measuring, fitted)
-    return replace(fitted, ece_after=tuple(after["ece"])), before, after
+    return replace(fitted, ece_before=tuple(before["ece"]), ece_after=tuple(after["ece"])), before, after
 
 
 @dataclass(frozen=True)

@@ -169,11 +169,6 @@ class OnlineCalibration:
 TEMPERATURES = np.geomspace(0.1, 10.0, 161)
 
 
-class Fit(NamedTuple):
-    temperatures: tuple[float, ...]
-    shifts: tuple[float, ...]
-
-
 def fit_weights(signals: Tensor, accepted: Tensor, steps: int = 300) -> tuple[tuple[float, ...], ...]:
     """Logistic regression of "slot k's token was accepted" where all before it were: [N, G, S], [N] -> rows for
     `weighed`; none where the head's logit is the only signal: that is what the temperature is for.
@@ -200,8 +195,8 @@ def fit_weights(signals: Tensor, accepted: Tensor, steps: int = 300) -> tuple[tu
     return tuple(weights)
 
 
-def fit(logits: ArrayLike, accepted: ArrayLike, shifted: bool = True) -> Fit:
-    """Sequential Temperature Scaling: scores [N, G] and accepted tokens [N] of fully verified rounds -> T, b [G].
+def fit(logits: ArrayLike, accepted: ArrayLike, shifted: bool = True) -> Calibration:
+    """Sequential Temperature Scaling: scores [N, G] and accepted tokens [N] of fully verified rounds -> T and b.
 
     From left to right, T_k is the one of TEMPERATURES that minimises the ECE of prod_{i<=k} sigmoid(z_i / T_i + b_i)
     against "slots 0..k were accepted"; earlier ones stay. Of equally good ones, the nearest to 1. b_k is what makes
@@ -223,7 +218,7 @@ def fit(logits: ArrayLike, accepted: ArrayLike, shifted: bool = True) -> Fit:
         temperatures.append(float(best[0]))
         shifts.append(float(best[1]))
         survival = best[2]
-    return Fit(tuple(temperatures), tuple(shifts))
+    return Calibration(tuple(temperatures), shifts=tuple(shifts))
 
 
 def _mean_matching_shift(scaled: Floats, survival: Floats, mean: float, most: float = 8.0) -> float:

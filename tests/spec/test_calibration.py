@@ -4,6 +4,7 @@ Shapes: N rounds, G slots.
 """
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,11 +46,11 @@ def prefix_errors(calibrator: Calibrator, logits: Tensor, accepted: Tensor) -> l
 def test_known_temperatures_are_recovered() -> None:
     truth = (0.5, 1.0, 2.5, 4.0)
     logits, accepted = rounds(40_000, truth)
-    fitted = fit(logits, accepted, shifted=False).temperatures
-    np.testing.assert_allclose(np.log(fitted), np.log(truth), atol=0.3)
+    fitted = fit(logits, accepted, shifted=False)
+    np.testing.assert_allclose(np.log(fitted.temperatures), np.log(truth), atol=0.3)
     held_out = rounds(40_000, truth, seed=1)
     before = prefix_errors(Calibration.identity(4), *held_out)
-    after = prefix_errors(Calibration(fitted), *held_out)
+    after = prefix_errors(fitted, *held_out)
     assert max(after) < 0.015 < max(before)
 
 
@@ -58,8 +59,8 @@ def test_a_shift_makes_up_for_what_no_temperature_can() -> None:
     held_out = rounds(20_000, (1.0, 2.0, 0.7), shift=-1.5, seed=1)
     unshifted, shifted = (fit(logits, accepted, s) for s in (False, True))
     np.testing.assert_allclose(shifted.shifts, -1.5, atol=0.3)
-    assert max(prefix_errors(Calibration(unshifted.temperatures), *held_out)) > 0.05
-    assert max(prefix_errors(Calibration(shifted.temperatures, shifts=shifted.shifts), *held_out)) < 0.015
+    assert max(prefix_errors(unshifted, *held_out)) > 0.05
+    assert max(prefix_errors(shifted, *held_out)) < 0.015
 
 
 def test_known_weights_are_recovered() -> None:
@@ -76,8 +77,7 @@ def test_known_weights_are_recovered() -> None:
     signals, accepted = evident(0)
     weights = fit_weights(signals, accepted)
     np.testing.assert_allclose(weights, truth / 2, rtol=0.15, atol=0.05)
-    temperatures, shifts = fit(weighed(signals, weights), accepted)
-    fitted = Calibration(temperatures, shifts=shifts, weights=weights)
+    fitted = replace(fit(weighed(signals, weights), accepted), weights=weights)
     held_out, kept = evident(1)
     for k in range(2):
         sure, unsure = (c.confidence(held_out).cumprod(1)[:, k] for c in (fitted, Calibration.identity(2)))
