@@ -173,7 +173,7 @@ def token_logprobs(logits: Tensor, tokens: list[int], top: int) -> list[TokenLog
     logprobs = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))  # [N, V]
     chosen = logprobs[torch.arange(len(tokens)), tokens].tolist()
     values, ids = (t.tolist() for t in logprobs.topk(min(top, logits.shape[-1])))
-    return [TokenLogprobs(own, dict(zip(*row))) for own, *row in zip(chosen, ids, values)]
+    return [TokenLogprobs(own, dict(zip(*likeliest))) for own, likeliest in zip(chosen, zip(ids, values))]
 
 
 # ---- probabilities to tokens
