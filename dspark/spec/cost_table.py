@@ -88,7 +88,8 @@ class CostTable:
 def _at(size: ArrayLike, sizes: Sequence[int], seconds: Sequence[float] | Floats) -> Floats:
     """Linear between the measured sizes, the first value below them, the last slope past them."""
     slope = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2]) if len(sizes) > 1 else 0.0
-    return np.interp(size, sizes, seconds) + slope * np.maximum(np.asarray(size) - sizes[-1], 0.0)
+    at = np.asarray(size, np.float64)
+    return np.interp(at, sizes, seconds) + slope * np.maximum(at - sizes[-1], 0.0)
 
 
 def _check_curve(sizes_name: str, sizes: Sequence[int], seconds_name: str, seconds: Sequence[float]) -> None:
