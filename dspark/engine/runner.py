@@ -33,9 +33,6 @@ class Outcome:
     logprobs: list[list[TokenLogprobs]]  # by sampled chunk, of its accepted tokens and the next; empty if not asked for
 
 
-NO_DRAFT = Draft.unsampled(torch.zeros(0, 0).long(), torch.zeros(0).long(), torch.zeros(0, 0, 1))
-
-
 class Runner:
     """Runs target forwards on ragged batches and turns their logits into verdicts."""
 
@@ -72,7 +69,8 @@ class Runner:
         greedy one. So its text depends on its seed alone: not on the drafter, the verify lengths or the company. Other
         sequences accept more, by block verification, but which draw gives a token depends on what was verified.
         """
-        draft = draft or NO_DRAFT
+        if draft is None:
+            draft = Draft.empty(len(sampled))
         draft = draft.placed(list(range(len(draft.lengths))), len(sampled))  # prompts that end in this step come last
         sequences, lengths = [c.sequence for c in sampled], torch.tensor([len(c.draft_tokens) for c in sampled])
         if all(s.params.greedy for s in sequences):

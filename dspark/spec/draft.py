@@ -34,6 +34,12 @@ class Draft:
         support = tokens[..., None]
         return cls(tokens, support, torch.ones_like(support, dtype=torch.float32), lengths, signals)
 
+    @classmethod
+    def empty(cls, requests: int) -> "Draft":
+        """One without slots."""
+        tokens = torch.zeros(requests, 0, dtype=torch.int64)
+        return cls.unsampled(tokens, torch.zeros(requests, dtype=torch.int64), torch.zeros(requests, 0, 1))
+
     def placed(self, rows: list[int], requests: int) -> "Draft":
         """The same as the given rows, ascending, of a draft for so many requests; the other rows are empty."""
         if len(rows) == requests:
