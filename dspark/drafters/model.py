@@ -43,6 +43,8 @@ class DSparkConfig(DrafterConfig):
         for name, least in (("num_draft_layers", 1), ("markov_rank", 0), ("copy_length", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if self.markov_head not in ("vanilla", "gated", "rnn"):
+            raise ValueError(f"markov_head must be vanilla, gated or rnn, not '{self.markov_head}'")
         if not 0 <= self.mask_token_id < self.decoder.vocab_size:
             raise ValueError(f"mask_token_id must lie in 0..{self.decoder.vocab_size - 1}")
 

@@ -51,7 +51,7 @@ def measure(config: EvalConfig) -> list[dict]:
             raise ValueError("'none' drafts nothing; give dspark, mtp, ngram or a checkpoint folder")
         drafters[name] = drafter
     by_domain: dict[str, list[list[int]]] = {}
-    for prompt, ids in zip(prompts, config.encode_prompts(target)):
+    for prompt, ids in zip(prompts, config.encode_prompts(prompts, target)):
         by_domain.setdefault(prompt.domain, []).append(ids)
     rows = []
     with Progress(console=Console(stderr=True)) as progress:

@@ -154,7 +154,7 @@ class BenchResult:
 def run_bench(config: BenchConfig, target: Target, on_batch: Callable[[str], None] = lambda _: None) -> BenchResult:
     """Time all systems; on_batch(text) before each batch. Raises ValueError for prompts that do not fit."""
     prompts = config.load_prompts()
-    result = BenchResult([], {}, config.encode_prompts(target))
+    result = BenchResult([], {}, config.encode_prompts(prompts, target))
     systems = {name: make_system(name, config, target) for name in config.systems}
     names = list(systems)
     for streams, temperature in product(config.streams, config.temperatures):

@@ -100,7 +100,7 @@ class LoadBench:
         if speculative and drafter is None:
             raise ValueError(f"policy '{speculative[0]}' needs a drafter; give one, or --policies plain")
         self.config, self.names = config, names
-        prompts = config.encode_prompts(target)
+        prompts = config.encode_prompts(config.load_prompts(), target)
         params = SamplingParams(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
         longest = max(map(len, prompts)) + config.max_new_tokens
         # No memory of prompts: they come again and again, which users' would not.
@@ -108,7 +108,10 @@ class LoadBench:
         # They live through all loads, as in a server: what they learn of the drafter does not depend on the load.
         self.lanes: dict[str, Lane] = {}
         for name in names:
-            self.lanes[name] = Lane(drafting(name).engine(target, limits), prompts, params)
+            engine = drafting(name).engine(target, limits)
+            if longest > (most := engine.longest_request):
+                raise ValueError(f"the longest prompt and answer have {longest} tokens, more than the limit of {most}")
+            self.lanes[name] = Lane(engine, prompts, params)
         self.tallies: dict[tuple[str, float], dict[str, Tally]] = {}
 
     def run(self, on_slice: Callable[[str, float], None] = lambda *_: None) -> None:

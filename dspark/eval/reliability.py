@@ -90,7 +90,7 @@ def run(config: CalibrateConfig) -> dict:
     drafter = make_drafter(config.drafter, config.model, target.decoder)
     if drafter is None or not drafter.has_confidence:
         raise ValueError(f"'{config.drafter}' has no confidence head to calibrate")
-    ids = config.encode_prompts(target)
+    ids = config.encode_prompts(prompts, target)
     random.Random(0).shuffle(ids)  # prompts come round and round from the domains: every third would be of one
     parts = {"fitting": [p for i, p in enumerate(ids) if i % 3 != 2], "measuring": ids[2::3]}
     by_sampling: dict[str, dict[str, Rounds]] = {}

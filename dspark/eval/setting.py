@@ -43,9 +43,9 @@ class Setting:
         """
         return balanced(read_prompts(self.prompts or OWN_PROMPTS))[: self.limit]
 
-    def encode_prompts(self, target: Target) -> list[list[int]]:
-        """Token ids of all prompts. Raises ValueError if the longest and its answer do not fit the model's context."""
-        ids = [encode_prompt(target.tokenizer, prompt.opening) for prompt in self.load_prompts()]
+    def encode_prompts(self, prompts: list[Prompt], target: Target) -> list[list[int]]:
+        """Token ids of each. Raises ValueError if the longest and its answer do not fit the model's context."""
+        ids = [encode_prompt(target.tokenizer, prompt.opening) for prompt in prompts]
         longest, context = max(map(len, ids)), target.decoder.config.max_position_embeddings
         if longest + self.max_new_tokens > context:
             raise ValueError(

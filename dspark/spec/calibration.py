@@ -70,6 +70,11 @@ class Calibration:
             or not all(math.isfinite(w) for row in self.weights for w in row)
         ):
             raise ValueError(f"weights must be finite and one row a temperature, got {list(self.weights)}")
+        if self.weights:
+            count = len(self.weights[0])
+            signals = (math.isqrt(9 + 8 * count) - 3) // 2  # S: count = S + S (S + 1) / 2
+            if signals < 1 or count != signals * (signals + 3) // 2:
+                raise ValueError(f"{count} weights are not those of any number of signals and their products by two")
 
     @classmethod
     def identity(cls, block_size: int) -> "Calibration":

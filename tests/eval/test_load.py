@@ -218,6 +218,9 @@ def test_a_prompt_that_cannot_fit_is_refused(target, tmp_path):
     path.write_text(json.dumps({"prompt": "a" * 250}))
     with pytest.raises(ValueError, match="does not fit the model's context"):
         bench_of(target, path)
+    path.write_text(json.dumps({"prompt": "a" * 244}))  # it does, but without room for the drafts behind it
+    with pytest.raises(ValueError, match="have 256 tokens, more than the limit of"):
+        bench_of(target, path)
 
 
 @pytest.mark.parametrize(

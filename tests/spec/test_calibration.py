@@ -174,6 +174,8 @@ def test_impossible_temperatures_are_refused(temperature: float) -> None:
 def test_impossible_weights_are_refused(weights: tuple[tuple[float, ...], ...]) -> None:
     with pytest.raises(ValueError, match="weights must be finite"):
         Calibration((1.0, 1.0), weights=weights)
+    with pytest.raises(ValueError, match="3 weights are not those of any number of signals"):
+        Calibration((1.0,), weights=((1.0, 0.5, 0.1),))
 
 
 def test_scores_are_sums_of_signals_and_products() -> None:
