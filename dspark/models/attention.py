@@ -15,12 +15,12 @@ from dspark.models.cpu_chunks import AttentionShape, Chunks, attend_chunks
 
 
 class Segment(NamedTuple):
-    """`count` consecutive rows of one request, whose last one sees `length` cache slots from `first_slot` on.
+    """`rows` consecutive rows of one request, whose last one sees `length` cache slots from `first_slot` on.
 
     Causal rows see one slot less for every row that follows; otherwise all see the same.
     """
 
-    count: int  # pyright: ignore
+    rows: int
     first_slot: int
     length: int
     causal: bool = True
@@ -42,7 +42,7 @@ class CachedAttention:
             self.chunks = Chunks.of(segments, shape)
         else:
             self.masks = [
-                causal_mask(s.count, s.length, group_size, first.dtype, first.device) if s.causal else None
+                causal_mask(s.rows, s.length, group_size, first.dtype, first.device) if s.causal else None
                 for s in segments
             ]
 
@@ -55,8 +55,8 @@ class CachedAttention:
         outputs, row = [], 0
         for segment, mask in zip(self.segments, self.masks, strict=True):
             seen = storage[segment.first_slot : segment.first_slot + segment.length]
-            outputs.append(attend(q[row : row + segment.count], seen[:, 0], seen[:, 1], mask))
-            row += segment.count
+            outputs.append(attend(q[row : row + segment.rows], seen[:, 0], seen[:, 1], mask))
+            row += segment.rows
         return torch.cat(outputs)
 
 

@@ -11,6 +11,7 @@ Shapes: R requests, G slots, n = slots with a draft token of all requests togeth
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,7 +32,7 @@ PROBES = 2  # requests drafted for, now and then, while drafting does not pay; t
 NEWS = 1 / 512  # of the time is what those drafts may lose
 
 
-class PrefixScheduler:
+class PrefixScheduler(ABC):
     """Chooses verify lengths, once a round and in the order of rounds: it may remember what it saw."""
 
     def to_draft(self, load: Load) -> list[int]:
@@ -42,15 +43,15 @@ class PrefixScheduler:
         """How long blocks are to be, if the drafter can make them so long; asked after `to_draft` named some."""
         return WHOLE
 
+    @abstractmethod
     def choose(self, confidence: Floats, lengths: Ints, load: Load) -> Ints:
         """Verify lengths [R] from confidence [R, G] and draft lengths [R], which they never exceed.
 
         A request that nothing was drafted for has draft length 0.
         Slots at and past a request's length are padding; confidence may be anything, NaN too.
         """
-        raise NotImplementedError
 
-    def observe(self, step: StepTaken) -> None:
+    def observe(self, step: StepTaken) -> None:  # noqa: B027  most learn nothing from it
         """What a step without prompts took, after it."""
 
 
@@ -217,9 +218,9 @@ class _CostBased(PrefixScheduler):
         self.history.observe(today, lengths, load.ids)  # after the choice: it must not see today
         return verify_lengths
 
+    @abstractmethod
     def count(self, today: Floats, order: Walk, lengths: Ints, load: Load, drafted: Drafted) -> int:
         """How many slots of the walk are verified."""
-        raise NotImplementedError
 
     def observe(self, step: StepTaken) -> None:
         self.live.observe(step)

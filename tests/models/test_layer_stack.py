@@ -27,7 +27,7 @@ def test_program_equals_layers_one_by_one(dtype: torch.dtype):
         x = torch.randn(rows, config.hidden_size)
         positions = torch.arange(written, written + rows)
         segments = [Segment(rows, 0, written + rows)] if rows < 17 else [Segment(9, 0, written + 9)]
-        segments += [Segment(1, 0, written + rows)] * (rows - sum(s.count for s in segments))
+        segments += [Segment(1, 0, written + rows)] * (rows - sum(s.rows for s in segments))
         written += rows
         results = []
         for storage, run in zip(caches, (stack, one_by_one)):
